@@ -1,0 +1,1 @@
+"""The pure ledger: no Ray, no asyncio, no clock of its own."""

@@ -1,0 +1,191 @@
+"""What happens to the ledger (events, past tense) and what it wants done (commands, imperative).
+
+Both are plain immutable tuples: cheap to make, easy to compare in a test, and picklable. `request` ids are made by
+the client of the ledger, so that a repeated arrival is recognised; the same id names the lease once it is granted.
+`replica` is the id of a running replica process as it announced itself. Times are seconds on the caller's clock.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from cluster.ledger.specs import NodeSpec, PoolSpec
+
+# --- events -------------------------------------------------------------------------------------------------------
+
+
+class RequestArrived(NamedTuple):
+    """A request wants a slot of `model`. `priority` 1 is high, 2 medium, 3 low; `deadline` is absolute.
+
+    `keep_alive_s` is how long the model should stay after this request: None = the model's idle timeout, -1 = pin.
+    """
+
+    request: str
+    holder: str
+    model: str
+    priority: int
+    deadline: float
+    keep_alive_s: float | None = None
+
+
+class RequestCancelled(NamedTuple):
+    """The client of a request left; legal whether it still waits or already holds a lease."""
+
+    request: str
+
+
+class LeaseReleased(NamedTuple):
+    """The holder gives a lease back. `generation` is the grant's own number: a stale release changes nothing."""
+
+    request: str
+    generation: int
+
+
+class HolderDied(NamedTuple):
+    """An ingress (or any other holder of leases) is confirmed dead: all that it waited for or held is gone."""
+
+    holder: str
+
+
+class ReplicaStarted(NamedTuple):
+    """A replica process of `model` exists and has begun to load its engine."""
+
+    model: str
+    replica: str
+    node: str
+
+
+class ReplicaReady(NamedTuple):
+    """The engine of a replica serves. `memory_mib` is what it was seen to take (None = not measured)."""
+
+    replica: str
+    memory_mib: int | None = None
+
+
+class ReplicaFailed(NamedTuple):
+    """The engine of a replica could not be loaded; the process is still there and holds nothing of use."""
+
+    replica: str
+    reason: str
+
+
+class ReplicaGone(NamedTuple):
+    """The process of a replica is confirmed dead; only now are its resources free again."""
+
+    replica: str
+
+
+class NodesChanged(NamedTuple):
+    """The cluster's machines, complete."""
+
+    nodes: dict[str, NodeSpec]
+
+
+class ConfigChanged(NamedTuple):
+    """The pool's configuration, complete, except for the nodes, which are kept."""
+
+    spec: PoolSpec
+
+
+class LoadRequested(NamedTuple):
+    """An operator wants `replicas` replicas of a model loaded, all or nothing; it overrides `manual`."""
+
+    model: str
+    replicas: int
+
+
+class UnloadRequested(NamedTuple):
+    """An operator wants a model gone: the queued are rejected, the running finish, then it is unloaded."""
+
+    model: str
+
+
+class LeaseReannounced(NamedTuple):
+    """After a restart of the ledger: a holder still streams on a lease of the epoch before. No grant is sent for it.
+
+    It may come before or after its replica announced itself.
+    """
+
+    request: str
+    holder: str
+    model: str
+    replica: str
+    generation: int
+    priority: int = 2
+
+
+class Ticked(NamedTuple):
+    """Time passed; the caller sends it when `Ledger.next_deadline()` has come."""
+
+
+# --- commands -----------------------------------------------------------------------------------------------------
+
+
+class Grant(NamedTuple):
+    """A slot is leased to `request`. `load_wait_s` is the part of `queue_wait_s + load_wait_s` spent on a load."""
+
+    request: str
+    holder: str
+    model: str
+    replica: str
+    slot: int
+    generation: int
+    queue_wait_s: float
+    load_wait_s: float
+
+
+class Reject(NamedTuple):
+    """A request is refused. `error` names a class of `cluster.errors`; `extras` go into the error's body."""
+
+    request: str
+    holder: str
+    error: str
+    message: str
+    extras: dict[str, Any]
+
+
+class SetDesired(NamedTuple):
+    """The number of replicas of a model that should exist from now on; absolute, not a difference."""
+
+    model: str
+    replicas: int
+
+
+class Quiesce(NamedTuple):
+    """A replica drains: it gets no new lease, and stops after its last one. Lowering comes as `SetDesired` later."""
+
+    replica: str
+
+
+class Reopen(NamedTuple):
+    """A draining replica is open again; only possible before it is stopping."""
+
+    replica: str
+
+
+class LoadRefused(NamedTuple):
+    """A `LoadRequested` changed nothing: not all of its replicas can be placed. Fields as in `Reject`."""
+
+    model: str
+    error: str
+    message: str
+    extras: dict[str, Any]
+
+
+Event = (
+    RequestArrived
+    | RequestCancelled
+    | LeaseReleased
+    | HolderDied
+    | ReplicaStarted
+    | ReplicaReady
+    | ReplicaFailed
+    | ReplicaGone
+    | NodesChanged
+    | ConfigChanged
+    | LoadRequested
+    | UnloadRequested
+    | LeaseReannounced
+    | Ticked
+)
+Command = Grant | Reject | SetDesired | Quiesce | Reopen | LoadRefused

@@ -1,0 +1,76 @@
+"""What the ledger knows of models, nodes and the pool: plain frozen data, made from the configuration.
+
+Units stand last in a name; resources are floats in Ray's units (`num_gpus=0.5` is half a device).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """One model as the ledger sees it. `slots` is the concurrency of one replica; 0 in `idle_timeout_s` means never.
+
+    `group` names models that are placed with an eye on each other: with `group_share` False (the default) no two
+    models of the group stand on one device, with True a replica only goes where another of the group already is.
+    `revision` is any text that changes whenever the engine's own configuration did: replicas of an older revision
+    are drained and started anew on demand.
+    """
+
+    name: str
+    slots: int = 1
+    num_gpus: float = 0.0
+    num_cpus: float = 0.0
+    memory_mib: int = 0
+    min_replicas: int = 0
+    max_replicas: int = 1
+    max_queued: int | None = None
+    idle_timeout_s: float = 300.0
+    load_timeout_s: float = 120.0
+    pinned: bool = False
+    preload: bool = False
+    manual: bool = False
+    cpu_offload_model: str | None = None
+    fallbacks: tuple[str, ...] = ()
+    group: str | None = None
+    group_share: bool = False
+    revision: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSpec:
+    """One machine of the cluster: whole devices, CPUs, and device memory in MiB (0 = unknown, not limited).
+
+    `memory_mib` is the budget of the whole node, `device_memory_mib` that of each of its devices.
+    """
+
+    name: str
+    gpus: int = 0
+    cpus: float = 0.0
+    memory_mib: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSpec:
+    """Everything the ledger is told about the pool.
+
+    `capacity` is resident models, 0 = unlimited; `node_memory_mib` is the budget of each node, 0 = not limited, and
+    reaches the ledger in every `NodeSpec`.
+    """
+
+    models: dict[str, ModelSpec] = field(default_factory=dict)
+    nodes: dict[str, NodeSpec] = field(default_factory=dict)
+    capacity: int = 0
+    queue_max_size: int = 100
+    offload_queue_threshold: int = 0
+    drain_timeout_s: float = 3600.0
+    variants: dict[str, tuple[tuple[str, float], ...]] = field(default_factory=dict)
+    bound_s: tuple[float, float, float] = (15.0, 45.0, 120.0)
+    ageing_s: float = 30.0
+    min_residency_s: float = 1.0
+    residency_loads: float = 1.0
+    load_prior_s: float = 5.0
+    upscale_wait_s: float = 2.0
+    backoff_s: tuple[float, float] = (1.0, 60.0)
+    node_memory_mib: int = 0
