@@ -1,0 +1,64 @@
+"""From a configuration to a Serve application: one deployment per model, one ingress in front.
+
+`serve_config.yaml` names `app.build:build`. Scaling is not decided here: the application-level policy in the same
+file asks the ledger.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+
+from app.http import build_http
+from cluster import effects
+from cluster.config import ConfigError, PoolConfig, load_config
+from deployments.ingress import Ingress, handle_keys
+from deployments.replica import Replica
+
+#: Calls that Serve lets through to one process. The ledger's slots are the bound, so this must never be one.
+UNBOUNDED = 100_000
+#: What Serve's grace period leaves above the longest request, in seconds.
+GRACE_S = 60.0
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """The application for `args` of the Serve configuration. Raises `ConfigError` with a line per mistake."""
+    config = load_config(args)
+    names = [effects.deployment_name(model) for model in config.models]
+    if len(set(names)) < len(names):
+        raise ConfigError("two model ids differ only in characters that Ray Serve does not allow in a name")
+    keys = handle_keys(config)
+    handles = {keys[model]: _replicas(config, model) for model in config.models}
+    ingress = serve.deployment(
+        name="ingress",
+        max_ongoing_requests=UNBOUNDED,
+        graceful_shutdown_timeout_s=config.longest_request_s() + GRACE_S,
+        graceful_shutdown_wait_loop_s=0.1,
+        ray_actor_options={"num_cpus": 0},
+    )(serve.ingress()(Ingress))
+    return ingress.bind(config, build_http, **handles)
+
+
+def _replicas(config: PoolConfig, model: str) -> serve.Application:
+    settings = config.models[model]
+    deployment = serve.deployment(
+        name=effects.deployment_name(model),
+        max_ongoing_requests=UNBOUNDED,
+        graceful_shutdown_timeout_s=config.longest_request_s() + GRACE_S,
+        graceful_shutdown_wait_loop_s=0.05,
+        health_check_period_s=10,
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=0,
+            initial_replicas=0,
+            max_replicas=settings.max_replicas,
+            upscale_delay_s=0,
+            downscale_delay_s=0,
+            downscale_to_zero_delay_s=0,
+            metrics_interval_s=10,
+        ),
+        request_router_config=RequestRouterConfig(request_router_class="deployments.routing:PinRouter"),
+        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
+    )(Replica)
+    return deployment.bind(config, model)

@@ -1,0 +1,101 @@
+"""Builds the HTTP application around a gateway: the families of routes, request ids, keys, and errors.
+
+Plain ASGI where it matters: a middleware class that wraps every chunk of a stream in a task of its own would cost
+more than the rest of the path together.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import secrets
+import uuid
+from importlib.metadata import version
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.routes import openai, service
+from cluster import errors
+from deployments.gateway import Gateway
+
+logger = logging.getLogger("slotpool.http")
+
+#: Routes that answer without a key: probes have none.
+OPEN_PATHS = {"/health", "/ready"}
+
+
+def build_http(gateway: Gateway) -> FastAPI:
+    """The ASGI application of one ingress process."""
+    app = FastAPI(title="Slotpool", version=version("slotpool"), redoc_url=None)
+    app.state.gateway = gateway
+    app.include_router(service.router)
+    app.include_router(openai.router)
+    app.add_exception_handler(errors.PoolError, _pool_error)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, _bug)
+    app.add_middleware(Doorman, keys=gateway.config.api_keys)
+    return app
+
+
+class Doorman:
+    """Gives every request an id, which every answer carries, and turns away requests without a key, if keys are set."""
+
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if re.fullmatch(r"[\x21-\x7e]{1,200}", given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        if self._keys and scope["path"] not in OPEN_PATHS and not self._knows(headers):
+            refusal = error_response(errors.Unauthorized("a valid API key is required: Authorization: Bearer <key>"))
+            await refusal(scope, receive, send_with_id)
+            return
+        await self._app(scope, receive, send_with_id)
+
+    def _knows(self, headers: dict[bytes, bytes]) -> bool:
+        kind, _, key = headers.get(b"authorization", b"").partition(b" ")
+        key = key.strip() if kind.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+        # Every key is compared, in constant time each, so that the answer's delay tells nothing.
+        return any([secrets.compare_digest(key, known.encode()) for known in self._keys])
+
+
+def error_response(error: errors.PoolError) -> Response:
+    """The contract's body with the true status, and `Retry-After` in whole seconds on 429 and 503."""
+    headers = {}
+    if error.status in (429, 503):
+        headers["Retry-After"] = str(max(1, round(error.retry_after or 1)))
+    return Response(json.dumps(error.body()), error.status, headers, media_type="application/json")
+
+
+async def _pool_error(_: Request, error: errors.PoolError) -> Response:
+    return error_response(error)
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    known: dict[int, str] = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return error_response(
+        errors.InvalidRequest(message, status=error.status_code, code=known.get(error.status_code, "INVALID_REQUEST"))
+    )
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    request_id: Any = request.scope.get("state", {}).get("request_id")
+    logger.error("request %s failed", request_id, exc_info=error)
+    return error_response(errors.PoolError(f"internal error; its id is {request_id}", id=request_id))

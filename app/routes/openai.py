@@ -1,0 +1,115 @@
+"""The OpenAI family: chat completions, completions and the list of models."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from cluster import errors
+from cluster.config import ModelConfig, PoolConfig
+from deployments.gateway import Gateway
+from deployments.requests import CHAT, COMPLETIONS, parse_ask, resolve_model
+
+router = APIRouter(tags=["openai"])
+
+
+@router.post(CHAT)
+async def chat_completions(request: Request) -> Response:
+    """Create a chat completion, streamed or whole."""
+    return await infer(request, CHAT)
+
+
+@router.post(COMPLETIONS)
+async def completions(request: Request) -> Response:
+    """Create a text completion, streamed or whole."""
+    return await infer(request, COMPLETIONS)
+
+
+async def infer(request: Request, path: str) -> Response:
+    """Run the request's body through the pool. The status is sent only once there is something to say."""
+    gateway: Gateway = request.app.state.gateway
+    body = await read_json(request, gateway.config.max_body_mb)
+    ask = parse_ask(gateway.config, path, body, request_id=request.state.request_id, headers=request.headers)
+    chunks = gateway.stream(ask)
+    if not ask.body.get("stream"):
+        async with contextlib.aclosing(chunks):
+            return Response(b"".join([chunk async for chunk in chunks]), media_type="application/json")
+    try:
+        first = await anext(chunks)
+    except BaseException:
+        await chunks.aclose()
+        raise
+    return StreamingResponse(
+        _resume(first, chunks), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+    )
+
+
+async def _resume(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    async with contextlib.aclosing(rest):
+        yield first
+        async for chunk in rest:
+            yield chunk
+
+
+async def read_json(request: Request, max_mb: float) -> Any:
+    """The JSON body. Raises `RequestTooLarge` as soon as it is known to be, `InvalidRequest` when it is not JSON."""
+    limit = int(max_mb * 2**20)
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        raise errors.RequestTooLarge(f"the body is larger than {max_mb:g} MiB")
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > limit:
+            raise errors.RequestTooLarge(f"the body is larger than {max_mb:g} MiB")
+    try:
+        return json.loads(body)
+    except ValueError as error:
+        raise errors.InvalidRequest(f"the body is not JSON: {error}") from None
+    except RecursionError:
+        raise errors.InvalidRequest("the body is nested too deeply") from None
+
+
+@router.get("/v1/models")
+async def list_models(request: Request, model: str | None = None) -> Response:
+    """Every configured model with its status; `?model=ID` answers for one."""
+    if model is not None:
+        return await show_model(request, model)
+    gateway: Gateway = request.app.state.gateway
+    states = (await gateway.ledger.status())["models"]
+    rows = [_row(gateway.config, name, states) for name in gateway.config.models]
+    loaded = [row["id"] for row in rows if row["status"] == "loaded"]
+    return JSONResponse({"object": "list", "data": rows, "models": loaded})
+
+
+@router.get("/v1/models/{model:path}")
+async def show_model(request: Request, model: str) -> Response:
+    """One model, by its id or an alias."""
+    gateway: Gateway = request.app.state.gateway
+    name = resolve_model(gateway.config, model)
+    return JSONResponse(_row(gateway.config, name, (await gateway.ledger.status())["models"]))
+
+
+def _row(config: PoolConfig, name: str, states: dict[str, Any]) -> dict[str, Any]:
+    model: ModelConfig = config.models[name]
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "slotpool",
+        "type": "llm",
+        "execution_mode": "gpu" if model.num_gpus else "cpu",
+        "backend": model.backend,
+        "format": model.format,
+        "status": states.get(name, {}).get("state", "unloaded"),
+        "aliases": list(model.aliases),
+        "context_length": model.gguf_n_ctx,
+        "slots": model.target_inflight,
+        "min_replicas": model.min_replicas,
+        "max_replicas": model.max_replicas,
+    }

@@ -1,0 +1,62 @@
+"""The service family: is it alive, can it serve, and what is it doing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from cluster import errors
+from deployments.gateway import Gateway
+
+router = APIRouter(tags=["service"])
+
+
+@router.get("/health")
+async def health(request: Request) -> dict[str, str]:
+    """Whether this process lives; says nothing of models."""
+    gateway: Gateway = request.app.state.gateway
+    return {"status": "healthy", "execution_mode": _mode(gateway), "version": request.app.version}
+
+
+@router.get("/ready")
+async def ready(request: Request) -> Response:
+    """200 once the ledger answers and every model that is preloaded at start is loaded, 503 until then."""
+    gateway: Gateway = request.app.state.gateway
+    try:
+        models = (await gateway.ledger.status())["models"]
+    except errors.BackendUnavailable as error:
+        return JSONResponse({"ready": False, "reason": error.message}, 503)
+    awaited = [name for name, model in gateway.config.models.items() if model.enabled or model.min_replicas]
+    missing = [name for name in awaited if models.get(name, {}).get("state") != "loaded"]
+    if missing:
+        # A model that once was loaded and idles is not missed: the pool serves it on demand.
+        return JSONResponse({"ready": False, "reason": f"not loaded yet: {', '.join(missing)}"}, 503)
+    return JSONResponse({"ready": True})
+
+
+@router.get("/v1/status")
+async def status(request: Request) -> dict[str, Any]:
+    """The pool's models as backends, and the ledger's life."""
+    gateway: Gateway = request.app.state.gateway
+    ledger = await gateway.ledger.status()
+    models = ledger["models"]
+    backends = {
+        name: {
+            "is_running": models[name]["ready"] > 0,
+            "is_healthy": models[name]["state"] != "failed",
+            "pid": None,
+            "url": None,
+            "uptime": None,
+            "last_request_time": None,
+            "error": models[name]["last_error"],
+        }
+        for name in gateway.config.models
+        if name in models
+    }
+    return {"execution_mode": _mode(gateway), "backends": backends, "ledger": ledger}
+
+
+def _mode(gateway: Gateway) -> str:
+    return "gpu" if any(model.num_gpus for model in gateway.config.models.values()) else "cpu"

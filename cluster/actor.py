@@ -1,0 +1,263 @@
+"""The mailbox around the ledger: one actor that turns calls into events and carries commands out.
+
+It owns the ledger, the calls parked until their request is granted, and one timer. Every method does its work in one
+step of the event loop, so the ledger is never seen half-changed. It must never wait for anything while it decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from cluster import effects
+from cluster.ledger.events import (
+    ConfigChanged,
+    Grant,
+    HolderDied,
+    LeaseReannounced,
+    LeaseReleased,
+    NodesChanged,
+    Reject,
+    ReplicaFailed,
+    ReplicaGone,
+    ReplicaReady,
+    ReplicaStarted,
+    RequestArrived,
+    RequestCancelled,
+    SetDesired,
+    Ticked,
+)
+from cluster.ledger.ledger import Ledger
+from cluster.ledger.specs import PoolSpec
+
+logger = logging.getLogger("slotpool.ledger")
+
+#: How long a new life of the ledger collects announcements before it decides anything, in seconds. Replicas and
+#: ingresses notice the death of its former life within milliseconds and come back within the actor's restart.
+RECOVERY_S = 2.0
+#: How often the list of machines is read, in seconds; nothing but the arrival of a new machine waits for it.
+NODES_PERIOD_S = 5.0
+
+
+class ReplicaState(NamedTuple):
+    """What a replica says of itself each time it attaches. `ready` is false while its engine loads."""
+
+    model: str
+    replica: str
+    actor_id: str
+    node: str
+    ready: bool
+    failed: str | None = None
+    memory_mib: int | None = None
+
+
+class HolderState(NamedTuple):
+    """What an ingress says of itself each time it attaches: the leases it holds, for a ledger that forgot them."""
+
+    holder: str
+    actor_id: str
+    spec: PoolSpec
+    leases: tuple[Grant, ...] = ()
+
+
+class _Parked(NamedTuple):
+    """A call that waits for its answer."""
+
+    holder: str
+    answer: asyncio.Future[Grant | Reject]
+
+
+class LedgerActor:
+    """The pool's one scheduler. Callers get values, never exceptions, for whatever the ledger decides."""
+
+    def __init__(self, spec: PoolSpec) -> None:
+        now = time.monotonic()
+        restarted = effects.was_restarted()
+        self.epoch = uuid.uuid4().hex[:12]
+        self._ledger = Ledger(spec, epoch=self.epoch, now=now, recovering_until=now + RECOVERY_S if restarted else None)
+        self._spec = spec
+        self._parked: dict[str, _Parked] = {}
+        self._replica_of_actor: dict[str, str] = {}
+        self._holder_of_actor: dict[str, str] = {}
+        self._progress: dict[str, float] = {}
+        self._desired: dict[str, int] = {}
+        self._desired_version = 0
+        self._desired_changed = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        loop = asyncio.get_event_loop()
+        self._tasks = [loop.create_task(self._watch_deaths()), loop.create_task(self._watch_nodes())]
+
+    # --- the request path ---------------------------------------------------------------------------------------
+
+    async def acquire(
+        self, request: str, holder: str, model: str, priority: int, timeout_s: float, keep_alive_s: float | None
+    ) -> Grant | Reject:
+        """Wait for a slot. Parks until the request is granted, refused or out of time; idempotent by `request`."""
+        parked = self._parked.get(request)
+        if parked is None:
+            parked = self._parked[request] = _Parked(holder, asyncio.get_running_loop().create_future())
+        now = time.monotonic()
+        self._post(RequestArrived(request, holder, model, priority, now + timeout_s, keep_alive_s))
+        return await asyncio.shield(parked.answer)
+
+    async def release(self, request: str, generation: int) -> None:
+        """Give a lease back; unknown or stale ones change nothing."""
+        self._post(LeaseReleased(request, generation))
+
+    async def cancel(self, request: str) -> None:
+        """The client left: take the request out of the queue, or its lease back."""
+        self._post(RequestCancelled(request))
+        parked = self._parked.pop(request, None)
+        if parked is not None:
+            parked.answer.cancel()
+
+    async def waiting(self, request: str) -> tuple[str, int | str] | None:
+        """Where a request waits: ("queued", position), ("loading", model), or None when it does not wait."""
+        return self._ledger.queue_position(request)
+
+    # --- replicas and ingresses ---------------------------------------------------------------------------------
+
+    async def attach_replica(self, state: ReplicaState) -> None:
+        """Announce a replica. Parks for as long as this ledger lives, so that its end is an event for the caller."""
+        self._replica_of_actor[state.actor_id] = state.replica
+        self._post(ReplicaStarted(state.model, state.replica, state.node))
+        if state.failed is not None:
+            self._post(ReplicaFailed(state.replica, state.failed))
+        elif state.ready:
+            self._post(ReplicaReady(state.replica, state.memory_mib))
+        await self._park_while_alive(state.actor_id)
+
+    async def attach_holder(self, state: HolderState) -> None:
+        """Announce an ingress with the leases it holds, and the configuration it runs. Parks like a replica's."""
+        self._holder_of_actor[state.actor_id] = state.holder
+        if state.spec != self._spec:
+            self._spec = state.spec
+            self._post(ConfigChanged(state.spec))
+        for lease in state.leases:
+            self._post(LeaseReannounced(lease.request, lease.holder, lease.model, lease.replica, lease.generation))
+        await self._park_while_alive(state.actor_id)
+
+    async def replica_progress(self, replica: str, fraction: float) -> None:
+        """How much of a replica's load is done, 0.0 to 1.0; for people to see, nothing is decided by it."""
+        self._progress[replica] = fraction
+
+    async def replica_ready(self, replica: str, memory_mib: int | None) -> None:
+        """The engine of a replica serves now."""
+        self._progress.pop(replica, None)
+        self._post(ReplicaReady(replica, memory_mib))
+
+    async def replica_failed(self, replica: str, reason: str) -> None:
+        """The engine of a replica could not be loaded."""
+        self._progress.pop(replica, None)
+        self._post(ReplicaFailed(replica, reason))
+
+    async def desired(self, seen_version: int, timeout_s: float = 30.0) -> tuple[int, dict[str, int]]:
+        """The number of replicas wanted per model. Parks until it differs from `seen_version`, or `timeout_s`."""
+        with contextlib.suppress(TimeoutError):
+            while self._desired_version == seen_version or self._ledger.recovering:
+                await asyncio.wait_for(self._desired_changed.wait(), timeout_s)
+        return self._desired_version, dict(self._desired)
+
+    # --- for people ---------------------------------------------------------------------------------------------
+
+    async def status(self) -> dict[str, Any]:
+        """The ledger's life, with the progress of the loads under way."""
+        snapshot = self._ledger.snapshot()
+        for replica in snapshot["replicas"]:
+            if replica["replica"] in self._progress:
+                replica["progress"] = round(self._progress[replica["replica"]], 3)
+        return snapshot
+
+    async def check(self) -> str | None:
+        """The first broken invariant in words, or None."""
+        try:
+            self._ledger.check()
+        except AssertionError as error:
+            return str(error) or "an invariant is broken"
+        return None
+
+    # --- inside -------------------------------------------------------------------------------------------------
+
+    def _post(self, event: Any) -> None:
+        self._carry_out(self._ledger.decide(event, time.monotonic()))
+        self._arm_timer()
+
+    def _carry_out(self, commands: Sequence[Any]) -> None:
+        rescaled = False
+        for command in commands:
+            if isinstance(command, Grant | Reject):
+                self._answer(command)
+            elif isinstance(command, SetDesired):
+                self._desired[command.model] = command.replicas
+                rescaled = True
+        if rescaled:
+            self._publish_desired()
+
+    def _answer(self, answer: Grant | Reject) -> None:
+        parked = self._parked.pop(answer.request, None)
+        if parked is not None and not parked.answer.done():
+            parked.answer.set_result(answer)
+        elif isinstance(answer, Grant):
+            # Nobody waits for this grant any more: its caller vanished between the two events.
+            logger.warning("grant %s has no taker, released", answer.request)
+            self._post(LeaseReleased(answer.request, answer.generation))
+
+    def _publish_desired(self) -> None:
+        self._desired_version += 1
+        self._desired_changed.set()
+        self._desired_changed = asyncio.Event()
+
+    def _arm_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        deadline = self._ledger.next_deadline()
+        if deadline is not None:
+            delay = max(0.001, deadline - time.monotonic())
+            self._timer = asyncio.get_event_loop().call_later(delay, self._post, Ticked())
+
+    async def _park_while_alive(self, actor_id: str) -> None:
+        if await effects.is_dead(actor_id):
+            self._bury(actor_id)
+        else:
+            await asyncio.Event().wait()
+
+    def _bury(self, actor_id: str) -> None:
+        replica = self._replica_of_actor.pop(actor_id, None)
+        if replica is not None:
+            self._progress.pop(replica, None)
+            self._post(ReplicaGone(replica))
+        holder = self._holder_of_actor.pop(actor_id, None)
+        if holder is not None:
+            self._post(HolderDied(holder))
+            for request in [request for request, parked in self._parked.items() if parked.holder == holder]:
+                self._parked.pop(request).answer.cancel()
+
+    async def _watch_deaths(self) -> None:
+        while True:
+            try:
+                async for actor_id in effects.dead_actors():
+                    self._bury(actor_id)
+            except Exception:
+                logger.exception("lost sight of dying actors, looking again")
+                await asyncio.sleep(1.0)
+                for actor_id in [*self._replica_of_actor, *self._holder_of_actor]:
+                    if await effects.is_dead(actor_id):
+                        self._bury(actor_id)
+
+    async def _watch_nodes(self) -> None:
+        seen: dict[str, Any] = {}
+        while True:
+            try:
+                nodes = await effects.machines(self._spec.node_memory_mib)
+                if nodes != seen:
+                    self._post(NodesChanged(nodes))
+                    seen = nodes
+            except Exception:
+                logger.exception("could not read the list of machines")
+            await asyncio.sleep(NODES_PERIOD_S)

@@ -1,0 +1,232 @@
+"""The one schema of the configuration, and how files and environment variables are laid over it.
+
+Frozen after it is read. Unknown keys are refused with their path and the nearest known key, since a mistyped key
+that is silently ignored costs a user an evening. `serve_config.yaml` carries this schema under
+`applications[0].args`, whole or as `config: path.yaml`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cluster.ledger.specs import ModelSpec, PoolSpec
+
+CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
+FlashAttention = Literal["on", "off", "auto"]
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names the file, the path of the key and what is wrong."""
+
+
+class FakeFaults(BaseModel):
+    """`engine_kwargs` of `backend: fake`. Times in seconds; `tokens` is the default length of an answer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    load_s: Annotated[float, Field(ge=0)] = 0.0
+    ttft_s: Annotated[float, Field(ge=0)] = 0.0
+    tokens_per_s: Annotated[float, Field(gt=0)] = 100.0
+    tokens: Annotated[int, Field(ge=1)] = 16
+    fault: Literal[
+        "none", "load_fails", "load_hangs", "cut_mid_stream", "hang_mid_stream", "rate_limited", "malformed"
+    ] = "none"
+
+
+class LlamaCppKwargs(BaseModel):
+    """`engine_kwargs` of `backend: llama_cpp`. `n_threads` defaults to the engine's own choice, `n_batch` likewise."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    n_threads: Annotated[int, Field(ge=1)] | None = None
+    n_batch: Annotated[int, Field(ge=32)] | None = None
+
+
+class ModelConfig(BaseModel):
+    """One model, under its public id. Times in seconds, memory in MiB; both spellings of the replica keys are read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
+
+    backend: Literal["llama_cpp", "gguf", "fake"] = "llama_cpp"
+    model_path: str | None = None
+    aliases: tuple[str, ...] = ()
+    prompt_format: str | None = None
+    enabled: bool = False
+    activation: Literal["on_demand", "manual"] = "on_demand"
+    pinned: bool = False
+    num_gpus: Annotated[float, Field(ge=0)] = 0
+    num_cpus: Annotated[float, Field(ge=0)] = 0
+    memory_mib: Annotated[int, Field(ge=1)] | None = None
+    min_replicas: Annotated[int, Field(ge=0, alias="replicas")] = 0
+    max_replicas: Annotated[int, Field(ge=1, alias="replica_max")] = 1
+    target_inflight: Annotated[int, Field(ge=1, le=256)] = 8
+    max_queued: Annotated[int, Field(ge=0)] | None = None
+    idle_timeout: Annotated[float, Field(ge=0)] | None = None
+    load_timeout: Annotated[float, Field(gt=0)] | None = None
+    request_timeout: Annotated[float, Field(gt=0)] | None = None
+    gguf_n_ctx: Annotated[int, Field(ge=1)] | None = None
+    gguf_flash_attn: FlashAttention = "auto"
+    gguf_type_k: CacheType | None = None
+    gguf_type_v: CacheType | None = None
+    gguf_n_gpu_layers: int = -1
+    engine_kwargs: FakeFaults | LlamaCppKwargs = LlamaCppKwargs()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _typed_engine_kwargs(cls, data: Any) -> Any:
+        """Check `engine_kwargs` against the schema of this model's backend, so that errors name the right keys."""
+        if not isinstance(data, dict) or not isinstance(data.get("engine_kwargs"), dict | None):
+            return data
+        schema = FakeFaults if data.get("backend") == "fake" else LlamaCppKwargs
+        return {**data, "engine_kwargs": schema.model_validate(data.get("engine_kwargs") or {})}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ModelConfig:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"replicas ({self.min_replicas}) is larger than replica_max ({self.max_replicas})")
+        if self.backend != "fake" and not self.model_path:
+            raise ValueError(f"model_path is required for backend {self.backend}")
+        if self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
+            raise ValueError("num_gpus above 1 must be a whole number of devices")
+        return self
+
+    @property
+    def format(self) -> str:
+        return "fake" if self.backend == "fake" else "gguf"
+
+
+class PoolConfig(BaseModel):
+    """The whole pool: its models and the keys that hold for all of them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    models: dict[str, ModelConfig] = Field(default_factory=dict)
+    default_model: str | None = None
+    capacity: Annotated[int, Field(ge=0)] = 0
+    mem_budget_mb: Annotated[int, Field(ge=0)] = 0
+    queue_max_size: Annotated[int, Field(ge=0)] = 100
+    request_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    startup_timeout: Annotated[float, Field(gt=0)] = 120.0
+    default_idle_timeout: Annotated[float, Field(ge=0)] = 300.0
+    api_keys: tuple[str, ...] = ()
+    max_body_mb: Annotated[float, Field(gt=0)] = 32.0
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> PoolConfig:
+        seen = dict.fromkeys(self.models, "a model id")
+        for name, model in self.models.items():
+            for alias in model.aliases:
+                if alias in seen:
+                    raise ValueError(f"models.{name}.aliases: {alias!r} is already {seen[alias]}")
+                seen[alias] = f"an alias of {name!r}"
+        if self.default_model is not None and self.default_model not in seen:
+            raise ValueError(f"default_model: {self.default_model!r} is not a configured model")
+        return self
+
+    def resolve(self, name: str) -> str | None:
+        """The id of the model that a client calls `name` (an id or an alias); None when there is none."""
+        if name in self.models:
+            return name
+        return next((model_id for model_id, model in self.models.items() if name in model.aliases), None)
+
+    def request_timeout_s(self, model_id: str) -> float:
+        """The longest that one request of a model may take, queue and load included, in seconds."""
+        return self.models[model_id].request_timeout or self.request_timeout_seconds
+
+    def longest_request_s(self) -> float:
+        """The bound on every request's life; Serve's own grace period must lie above it."""
+        return max([self.request_timeout_seconds, *(self.request_timeout_s(m) for m in self.models)])
+
+    def spec(self) -> PoolSpec:
+        """The pool as the ledger sees it, without its machines."""
+        return PoolSpec(
+            models={name: self._model_spec(name, model) for name, model in self.models.items()},
+            capacity=self.capacity,
+            queue_max_size=self.queue_max_size,
+            drain_timeout_s=self.longest_request_s(),
+            node_memory_mib=self.mem_budget_mb,
+        )
+
+    def _model_spec(self, name: str, model: ModelConfig) -> ModelSpec:
+        return ModelSpec(
+            name=name,
+            slots=model.target_inflight,
+            num_gpus=model.num_gpus,
+            num_cpus=model.num_cpus,
+            memory_mib=model.memory_mib or 0,
+            min_replicas=model.min_replicas,
+            max_replicas=model.max_replicas,
+            max_queued=model.max_queued,
+            idle_timeout_s=self.default_idle_timeout if model.idle_timeout is None else model.idle_timeout,
+            load_timeout_s=model.load_timeout or self.startup_timeout,
+            pinned=model.pinned,
+            preload=model.enabled,
+            manual=model.activation == "manual",
+        )
+
+
+#: Environment variables that override a pool-wide key, and the key.
+ENVIRONMENT = {
+    "INFERENCE_QUEUE_MAX_SIZE": "queue_max_size",
+    "INFERENCE_REQUEST_TIMEOUT_SECONDS": "request_timeout_seconds",
+    "DEFAULT_IDLE_TIMEOUT": "default_idle_timeout",
+    "STARTUP_TIMEOUT": "startup_timeout",
+}
+
+
+def load_config(args: Mapping[str, Any] | None, environ: Mapping[str, str] = os.environ) -> PoolConfig:
+    """Read the configuration from an application's `args`: the keys themselves, or `config: path` alone.
+
+    Values of the environment variables in `ENVIRONMENT` win. Raises `ConfigError` with one line per mistake.
+    """
+    data = dict(args or {})
+    source = "serve_config.yaml: args"
+    if "config" in data:
+        path = Path(str(data.pop("config"))).expanduser()
+        if data:
+            raise ConfigError(f"args: 'config' stands alone, but {sorted(data)} stand beside it")
+        data, source = read_yaml(path), str(path)
+    for variable, key in ENVIRONMENT.items():
+        if variable in environ:
+            data[key] = environ[variable]
+    try:
+        return PoolConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(source, item) for item in error.errors())) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds one mapping. Raises `ConfigError` when it is missing, broken or something else."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top")
+    return data
+
+
+def _explain(source: str, item: Any) -> str:
+    """One line for one mistake; an unknown key is told the nearest known one."""
+    location = [str(part) for part in item["loc"]]
+    path = ".".join(location)
+    if item["type"] != "extra_forbidden":
+        return f"{source}: {path or 'config'}: {item['msg']}"
+    near = difflib.get_close_matches(location[-1], _known_keys(location), n=1)
+    return f"{source}: {path}: unknown key" + (f", did you mean {near[0]!r}?" if near else "")
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    if "engine_kwargs" in location:
+        return [*FakeFaults.model_fields, *LlamaCppKwargs.model_fields]
+    fields = ModelConfig.model_fields if location[0] == "models" and len(location) > 2 else PoolConfig.model_fields
+    return [*fields, *(field.alias for field in fields.values() if field.alias)]

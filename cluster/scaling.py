@@ -1,0 +1,47 @@
+"""Serve's application-level autoscaling policy: replica counts follow the ledger.
+
+Serve calls the policy ten times a second inside its controller's event loop, so the call must never block and never
+raise. A daemon thread parks in the ledger until the counts change; the call itself reads what the thread left.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import ray
+
+from cluster import effects
+
+#: Pause before the ledger is looked for again, in seconds.
+RETRY_S = 0.2
+
+
+class LedgerPolicy:
+    """Named as `cluster.scaling:LedgerPolicy` in `serve_config.yaml`; made once, in Serve's controller."""
+
+    def __init__(self, **_: Any) -> None:
+        self._desired: dict[str, int] | None = None
+        threading.Thread(target=self._follow, name="slotpool-policy", daemon=True).start()
+
+    def __call__(self, contexts: dict[Any, Any]) -> tuple[dict[Any, int], dict[Any, Any]]:
+        """The replica count of each deployment. Without word from a ledger everything stays as it is."""
+        desired = self._desired
+        if desired is None:
+            return {key: context.target_num_replicas for key, context in contexts.items()}, {}
+        return {key: desired.get(key.name, 0) for key in contexts}, {}
+
+    def _follow(self) -> None:
+        version = -1
+        ledger = None
+        while True:
+            try:
+                if ledger is None:
+                    ledger, version = effects.find_ledger(), -1
+                version, desired = ray.get(ledger.desired.remote(version), timeout=120.0)
+                self._desired = {effects.deployment_name(model): count for model, count in desired.items()}
+            except Exception:
+                # Whatever happened to the ledger, the last counts stay in force until it is back.
+                ledger = None
+                time.sleep(RETRY_S)

@@ -1,0 +1,1 @@
+"""One file per engine, each behind the protocol in `protocol.py`; engine libraries are imported lazily."""

@@ -1,0 +1,170 @@
+"""One request's walk: ask the ledger for a lease, stream from the leased replica, give the lease back in `finally`.
+
+Every family of routes and the Python handle come through here, so there is one place where a lease can be lost. It
+knows nothing of HTTP. Before the first byte a request whose replica vanished is tried once more elsewhere; after it,
+the client gets an error event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import RayServeException
+
+from cluster import effects, errors
+from cluster.actor import HolderState
+from cluster.client import LedgerClient
+from cluster.config import PoolConfig
+from cluster.ledger.events import Grant
+from deployments.engines.protocol import Call
+from deployments.sse import comment, error_event
+
+logger = logging.getLogger("slotpool.gateway")
+
+#: A waiting stream says where it waits this often, in seconds.
+KEEP_ALIVE_S = 5.0
+#: How often a request is tried on another replica, when its own vanished before the first byte.
+RETRIES = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A validated request: the model's id, the OpenAI route, the body for the engine, and the pool's own fields."""
+
+    model: str
+    path: str
+    body: dict[str, Any]
+    request_id: str
+    priority: int = 2
+    timeout_s: float = 600.0
+    keep_alive_s: float | None = None
+
+
+class Gateway:
+    """The requests of one ingress process. `handles` maps every model id to its deployment's handle."""
+
+    def __init__(self, config: PoolConfig, handles: Mapping[str, Any]) -> None:
+        self.config = config
+        self.ledger = LedgerClient(config.spec())
+        self._handles = handles
+        self._pinned: dict[str, Any] = {}
+        self._holder = uuid.uuid4().hex
+        self._leases: dict[str, Grant] = {}
+        self._actor_id, _ = effects.this_actor()
+        self._attached = asyncio.create_task(self.ledger.stay_attached("attach_holder", self._state))
+
+    def _state(self) -> HolderState:
+        return HolderState(self._holder, self._actor_id, self.config.spec(), tuple(self._leases.values()))
+
+    async def stream(self, ask: Ask) -> AsyncGenerator[bytes, None]:
+        """The answer of the engine: SSE events for a streaming body, one JSON body otherwise.
+
+        Waiting streams yield a comment every few seconds. Raises a `PoolError` for anything that goes wrong before
+        the first byte; later failures of a stream are an error event. Closing the generator frees the slot.
+        """
+        arrived = time.monotonic()
+        started = False
+        for attempt in range(RETRIES + 1):
+            try:
+                async with contextlib.aclosing(self._attempt(ask, arrived, started)) as chunks:
+                    async for chunk in chunks:
+                        started = started or not chunk.startswith(b":")
+                        yield chunk
+                return
+            except errors.ReplicaGone as error:
+                failure: errors.PoolError = error
+                if not started and attempt < RETRIES:
+                    continue
+            except errors.PoolError as error:
+                failure = error
+            if started:
+                yield error_event(failure)
+                return
+            raise failure
+
+    async def _attempt(self, ask: Ask, arrived: float, started: bool) -> AsyncGenerator[bytes, None]:
+        # Each attempt has an id of its own: the lease of a vanished replica may still be in the ledger's books.
+        request = uuid.uuid4().hex
+        waiting = asyncio.ensure_future(
+            self.ledger.acquire(
+                request, self._holder, ask.model, ask.priority, self._left(ask, arrived), ask.keep_alive_s
+            )
+        )
+        lease = None
+        try:
+            while True:
+                done, _ = await asyncio.wait([waiting], timeout=KEEP_ALIVE_S if ask.body.get("stream") else None)
+                if done:
+                    break
+                yield await self._where(request)
+            lease = waiting.result()
+            self._leases[request] = lease
+            async for chunk in self._run(ask, lease, arrived):
+                yield chunk
+        finally:
+            if lease is None and not waiting.cancel():
+                # Granted in the very moment in which the client left.
+                with contextlib.suppress(errors.PoolError, asyncio.CancelledError):
+                    lease = waiting.result()
+            if lease is not None:
+                self._leases.pop(request, None)
+                self.ledger.release(lease)
+
+    async def _run(self, ask: Ask, lease: Grant, arrived: float) -> AsyncGenerator[bytes, None]:
+        handle = self._pinned.get(lease.replica)
+        if handle is None:
+            handle = self._pin(lease)
+        call = Call(
+            path=ask.path,
+            body=ask.body,
+            request_id=ask.request_id,
+            queue_wait_ms=lease.queue_wait_s * 1e3,
+            load_wait_ms=lease.load_wait_s * 1e3,
+            pool_elapsed_ms=(time.monotonic() - arrived) * 1e3,
+        )
+        answer = handle.generate.remote(lease, call, self._left(ask, arrived))
+        finished = False
+        try:
+            async for chunk in answer:
+                yield chunk
+            finished = True
+        except (RayError, RayServeException, errors.PoolError) as error:
+            finished = True
+            raise self._translate(error, lease) from None
+        finally:
+            if not finished:
+                answer.cancel()
+
+    def _pin(self, lease: Grant) -> Any:
+        """A handle that reaches one replica only. Kept per replica, since making one costs more than a call."""
+        if len(self._pinned) > 1000:
+            self._pinned.clear()
+        handle = self._handles[lease.model].options(session_id=lease.replica, stream=True)
+        self._pinned[lease.replica] = handle
+        return handle
+
+    def _translate(self, error: BaseException, lease: Grant) -> errors.PoolError:
+        cause = getattr(error, "cause", None) or error
+        if isinstance(cause, errors.PoolError):
+            return cause
+        if isinstance(cause, RayActorError | RayServeException) or isinstance(error, RayActorError | RayServeException):
+            return errors.ReplicaGone(f"the replica of {lease.model} went away", retry_after=1)
+        logger.error("calling a replica of %s failed: %r", lease.model, error)
+        return errors.PoolError(f"the replica of {lease.model} failed")
+
+    def _left(self, ask: Ask, arrived: float) -> float:
+        return max(0.0, arrived + ask.timeout_s - time.monotonic())
+
+    async def _where(self, request: str) -> bytes:
+        where = await self.ledger.waiting(request)
+        if where is not None and where[0] == "loading":
+            return comment(f"loading model={where[1]}")
+        return comment(f"queued position={where[1]}" if where else "queued")

@@ -1,0 +1,70 @@
+"""The Serve deployment at the front: it owns the gateway, hosts the HTTP application, and is the Python handle."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import uuid
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+from ray.serve.handle import DeploymentHandle
+
+from cluster import errors
+from cluster.config import PoolConfig
+from deployments.gateway import Ask, Gateway
+from deployments.requests import CHAT, parse_ask
+
+
+class Ingress:
+    """`serve.get_app_handle("slotpool")` is a handle of this class; `chat` and `chat_stream` are for other Ray jobs.
+
+    `build_http` makes the ASGI application around the gateway; it comes from outside, since the front door's rooms
+    lie above this one.
+    """
+
+    async def __init__(  # type: ignore[misc]
+        self, config: PoolConfig, build_http: Callable[[Gateway], Any], **handles: DeploymentHandle
+    ) -> None:
+        self._build_http = build_http
+        self._gateway = Gateway(config, {model: handles[key] for model, key in handle_keys(config).items()})
+
+    def __serve_build_asgi_app__(self) -> Any:
+        return self._build_http(self._gateway)
+
+    async def chat(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Run one chat and return the OpenAI `chat.completion` object.
+
+        `body` is a `/v1/chat/completions` body. Raises the `PoolError` that HTTP would have answered.
+        """
+        ask = self._ask({**body, "stream": False})
+        async with contextlib.aclosing(self._gateway.stream(ask)) as chunks:
+            return json.loads(b"".join([chunk async for chunk in chunks]))  # type: ignore[no-any-return]
+
+    async def chat_stream(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+        """Run one chat and yield OpenAI `chat.completion.chunk` objects; call it with `options(stream=True)`.
+
+        Raises the `PoolError` that HTTP would have answered, also for a failure in mid-stream.
+        """
+        ask = self._ask({**body, "stream": True})
+        async with contextlib.aclosing(self._gateway.stream(ask)) as chunks:
+            async for chunk in chunks:
+                for event in chunk.split(b"\n\n"):
+                    if event.startswith(b"data: {"):
+                        yield _chunk(event[6:])
+
+    def _ask(self, body: dict[str, Any]) -> Ask:
+        return parse_ask(self._gateway.config, CHAT, body, request_id=uuid.uuid4().hex)
+
+
+def handle_keys(config: PoolConfig) -> dict[str, str]:
+    """The keyword under which each model's handle is bound: ids need not be Python names."""
+    return {model: f"model_{index}" for index, model in enumerate(config.models)}
+
+
+def _chunk(data: bytes) -> dict[str, Any]:
+    chunk: dict[str, Any] = json.loads(data)
+    if "error" in chunk:
+        error = chunk["error"]
+        raise errors.BackendUnavailable(error["message"], code=error["code"])
+    return chunk

@@ -1,0 +1,114 @@
+"""One replica of one model: it hosts an engine, tells the ledger of its life, and streams answers as bytes.
+
+A failed load never raises into Serve, which would restart the process by itself: the replica reports the failure and
+waits to be stopped. No request is served without a lease that names this very replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+
+from ray import serve
+
+from cluster import effects
+from cluster.actor import ReplicaState
+from cluster.client import LedgerClient
+from cluster.config import PoolConfig
+from cluster.errors import BackendTimeout, BackendUnavailable, PoolError, ReplicaGone
+from cluster.ledger.events import Grant
+from deployments.coalesce import coalesce
+from deployments.engines.build import build_engine
+from deployments.engines.protocol import Call, Engine
+from deployments.sse import error_event
+from deployments.weights import resolve_weights
+
+logger = logging.getLogger("slotpool.replica")
+
+
+class Replica:
+    """The Serve deployment class behind every model."""
+
+    async def __init__(self, config: PoolConfig, model: str) -> None:  # type: ignore[misc]
+        self._model = model
+        self._uid: str = serve.get_replica_context().replica_id.unique_id
+        self._model_config = config.models[model]
+        self._engine: Engine | None = None
+        self._ledger = LedgerClient(config.spec())
+        self._actor_id, self._node = effects.this_actor()
+        self._failed: str | None = None
+        self._active = 0
+        self._life = [
+            asyncio.create_task(self._ledger.stay_attached("attach_replica", self._state)),
+            asyncio.create_task(self._load()),
+        ]
+
+    def _state(self) -> ReplicaState:
+        return ReplicaState(self._model, self._uid, self._actor_id, self._node, self._engine is not None, self._failed)
+
+    async def _load(self) -> None:
+        loop = asyncio.get_running_loop()
+
+        def progress(fraction: float) -> None:
+            loop.call_soon_threadsafe(self._ledger.tell, "replica_progress", self._uid, fraction)
+
+        try:
+            path = await asyncio.to_thread(resolve_weights, self._model_config.model_path)
+            engine = build_engine(self._model, self._model_config, path)
+            await engine.load(progress)
+        except Exception as error:
+            known = isinstance(error, PoolError)
+            if not known:
+                logger.exception("loading %s failed", self._model)
+            self._failed = str(error) if known else f"{type(error).__name__} while loading"
+            self._ledger.tell("replica_failed", self._uid, self._failed)
+            return
+        self._engine = engine
+        self._ledger.tell("replica_ready", self._uid, engine.info().memory_mib)
+
+    async def generate(self, lease: Grant, call: Call, timeout_s: float) -> AsyncIterator[bytes]:
+        """Answer one leased call with the engine's bytes, coalesced. Raises a `PoolError` before the first item.
+
+        A failure after the first item of a stream becomes a well-formed error event. `timeout_s` bounds the run.
+        """
+        engine = self._engine
+        if lease.replica != self._uid or engine is None:
+            raise ReplicaGone(f"{self._model} is not served by this replica")
+        started = False
+        self._active += 1
+        try:
+            source = coalesce(engine.generate(call), self._window_s, timeout_s)
+            async with contextlib.aclosing(source) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+                    started = True
+        except Exception as error:
+            failure = self._as_pool_error(error)
+            if not (started and call.stream):
+                raise failure from None
+            yield error_event(failure)
+        finally:
+            self._active -= 1
+
+    def _window_s(self) -> float:
+        """How long to collect a stream's chunks: nothing while it is alone, up to 50 ms when many share the replica.
+
+        Every chunk that leaves costs the same whatever it carries, so the rate of chunks is what a busy pool saves.
+        """
+        return min(0.05, 0.004 * (self._active - 1))
+
+    def _as_pool_error(self, error: Exception) -> PoolError:
+        if isinstance(error, PoolError):
+            return error
+        if isinstance(error, TimeoutError):
+            return BackendTimeout("the request ran longer than it may", phase="running")
+        logger.exception("%s failed", self._model)
+        return BackendUnavailable(f"the engine of {self._model} failed: {type(error).__name__}")
+
+    async def __del__(self) -> None:
+        for task in self._life:
+            task.cancel()
+        if self._engine is not None:
+            await self._engine.unload()
