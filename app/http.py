@@ -72,7 +72,8 @@ class Doorman:
         kind, _, key = headers.get(b"authorization", b"").partition(b" ")
         key = key.strip() if kind.lower() == b"bearer" else headers.get(b"x-api-key", b"")
         # Every key is compared, in constant time each, so that the answer's delay tells nothing.
-        return any([secrets.compare_digest(key, known.encode()) for known in self._keys])
+        matches = [secrets.compare_digest(key, known.encode()) for known in self._keys]
+        return any(matches)
 
 
 def error_response(error: errors.PoolError) -> Response:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from cluster import effects
+from cluster.announcements import HolderState, ReplicaState
 from cluster.ledger.events import (
     ConfigChanged,
     Grant,
@@ -42,27 +43,6 @@ logger = logging.getLogger("slotpool.ledger")
 RECOVERY_S = 2.0
 #: How often the list of machines is read, in seconds; nothing but the arrival of a new machine waits for it.
 NODES_PERIOD_S = 5.0
-
-
-class ReplicaState(NamedTuple):
-    """What a replica says of itself each time it attaches. `ready` is false while its engine loads."""
-
-    model: str
-    replica: str
-    actor_id: str
-    node: str
-    ready: bool
-    failed: str | None = None
-    memory_mib: int | None = None
-
-
-class HolderState(NamedTuple):
-    """What an ingress says of itself each time it attaches: the leases it holds, for a ledger that forgot them."""
-
-    holder: str
-    actor_id: str
-    spec: PoolSpec
-    leases: tuple[Grant, ...] = ()
 
 
 class _Parked(NamedTuple):

@@ -93,5 +93,5 @@ async def dead_actors() -> AsyncIterator[str]:
 
 async def is_dead(actor_id: str) -> bool:
     """Whether an actor is dead already; closes the gap between its announcement and the first event about it."""
-    states = await asyncio.to_thread(ray._private.state.actors, actor_id)  # type: ignore[attr-defined]
+    states = await asyncio.to_thread(ray._private.state.actors, actor_id)
     return not states or states["State"] == "DEAD"

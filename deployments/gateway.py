@@ -20,7 +20,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import RayServeException
 
 from cluster import effects, errors
-from cluster.actor import HolderState
+from cluster.announcements import HolderState
 from cluster.client import LedgerClient
 from cluster.config import PoolConfig
 from cluster.ledger.events import Grant

