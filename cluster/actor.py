@@ -139,7 +139,7 @@ class LedgerActor:
     async def desired(self, seen_version: int, timeout_s: float = 30.0) -> tuple[int, dict[str, int]]:
         """The number of replicas wanted per model. Parks until it differs from `seen_version`, or `timeout_s`."""
         with contextlib.suppress(TimeoutError):
-            while self._desired_version == seen_version or self._ledger.recovering:
+            while self._desired_version == seen_version or self._ledger.is_recovering:
                 await asyncio.wait_for(self._desired_changed.wait(), timeout_s)
         return self._desired_version, dict(self._desired)
 
@@ -149,7 +149,7 @@ class LedgerActor:
         """The ledger's life, with the progress of the loads under way."""
         snapshot = self._ledger.snapshot()
         for replica in snapshot["replicas"]:
-            if replica["replica"] in self._progress:
+            if replica["state"] == "STARTING" and replica["replica"] in self._progress:
                 replica["progress"] = round(self._progress[replica["replica"]], 3)
         return snapshot
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from cluster.ledger.specs import ModelSpec, PoolSpec
 
@@ -76,16 +76,14 @@ class ModelConfig(BaseModel):
     gguf_type_k: CacheType | None = None
     gguf_type_v: CacheType | None = None
     gguf_n_gpu_layers: int = -1
-    engine_kwargs: FakeFaults | LlamaCppKwargs = LlamaCppKwargs()
+    engine_kwargs: FakeFaults | LlamaCppKwargs = Field(default=None, validate_default=True)  # type: ignore[assignment]
 
-    @model_validator(mode="before")
+    @field_validator("engine_kwargs", mode="before")
     @classmethod
-    def _typed_engine_kwargs(cls, data: Any) -> Any:
+    def _typed_engine_kwargs(cls, value: Any, info: ValidationInfo) -> Any:
         """Check `engine_kwargs` against the schema of this model's backend, so that errors name the right keys."""
-        if not isinstance(data, dict) or not isinstance(data.get("engine_kwargs"), dict | None):
-            return data
-        schema = FakeFaults if data.get("backend") == "fake" else LlamaCppKwargs
-        return {**data, "engine_kwargs": schema.model_validate(data.get("engine_kwargs") or {})}
+        schema = FakeFaults if info.data.get("backend") == "fake" else LlamaCppKwargs
+        return schema.model_validate(value or {})
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:

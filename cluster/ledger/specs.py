@@ -49,6 +49,7 @@ class NodeSpec:
     gpus: int = 0
     cpus: float = 0.0
     memory_mib: int = 0
+    device_memory_mib: int = 0
 
 
 @dataclass(frozen=True, slots=True)
