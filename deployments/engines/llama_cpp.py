@@ -4,8 +4,10 @@ A request passes three stages: `Preparer` checks it and makes tokens of it, `Dec
 and an `Answer` renders what arrives as OpenAI bytes. This module only joins them; it owns the model's life and knows
 nothing of leases. Structured output, tools and stop strings come from `deployments.engines.chat`.
 
-Greedy answers on a CPU do not depend on what else runs: the kernels give bit-identical scores for a sequence, whatever
-shares its batch, as long as no prompt is evaluated in pieces of 64 tokens or more (see `CPU_PREFILL_CHUNK`).
+Greedy answers on a CPU with flash attention do not depend on what else runs, up to 256 tokens of context: the kernels
+give bit-identical scores for a sequence, whatever shares its batch, as long as no prompt is evaluated in pieces of 64
+tokens or more (see `CPU_PREFILL_CHUNK`). Beyond that, ggml splits a lone sequence's cache over its threads, but not a
+batch's, and the sums round differently. Without flash attention, batches round differently from the start.
 """
 
 from __future__ import annotations

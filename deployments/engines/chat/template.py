@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import meta, nodes
@@ -183,7 +183,7 @@ def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 class _Generation(Extension):
     """`{% generation %}…{% endgeneration %}` marks what a model learns from; for a prompt it means nothing."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as an instance variable)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

@@ -1,0 +1,40 @@
+"""Small helpers that call an engine as the replica does."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from deployments.engines.llama_cpp import LlamaCppEngine
+from deployments.engines.protocol import Call
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+
+
+def ask(text: str, **fields: Any) -> dict[str, Any]:
+    """A greedy chat body of one user message."""
+    return {"messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 24, **fields}
+
+
+async def body(engine: LlamaCppEngine, fields: dict[str, Any], path: str = CHAT) -> dict[str, Any]:
+    items = [item async for item in engine.generate(Call(path, fields, "r"))]
+    assert len(items) == 1
+    answer: dict[str, Any] = json.loads(items[0])
+    return answer
+
+
+async def text(engine: LlamaCppEngine, fields: dict[str, Any]) -> str:
+    content: str = (await body(engine, fields))["choices"][0]["message"]["content"]
+    return content
+
+
+async def events(engine: LlamaCppEngine, fields: dict[str, Any], path: str = CHAT) -> list[dict[str, Any]]:
+    """The stream's events, after checking how it is framed."""
+    raw = b""
+    async for item in engine.generate(Call(path, {**fields, "stream": True}, "r")):
+        assert item.endswith(b"\n\n"), "an event was split"
+        raw += item
+    parts = raw.decode().split("\n\n")
+    assert parts[-2:] == ["data: [DONE]", ""]
+    return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]

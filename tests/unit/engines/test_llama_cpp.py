@@ -1,0 +1,411 @@
+"""The llama.cpp engine with real weights: what requests may ask for, and how sequences share the model."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from contextlib import aclosing
+from typing import Any
+
+import jsonschema
+import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from cluster.errors import (
+    BackendUnavailable,
+    ContextLengthExceeded,
+    InvalidRequest,
+    ModelUnavailable,
+    PoolError,
+    UnsupportedParameter,
+)
+from deployments.engines.llama_cpp import LlamaCppEngine
+from deployments.engines.protocol import Call
+from tests.unit.engines.drive import CHAT, COMPLETIONS, ask, body, events, text
+
+SEA = "Write one sentence about the sea."
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 12}, "unit": {"enum": ["C", "F"]}},
+            "required": ["city", "unit"],
+            "additionalProperties": False,
+        },
+    },
+}
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 10},
+        "married": {"type": "boolean"},
+        "colours": {"type": "array", "items": {"enum": ["red", "blue"]}, "minItems": 1, "maxItems": 2},
+    },
+    "required": ["name", "married", "colours"],
+    "additionalProperties": False,
+}
+
+
+def loop_of(engine: LlamaCppEngine) -> Any:
+    return engine._loop
+
+
+async def became_idle(engine: LlamaCppEngine) -> bool:
+    """Whether every sequence is freed, after one more step of the decode loop at most."""
+    loop = loop_of(engine)
+    for _ in range(2000):
+        if loop.idle:
+            return True
+        await asyncio.sleep(0)
+        await asyncio.to_thread(lambda: None)
+    return bool(loop.idle)
+
+
+async def test_info(engine: LlamaCppEngine) -> None:
+    info = engine.info()
+    assert info.context_length == 1024
+    assert info.paths == {CHAT, COMPLETIONS}
+    assert info.format == "gguf"
+    assert info.memory_mib
+    assert 200 < info.memory_mib < 400
+
+
+async def test_stream_and_body_say_the_same(engine: LlamaCppEngine) -> None:
+    whole = await body(engine, ask(SEA))
+    ChatCompletion.model_validate(whole)
+    chunks = await events(engine, ask(SEA, stream_options={"include_usage": True}))
+    for chunk in chunks:
+        ChatCompletionChunk.model_validate(chunk)
+    streamed = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks if c["choices"])
+    assert streamed == whole["choices"][0]["message"]["content"]
+    assert chunks[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"] == 24
+    assert len(chunks) > 10, "tokens come one by one"
+    metrics = chunks[-1]["metrics"]
+    assert metrics["pool_total_wall_ms"] >= metrics["engine_total_wall_ms"] >= metrics["backend_inference_wall_ms"] > 0
+    assert metrics["engine_output_tokens"] == 24
+
+
+async def test_the_answers_model_is_the_requests(engine: LlamaCppEngine) -> None:
+    assert (await body(engine, ask(SEA, model="alias", max_tokens=1)))["model"] == "alias"
+    assert (await body(engine, ask(SEA, max_tokens=1)))["model"] == "smollm2"
+
+
+async def test_the_end_of_sequence_token_stops(engine: LlamaCppEngine) -> None:
+    choice = (await body(engine, ask(SEA, max_tokens=100)))["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert "<|im_end|>" not in choice["message"]["content"]
+
+
+async def test_a_second_request_reuses_the_common_prefix(engine: LlamaCppEngine) -> None:
+    prompt = "Summarize: " + "the quick brown fox jumps over the lazy dog " * 10
+    first = (await body(engine, ask(prompt, max_tokens=4)))["usage"]
+    again = (await body(engine, ask(prompt, max_tokens=4)))["usage"]
+    assert first["prompt_tokens_details"]["cached_tokens"] < 50 < first["prompt_tokens"]
+    assert again["prompt_tokens_details"]["cached_tokens"] == again["prompt_tokens"] - 1
+    other = (await body(engine, ask(prompt + "and the end", max_tokens=4)))["usage"]
+    assert other["prompt_tokens_details"]["cached_tokens"] > 90
+
+
+async def test_requests_at_once_share_a_long_beginning(engine: LlamaCppEngine) -> None:
+    prompt = "Consider this list of things: " + "apple pear plum cherry grape melon " * 20
+    bodies = await asyncio.gather(*(body(engine, ask(f"{prompt} {n}", max_tokens=3)) for n in range(4)))
+    cached = sorted(answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in bodies)
+    assert cached[0] < 60, "one of them evaluates the prompt"
+    assert cached[1] > 100, "the others copy what it evaluated"
+    alone = await text(engine, ask(f"{prompt} 3", max_tokens=3))
+    assert bodies[3]["choices"][0]["message"]["content"] == alone
+
+
+async def test_a_long_prompt_does_not_stall_a_running_stream(engine: LlamaCppEngine) -> None:
+    order: list[str] = []
+    running = asyncio.Event()
+
+    async def short() -> None:
+        async for _ in engine.generate(Call(CHAT, ask(SEA, stream=True, max_tokens=60, ignore_eos=True), "s")):
+            order.append("s")
+            running.set()
+
+    async def long() -> None:
+        await running.wait()
+        order.append("submitted")
+        prompt = " ".join(str(number) for number in range(150))
+        async for _ in engine.generate(Call(CHAT, ask(prompt, stream=True, max_tokens=1), "l")):
+            order.append("l")
+
+    await asyncio.gather(short(), long())
+    between = order[order.index("submitted") : order.index("l")].count("s")
+    # About 540 prompt tokens in pieces of 63: the stream gets a token between any two pieces.
+    assert between >= 6
+
+
+async def test_closing_the_iterator_frees_the_sequence(engine: LlamaCppEngine) -> None:
+    async with aclosing(engine.generate(Call(CHAT, ask(SEA, stream=True, max_tokens=900, ignore_eos=True), "c"))) as s:  # type: ignore[type-var]
+        async for _ in s:
+            break
+        assert not loop_of(engine).idle
+    assert await became_idle(engine)
+
+
+async def test_cancelling_waiting_requests_frees_them_too(engine: LlamaCppEngine) -> None:
+    calls = [asyncio.ensure_future(text(engine, ask(SEA, max_tokens=900, ignore_eos=True))) for _ in range(12)]
+    await asyncio.sleep(0)
+    for call in calls:
+        call.cancel()
+    await asyncio.gather(*calls, return_exceptions=True)
+    assert await became_idle(engine)
+    assert await text(engine, ask(SEA, max_tokens=2))
+
+
+async def test_more_sequences_than_slots_wait_their_turn(engine: LlamaCppEngine) -> None:
+    answer = await body(engine, {"prompt": ["One", "Two", "Three"], "n": 4, "max_tokens": 3}, COMPLETIONS)
+    Completion.model_validate(answer)
+    assert [choice["index"] for choice in answer["choices"]] == list(range(12))
+    assert answer["usage"]["completion_tokens"] <= 36
+
+
+@pytest.mark.parametrize("fields", [{"max_tokens": 4}, {"max_tokens": None}])
+async def test_a_prompt_beyond_the_context_is_refused(engine: LlamaCppEngine, fields: dict[str, Any]) -> None:
+    steps = loop_of(engine).steps
+    with pytest.raises(ContextLengthExceeded) as refused:
+        await body(engine, ask("word " * 1100, **fields))
+    assert refused.value.status == 400
+    with pytest.raises(ContextLengthExceeded):
+        await body(engine, ask("word", max_tokens=1020))
+    assert loop_of(engine).steps == steps, "refused before the engine was touched"
+
+
+async def test_without_max_tokens_the_context_is_the_limit(engine: LlamaCppEngine) -> None:
+    answer = await body(engine, ask("word " * 960, max_tokens=None, ignore_eos=True))
+    assert answer["usage"]["total_tokens"] == 1024
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("topic", ["a king", "your neighbour", "Ada"])
+async def test_json_schema_answers_validate(engine: LlamaCppEngine, topic: str) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
+    fields = ask(f"Describe {topic} as JSON.", response_format=form, max_tokens=80, temperature=1.0, seed=3)
+    choice = (await body(engine, fields))["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    jsonschema.validate(json.loads(choice["message"]["content"]), PERSON)
+
+
+async def test_json_object_answers_are_objects(engine: LlamaCppEngine) -> None:
+    fields = ask('Answer with {"ok": true}', response_format={"type": "json_object"}, max_tokens=150)
+    choice = (await body(engine, fields))["choices"][0]
+    assert choice["message"]["content"].startswith("{")
+    if choice["finish_reason"] == "stop":
+        assert isinstance(json.loads(choice["message"]["content"]), dict)
+
+
+@pytest.mark.parametrize(
+    "schema", [{"$ref": "#/nowhere"}, {"type": "nonsense"}, {"type": "object", "properties": {"a": 1}}]
+)
+async def test_an_impossible_schema_is_refused(engine: LlamaCppEngine, schema: dict[str, Any]) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    with pytest.raises(InvalidRequest) as refused:
+        await body(engine, ask(SEA, response_format=form))
+    assert refused.value.param == "response_format"
+
+
+async def test_a_broken_grammar_is_refused(engine: LlamaCppEngine) -> None:
+    with pytest.raises(InvalidRequest):
+        await body(engine, ask(SEA, grammar="root ::= ("))
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+async def test_a_forced_tool_call_is_valid(engine: LlamaCppEngine, choice: Any) -> None:
+    fields = ask("What is the weather in Oslo?", tools=[WEATHER], tool_choice=choice, max_tokens=80)
+    answer = ChatCompletion.model_validate(await body(engine, fields)).choices[0]
+    assert answer.finish_reason == "tool_calls"
+    assert answer.message.content is None
+    assert answer.message.tool_calls
+    call = answer.message.tool_calls[0]
+    assert call.type == "function"
+    assert call.function.name == "get_weather"
+    jsonschema.validate(json.loads(call.function.arguments), WEATHER["function"]["parameters"])  # type: ignore[index]
+
+    chunks = [ChatCompletionChunk.model_validate(chunk) for chunk in await events(engine, fields)]
+    deltas = [delta for chunk in chunks for delta in chunk.choices[0].delta.tool_calls or []]
+    assert deltas[0].id
+    assert deltas[0].function
+    assert deltas[0].function.name == "get_weather"
+    assert len(deltas) > 3, "arguments are streamed"
+    assert "".join(d.function.arguments or "" for d in deltas if d.function) == call.function.arguments
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+async def test_tool_choice_none_never_calls(engine: LlamaCppEngine) -> None:
+    answer = await body(engine, ask("What is the weather?", tools=[WEATHER], tool_choice="none"))
+    assert "tool_calls" not in answer["choices"][0]["message"]
+    plain = await body(engine, ask("What is the weather?"))
+    assert answer["usage"]["prompt_tokens"] == plain["usage"]["prompt_tokens"]
+
+
+async def test_logprobs_are_a_distribution(engine: LlamaCppEngine) -> None:
+    answer = await body(engine, ask(SEA, logprobs=True, top_logprobs=20, max_tokens=6))
+    entries = answer["choices"][0]["logprobs"]["content"]
+    assert len(entries) == 6
+    for entry in entries:
+        total = sum(math.exp(other["logprob"]) for other in entry["top_logprobs"])
+        assert 0.2 < total <= 1.0001
+        assert entry["logprob"] == entry["top_logprobs"][0]["logprob"], "greedy takes the likeliest"
+        assert len(entry["top_logprobs"]) == 20
+    assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == answer["choices"][0]["message"]["content"]
+
+
+async def test_completion_logprobs_with_echo_score_the_prompt(engine: LlamaCppEngine) -> None:
+    fields = {"prompt": "The capital of France is", "max_tokens": 2, "temperature": 0, "logprobs": 2, "echo": True}
+    answer = await body(engine, fields, COMPLETIONS)
+    choice = answer["choices"][0]
+    assert choice["text"].startswith("The capital of France is")
+    scores = choice["logprobs"]
+    assert scores["token_logprobs"][0] is None
+    assert all(value < 0 for value in scores["token_logprobs"][1:])
+    assert len(scores["tokens"]) == answer["usage"]["total_tokens"]
+    assert "".join(scores["tokens"]) == choice["text"]
+
+
+async def test_prompts_as_text_and_as_tokens_are_the_same(engine: LlamaCppEngine) -> None:
+    tokens = engine._runtime.tokenize("Once upon a time", add_special=True, parse_special=True)  # type: ignore[union-attr]
+    answers = [
+        await body(engine, {"prompt": prompt, "max_tokens": 8, "temperature": 0}, COMPLETIONS)
+        for prompt in ("Once upon a time", ["Once upon a time"], tokens, [tokens])
+    ]
+    assert len({answer["choices"][0]["text"] for answer in answers}) == 1
+    with pytest.raises(InvalidRequest):
+        await body(engine, {"prompt": [10**9]}, COMPLETIONS)
+
+
+async def test_stop_strings_cut_and_never_leak(engine: LlamaCppEngine) -> None:
+    whole = await text(engine, ask(SEA))
+    middle = whole.split()[4]
+    stop = f"{middle[1:]} {whole.split()[5][:2]}"
+    expected = whole[: whole.index(stop)]
+    choice = (await body(engine, ask(SEA, stop=[stop, "never"])))["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (expected, "stop")
+    chunks = await events(engine, ask(SEA, stop=stop))
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == expected
+
+
+async def test_a_seed_reproduces_and_another_differs(engine: LlamaCppEngine) -> None:
+    def fields(seed: int) -> dict[str, Any]:
+        return ask(SEA, temperature=1.0, top_p=0.95, top_k=50, seed=seed, max_tokens=16)
+
+    one, same, other = await asyncio.gather(*(text(engine, fields(seed)) for seed in (7, 7, 8)))
+    assert one == same
+    assert one != other
+
+
+async def test_penalties_change_a_greedy_answer(engine: LlamaCppEngine) -> None:
+    prompt = "Repeat the word dog many times: dog dog dog dog dog dog"
+    plain = await text(engine, ask(prompt))
+    assert plain != await text(engine, ask(prompt, frequency_penalty=2.0))
+    assert plain != await text(engine, ask(prompt, repeat_penalty=1.8))
+
+
+async def test_logit_bias_forces_and_forbids(engine: LlamaCppEngine) -> None:
+    runtime = engine._runtime
+    assert runtime
+    token = runtime.tokenize(" blue", add_special=False, parse_special=False)[0]
+    assert await text(engine, ask(SEA, logit_bias={str(token): 100}, max_tokens=3)) == " blue blue blue"
+    first = (await text(engine, ask(SEA, max_tokens=1))).strip()
+    forbidden = runtime.tokenize(first, add_special=False, parse_special=False)[0]
+    assert (await text(engine, ask(SEA, max_tokens=1, logit_bias={str(forbidden): -100}))).strip() != first
+
+
+async def test_a_character_of_several_tokens_is_shown_whole(engine: LlamaCppEngine) -> None:
+    answer = ask("Say it.", grammar='root ::= "👋🏽é" "世"', max_tokens=30)
+    assert await text(engine, answer) == "👋🏽é世"
+    pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in await events(engine, answer)]
+    assert "".join(pieces) == "👋🏽é世"
+    assert all("\ufffd" not in piece for piece in pieces)
+    assert len([piece for piece in pieces if piece]) >= 3
+
+
+async def test_n_choices_are_separate(engine: LlamaCppEngine) -> None:
+    fields = ask(SEA, n=2, temperature=1.0, seed=5, max_tokens=12)
+    choices = (await body(engine, fields))["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1]
+    assert choices[0]["message"]["content"] != choices[1]["message"]["content"]
+    chunks = await events(engine, fields)
+    for index in (0, 1):
+        mine = [c["choices"][0] for c in chunks if c["choices"] and c["choices"][0]["index"] == index]
+        streamed = "".join(choice["delta"].get("content", "") for choice in mine)
+        assert streamed == choices[index]["message"]["content"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "path", "param"),
+    [
+        ({"prompt": "x", "suffix": "y"}, COMPLETIONS, "suffix"),
+        ({"prompt": "x", "best_of": 3}, COMPLETIONS, "best_of"),
+        (ask("x", modalities=["audio"]), CHAT, "modalities"),
+        (ask("x", reasoning_effort="high"), CHAT, "reasoning_effort"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, CHAT, "messages"),
+    ],
+)
+async def test_what_it_cannot_do_is_refused(
+    engine: LlamaCppEngine, fields: dict[str, Any], path: str, param: str
+) -> None:
+    with pytest.raises(UnsupportedParameter) as refused:
+        await body(engine, fields, path)
+    assert refused.value.param == param
+
+
+async def test_a_failed_decode_fails_its_batch_and_serving_goes_on(
+    engine: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = await text(engine, ask(SEA))
+    runtime = engine._runtime
+    decode = runtime.decode  # type: ignore[union-attr]
+
+    def fails_once() -> int:
+        monkeypatch.undo()
+        decode()
+        return -3
+
+    monkeypatch.setattr(runtime, "decode", fails_once)
+    with pytest.raises(BackendUnavailable):
+        await text(engine, ask(SEA))
+    assert await text(engine, ask(SEA)) == expected
+
+
+async def test_unload_during_a_call_fails_it_and_is_idempotent(smollm2: str) -> None:
+    engine = LlamaCppEngine(smollm2, model_id="m", slots=2, n_ctx=512)
+    progress: list[float] = []
+    await engine.load(progress.append)
+    assert progress == sorted(progress)
+    assert progress[-1] == 1.0
+    stream = engine.generate(Call(CHAT, ask(SEA, stream=True, max_tokens=400, ignore_eos=True), "u"))
+    assert b"data: " in await anext(stream)
+    waiting = [asyncio.ensure_future(text(engine, ask(SEA, max_tokens=400, ignore_eos=True))) for _ in range(3)]
+    await asyncio.sleep(0)
+    await engine.unload()
+    with pytest.raises(BackendUnavailable):
+        async for _ in stream:
+            pass
+    failures = await asyncio.gather(*waiting, return_exceptions=True)
+    assert all(isinstance(failure, BackendUnavailable) for failure in failures)
+    await engine.unload()
+    with pytest.raises(BackendUnavailable):
+        await text(engine, ask(SEA))
+
+
+async def test_a_model_that_cannot_be_loaded_says_why(tmp_path: Any) -> None:
+    pytest.importorskip("llama_cpp")
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + bytes(64))
+    for path, reason in ((broken, "could not load"), (tmp_path / "missing.gguf", "does not exist")):
+        with pytest.raises(ModelUnavailable, match=reason) as refused:
+            await LlamaCppEngine(str(path), model_id="m", slots=1).load(lambda fraction: None)
+        assert str(tmp_path) not in refused.value.message
+
+
+@pytest.mark.parametrize("fields", [{"flash_attn": "maybe"}, {"type_k": "q3"}])
+def test_unknown_options_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(PoolError):
+        LlamaCppEngine("x.gguf", model_id="m", slots=1, **fields)
