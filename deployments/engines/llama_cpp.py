@@ -29,8 +29,9 @@ from deployments.engines.llama_cpp_sampling import Sampler
 from deployments.engines.protocol import Call, EngineInfo, Progress
 
 #: Prompt tokens that one step may evaluate beside the running streams. On a CPU a step of 63 delays them by one
-#: quarter of a second with SmolLM2, and larger chunks gain little (a token takes 4.7 ms in chunks of 16, 4.0 at 64, 3.9 at 512), and a later first token.
-#: 63 and not 64, because ggml's flash attention changes to a tiled kernel, with other rounding, at 64 rows.
+#: quarter of a second with SmolLM2. Larger chunks gain little (a token takes 4.7 ms in chunks of 16, 4.0 at 64, 3.9
+#: at 512) and make the median first token later. 63 and not 64, because ggml's flash attention changes to a tiled
+#: kernel, with other rounding, at 64 rows.
 CPU_PREFILL_CHUNK = 63
 GPU_PREFILL_CHUNK = 512
 #: A request with more characters than this is prepared in a thread: tokenizing 20 kB takes some 5 ms.
