@@ -1,4 +1,4 @@
-"""Builds the HTTP application around a gateway: the families of routes, request ids, keys, and errors.
+"""Builds the HTTP application around a gateway: the families of routes, keys, and errors.
 
 Plain ASGI where it matters: a middleware class that wraps every chunk of a stream in a task of its own would cost
 more than the rest of the path together.
@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import secrets
-import uuid
 from importlib.metadata import version
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.routes import openai, service
+from app.routes.openai import request_id_of
 from cluster import errors
 from deployments.gateway import Gateway
 
@@ -37,36 +35,24 @@ def build_http(gateway: Gateway) -> FastAPI:
     app.add_exception_handler(errors.PoolError, _pool_error)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _bug)
-    app.add_middleware(Doorman, keys=gateway.config.api_keys)
+    if gateway.config.api_keys:
+        app.add_middleware(Doorman, keys=gateway.config.api_keys)
     return app
 
 
 class Doorman:
-    """Gives every request an id, which every answer carries, and turns away requests without a key, if keys are set."""
+    """Turns away requests without a key, if keys are set, before anything of them is read."""
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
         self._app = app
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._knows(dict(scope["headers"])):
             await self._app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if re.fullmatch(r"[\x21-\x7e]{1,200}", given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
-            await send(message)
-
-        if self._keys and scope["path"] not in OPEN_PATHS and not self._knows(headers):
+        else:
             refusal = error_response(errors.Unauthorized("a valid API key is required: Authorization: Bearer <key>"))
-            await refusal(scope, receive, send_with_id)
-            return
-        await self._app(scope, receive, send_with_id)
+            await refusal(scope, receive, send)
 
     def _knows(self, headers: dict[bytes, bytes]) -> bool:
         kind, _, key = headers.get(b"authorization", b"").partition(b" ")
@@ -97,6 +83,6 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
 
 
 async def _bug(request: Request, error: Exception) -> Response:
-    request_id: Any = request.scope.get("state", {}).get("request_id")
+    request_id = request_id_of(request)
     logger.error("request %s failed", request_id, exc_info=error)
     return error_response(errors.PoolError(f"internal error; its id is {request_id}", id=request_id))

@@ -32,11 +32,13 @@ def local_serve(gpus: int = 1) -> Iterator[int]:
     # Ray writes an authentication token into the home folder unless it is told another place.
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(Path(home) / "token")
     Path(home, "token").write_text("0" * 64)
+    # This process reads Serve's flags before they are set for Ray's own processes: the tests are a plain Ray job.
+    import ray
+    from ray.serve._private import api
+
     from app.cli import RAY_FLAGS
 
     os.environ.update(RAY_FLAGS)
-    import ray
-    from ray.serve._private import api
 
     port = free_port()
     ray.init(
@@ -65,14 +67,22 @@ class Pool:
     """A running pool as a test sees it."""
 
     url: str
+    _client: openai.OpenAI | None = None
 
     def http(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=120)
 
     def openai(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+        if self._client is None:
+            self._client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
+        return self._client
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
 
     def async_openai(self) -> openai.AsyncOpenAI:
+        """A client to be closed by its user: `async with`."""
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
     def ledger(self) -> dict[str, Any]:
@@ -135,6 +145,7 @@ def running_pool(port: int, args: dict[str, Any]) -> Iterator[Pool]:
     try:
         yield pool
     finally:
+        pool.close()
         serve.delete(effects.APP_NAME)
         with contextlib.suppress(ValueError):
             ray.kill(effects.find_ledger(), no_restart=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -34,7 +35,7 @@ async def infer(request: Request, path: str) -> Response:
     """Run the request's body through the pool. The status is sent only once there is something to say."""
     gateway: Gateway = request.app.state.gateway
     body = await read_json(request, gateway.config.max_body_mb)
-    ask = parse_ask(gateway.config, path, body, request_id=request.state.request_id, headers=request.headers)
+    ask = parse_ask(gateway.config, path, body, request_id=request_id_of(request), headers=request.headers)
     chunks = gateway.stream(ask)
     if not ask.body.get("stream"):
         async with contextlib.aclosing(chunks):
@@ -54,6 +55,11 @@ async def _resume(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGener
         yield first
         async for chunk in rest:
             yield chunk
+
+
+def request_id_of(request: Request) -> str:
+    """The request's id. Serve's proxy makes one where the client sent none, and puts it on every answer itself."""
+    return request.headers.get("x-request-id") or uuid.uuid4().hex
 
 
 async def read_json(request: Request, max_mb: float) -> Any:
