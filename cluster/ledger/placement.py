@@ -61,12 +61,26 @@ class Place(NamedTuple):
 class Node:
     """The account of one machine."""
 
-    __slots__ = ("cpu", "device_memory", "gpu", "marked", "memory", "name", "present", "replicas", "spec", "tenants")
+    __slots__ = (
+        "cpu",
+        "device_memory",
+        "excused",
+        "gpu",
+        "marked",
+        "memory",
+        "name",
+        "present",
+        "replicas",
+        "spec",
+        "tenants",
+    )
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.spec = NodeSpec(name)
         self.present = False
+        # Over budget for an honest reason: the node shrank, or an engine took more than was estimated.
+        self.excused = False
         self.gpu: list[int] = []
         self.device_memory: list[int] = []
         self.tenants: list[dict[Replica, None]] = []
@@ -88,6 +102,7 @@ class Node:
         self.memory += spec.memory_mib - self.spec.memory_mib
         self.spec = spec
         self.present = present
+        self.excused = self.is_over()
 
     def take(self, place: Place, sign: int) -> None:
         """Take (1) or give back (-1) what a place needs."""
@@ -148,6 +163,23 @@ def mates(one: Shape, other: Shape) -> bool:
     return one.model != other.model
 
 
+def _holds(spec: NodeSpec, shape: Shape, enough: int) -> int:
+    """How many of a shape an empty node holds, counted no further than `enough`."""
+    count = enough
+    if shape.gpu:
+        if spec.device_memory_mib and shape.memory_per_device > spec.device_memory_mib:
+            return 0
+        share = UNIT // shape.per_device
+        if spec.device_memory_mib and shape.memory_per_device:
+            share = min(share, spec.device_memory_mib // shape.memory_per_device)
+        count = min(count, spec.gpus * share // shape.devices)
+    if shape.cpu:
+        count = min(count, round(spec.cpus * UNIT) // shape.cpu)
+    if spec.memory_mib and shape.memory:
+        count = min(count, spec.memory_mib // shape.memory)
+    return count
+
+
 class Book:
     """The accounts of all nodes. `version` grows whenever something may fit that did not fit before."""
 
@@ -175,18 +207,14 @@ class Book:
             found = self.nodes[name] = Node(name)
         return found
 
-    def could_ever_fit(self, shape: Shape) -> bool:
-        """False only if no node that was ever seen would hold it, empty."""
+    def could_ever_fit(self, shape: Shape, replicas: int = 1) -> bool:
+        """False only if all nodes that were ever seen, empty, would not hold so many."""
         if not self.seen:
             return True
         for spec in self.seen.values():
-            if shape.gpu > spec.gpus * UNIT or shape.cpu > round(spec.cpus * UNIT):
-                continue
-            if spec.memory_mib and shape.memory > spec.memory_mib:
-                continue
-            if spec.device_memory_mib and shape.memory_per_device > spec.device_memory_mib:
-                continue
-            return True
+            replicas -= _holds(spec, shape, replicas)
+            if replicas <= 0:
+                return True
         return False
 
     def find(self, shape: Shape) -> Place | None:

@@ -58,6 +58,21 @@ class PoolSpec:
 
     `capacity` is resident models, 0 = unlimited; `node_memory_mib` is the budget of each node, 0 = not limited, and
     reaches the ledger in every `NodeSpec`.
+
+    The scheduling parameters, with defaults that suit loads of seconds and requests of seconds to minutes:
+
+    `variants`          public name -> ((model, weight), ...): A/B variants, chosen in turn by weight.
+    `bound_s`           the longest wait for a *place* that the pool strives for, per class (high, medium, low). The
+                        door of a resident model closes early enough (expected drain and load) to keep it.
+    `ageing_s`          a class lower counts as having arrived this much later: high goes first, but a medium that
+                        waits `ageing_s` longer than a high overtakes it. 0 = pure first come, first served.
+    `min_residency_s`   how long a freshly loaded *busy* model keeps its place against swaps that merely pay; never
+                        less than `residency_loads` times its learned load time. A reached bound ignores both.
+    `load_prior_s`      the load time assumed of a model that was never loaded.
+    `upscale_wait_s`    a model with a ready replica asks for another one when its oldest waiter waited this long, or
+                        when a whole replica's worth of requests waits.
+    `backoff_s`         first and longest pause after a failed load; it doubles in between.
+    `drain_timeout_s`   after this long a drain revokes what is still leased: far beyond the longest request allowed.
     """
 
     models: dict[str, ModelSpec] = field(default_factory=dict)

@@ -1,0 +1,147 @@
+"""The ledger: who may run, and where. Events in, commands out; no Ray, no asyncio, no clock of its own.
+
+    ledger = Ledger(spec, epoch="e1", now=0.0)
+    commands = ledger.decide(RequestArrived("r1", "ingress-1", "smollm2", 2, deadline=60.0), now=0.0)
+    # [SetDesired("smollm2", 1)] … and, once a replica has announced itself and is ready, [Grant("r1", …)]
+
+`decide` is synchronous, deterministic and never raises: the same events at the same times give the same commands. An
+event that is malformed, stale, repeated or of somebody unknown is logged and changes nothing. The caller sends
+`Ticked` when `next_deadline()` has come, and carries the commands out in order.
+
+Where things are: `states` the transition table · `records`, `pool` the books · `requests`, `replicas`, `operators`
+what each event does to them · `tree` the decision tree, with `placing`, `eviction`, `autoscale`, `policy`, `placement`
+· `queue` lines and deadlines · `checks` the invariants · `snapshot` what is shown.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from cluster.ledger import checks, operators, replicas, requests, snapshot, tree
+from cluster.ledger.events import (
+    Command,
+    ConfigChanged,
+    Event,
+    HolderDied,
+    LeaseReannounced,
+    LeaseReleased,
+    LoadRequested,
+    NodesChanged,
+    ReplicaFailed,
+    ReplicaGone,
+    ReplicaReady,
+    ReplicaStarted,
+    RequestArrived,
+    RequestCancelled,
+    Ticked,
+    UnloadRequested,
+)
+from cluster.ledger.pool import Pool
+from cluster.ledger.queue import INFINITY
+from cluster.ledger.specs import PoolSpec
+from cluster.ledger.validate import fault
+
+log = logging.getLogger(__name__)
+
+
+def _ticked(pool: Pool, event: Ticked, now: float) -> None:
+    """Time alone has done it: `decide` acts on what is due before any event."""
+
+
+_HANDLERS: dict[type[Any], Callable[[Pool, Any, float], None]] = {
+    RequestArrived: requests.request_arrived,
+    RequestCancelled: requests.request_cancelled,
+    LeaseReleased: requests.lease_released,
+    HolderDied: requests.holder_died,
+    LeaseReannounced: requests.lease_reannounced,
+    ReplicaStarted: replicas.replica_started,
+    ReplicaReady: replicas.replica_ready,
+    ReplicaFailed: replicas.replica_failed,
+    ReplicaGone: replicas.replica_gone,
+    NodesChanged: operators.nodes_changed,
+    ConfigChanged: operators.config_changed,
+    LoadRequested: operators.load_requested,
+    UnloadRequested: operators.unload_requested,
+    Ticked: _ticked,
+}
+
+
+class Ledger:
+    """The pure ledger. Not thread-safe: it has one owner, who posts events to it.
+
+    `epoch` names this life of the ledger. With `recovering_until`, the first life's successor listens until then:
+    running replicas and leases are announced and adopted, arrivals wait, nothing is started, evicted or stopped, and
+    no `SetDesired` is sent; when the window closes every model's desired count is said once.
+    """
+
+    def __init__(self, spec: PoolSpec, *, epoch: str, now: float, recovering_until: float | None = None) -> None:
+        self._pool = Pool(spec, epoch, now, recovering_until)
+        self._wake = now
+        operators.config_changed(self._pool, ConfigChanged(spec), now)
+        operators.nodes_changed(self._pool, NodesChanged(spec.nodes), now)
+
+    @property
+    def epoch(self) -> str:
+        return self._pool.epoch
+
+    @property
+    def is_recovering(self) -> bool:
+        return self._pool.is_recovering
+
+    @property
+    def desired(self) -> dict[str, int]:
+        """How many replicas of each model should exist. Not to be acted upon while `is_recovering`."""
+        return {name: model.desired for name, model in self._pool.models.items()}
+
+    def decide(self, event: Event, now: float) -> list[Command]:
+        """What to do about an event. Mutates; never blocks; never raises; logs what it ignores.
+
+        A clock that goes back is taken to stand still. Whatever is due by `now` is done first, so a late `Ticked`
+        loses nothing.
+        """
+        pool = self._pool
+        wrong = fault(event)
+        if wrong is not None or not -INFINITY < now < INFINITY:
+            log.error("event %r ignored: %s", event, wrong or f"now is {now!r}")
+            return []
+        if now > pool.now:
+            pool.now = now
+        else:
+            now = pool.now
+        out: list[Command] = []
+        pool.out = out
+        if now >= self._wake:
+            tree.expire(pool, now)
+            self._wake = now
+        _HANDLERS[type(event)](pool, event, now)
+        if pool.touched or pool.changed:
+            tree.settle(pool, now)
+        return out
+
+    def next_deadline(self) -> float | None:
+        """When to send the next `Ticked`; None if time alone changes nothing."""
+        pool = self._pool
+        first = pool.deadlines.first()
+        times = [first.deadline] if first is not None else []
+        if pool.recovering_until is not None:
+            times.append(pool.recovering_until)
+        elif (timer := tree.next_due(pool)) is not None:
+            times.append(timer)
+        return min(times, default=None)
+
+    def queue_position(self, request: str) -> tuple[str, int | str] | None:
+        """("queued", 1-based position), ("loading", model), or None if the request does not wait."""
+        return snapshot.queue_position(self._pool, request)
+
+    def snapshot(self) -> dict[str, Any]:
+        """The whole state as plain data."""
+        return snapshot.take(self._pool)
+
+    def check(self) -> None:
+        """Raise `AssertionError` with a precise message if an invariant is broken."""
+        checks.check(self._pool)
+
+    def __repr__(self) -> str:
+        return snapshot.describe(self._pool)

@@ -1,0 +1,212 @@
+"""The middle of the decision tree: place what fits, and where nothing fits, choose whose door to close.
+
+A chosen set of victims stands behind a *claim*: the room they leave is earmarked, so nobody overtakes, and the claim
+is taken back, with its doors reopened, if the waiters leave or room turns up elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cluster.ledger import autoscale, eviction, policy
+from cluster.ledger.placement import Node, Place
+from cluster.ledger.policy import Tier
+from cluster.ledger.queue import INFINITY
+from cluster.ledger.records import Claim, Model, Replica
+from cluster.ledger.states import ReplicaState
+
+if TYPE_CHECKING:
+    from cluster.ledger.pool import Pool
+
+READY, DRAINING = ReplicaState.READY, ReplicaState.DRAINING
+
+# How many waiting models one pass over freed room looks at; the others have timers of their own.
+MAX_TRIES = 64
+# How many waiting models are offered a replica that has just become idle.
+MAX_OFFERS = 2
+RETRY_S = 0.25
+
+
+def place(pool: Pool, touched: list[Model], now: float) -> None:
+    """Place what fits: those who were promised room, then the waiting, best first, then what is kept anyway."""
+    hungry = [model for model in touched if model.hungry_key is not None]
+    floors = [model for model in touched if model in pool.understaffed]
+    if pool.room_seen != pool.book.version:
+        for model in list(pool.claims):
+            _fulfil(pool, model, now)
+        pool.room_seen = pool.book.version
+        hungry = pool.best_hungry(MAX_TRIES)
+        floors = list(pool.understaffed)[:MAX_TRIES]
+    else:
+        hungry.sort(key=lambda model: model.hungry_key or 0.0)
+    for model in hungry:
+        while needed := autoscale.missing(pool, model, now):
+            places = _free_places(pool, model, needed)
+            if places is None:
+                break
+            _start(pool, model, places, now)
+    for model in floors:
+        while autoscale.floor_missing(model, now) and (places := _free_places(pool, model, 1)) is not None:
+            _start(pool, model, places, now)
+
+
+def _free_places(pool: Pool, model: Model, count: int, node: Node | None = None) -> list[Place] | None:
+    """Room for so many replicas of a model, or None if there is not enough for all of them."""
+    if not policy.has_capacity(pool, model):
+        return None
+    places: list[Place] = []
+    marks: list[int] = []
+    for _ in range(count):
+        found = pool.book.find(model.shape)
+        if found is None:
+            break
+        places.append(found)
+        marks.append(pool.book.mark(found))
+    for found, mark in zip(places, marks, strict=True):
+        pool.book.unmark(found, mark)
+    return places if len(places) == count else None
+
+
+def _start(pool: Pool, model: Model, places: list[Place], now: float) -> None:
+    for each in places:
+        replica = pool.place(model, each, now)
+        if model.order is not None:
+            model.order.batch[replica] = None
+    model.held_down = False
+
+
+# --- claims ---------------------------------------------------------------------------------------------------------
+
+
+def _promise(pool: Pool, model: Model, plans: list[eviction.Plan], now: float) -> None:
+    """Earmark the places and close the doors of the victims, before any of them is empty."""
+    victims = [victim for plan in plans for victim in plan.victims]
+    for plan in plans:
+        # What is leaving there anyway makes room as well; it is counted on from now on.
+        node = pool.book.node(plan.place.node)
+        victims += [each for each in node.replicas if each.claim is None and _leaves(each)]
+    claim = model.claim = Claim(model, [plan.place for plan in plans], victims)
+    claim.marks = [pool.book.mark(each) for each in claim.places]
+    pool.claims[model] = None
+    for victim in claim.victims:
+        victim.claim = claim
+    for victim in claim.victims:
+        if victim.state is READY:
+            pool.quiesce(victim, now)
+    pool.touched[model] = None
+
+
+def _leaves(replica: Replica) -> bool:
+    return replica.state is DRAINING or replica.state.is_leaving
+
+
+def drop_claim(pool: Pool, model: Model, now: float, reopen: bool = True) -> None:
+    """Take a promise back. Victims that have not begun to stop are opened again."""
+    claim = model.claim
+    if claim is None:
+        return
+    model.claim = None
+    del pool.claims[model]
+    for each, mark in zip(claim.places, claim.marks, strict=True):
+        pool.book.unmark(each, mark)
+    for victim in claim.victims:
+        victim.claim = None
+        if reopen and victim.state is DRAINING and may_reopen(pool, victim):
+            pool.reopen(victim, now)
+    pool.touched[model] = None
+
+
+def may_reopen(pool: Pool, replica: Replica) -> bool:
+    """Nothing but the claim closed its door."""
+    model = replica.model
+    if model.removed or model.unloading or model.serving >= model.spec.max_replicas:
+        return False
+    return replica.revision == model.revision and not is_homeless(pool, replica)
+
+
+def is_homeless(pool: Pool, replica: Replica) -> bool:
+    """Its node left the cluster: it drains; what it has left to do it may do."""
+    return not pool.book.nodes[replica.place.node].present
+
+
+def _fulfil(pool: Pool, model: Model, now: float) -> None:
+    """Keep a promise as soon as there is room for all of it, wherever that is."""
+    claim = model.claim
+    assert claim is not None, f"{model.name} is on the list of claims without one"
+    for each, mark in zip(claim.places, claim.marks, strict=True):
+        pool.book.unmark(each, mark)
+    claim.marks = []
+    places = _free_places(pool, model, len(claim.places))
+    claim.marks = [pool.book.mark(each) for each in claim.places]
+    if places is not None:
+        drop_claim(pool, model, now)
+        _start(pool, model, places, now)
+    elif not claim.victims:
+        # All that was counted on is gone, and yet there is no room: the plan was overtaken by events. Plan anew.
+        drop_claim(pool, model, now)
+
+
+# --- victims --------------------------------------------------------------------------------------------------------
+
+
+def choose(pool: Pool, touched: list[Model], now: float) -> None:
+    """For those who wait and do not fit: close the least hurtful doors, if it is time."""
+    for model in touched:
+        if model.hungry_key is not None and now >= model.look_at:
+            _choose_for(pool, model, now, None)
+    if not pool.went_idle:
+        return
+    idle = [replica for replica in pool.went_idle if replica.state is READY and not replica.leases]
+    pool.went_idle.clear()
+    for replica in idle:
+        for model in pool.best_hungry(MAX_OFFERS):
+            if model.claim is None and replica.state is READY:
+                _choose_for(pool, model, now, pool.book.node(replica.place.node))
+
+
+def _choose_for(pool: Pool, model: Model, now: float, node: Node | None) -> None:
+    """Look for victims for one model; without a result, note when to look again."""
+    growth = bool(model.serving) and model.order is None
+    bound = not growth and now >= policy.bound_at(pool, model)
+    rights = Tier.SURPLUS if growth else Tier.PROTECTED if bound else Tier.BUSY
+    plans: list[eviction.Plan] = []
+    marks: list[int] = []
+    gone: dict[Replica, None] = {}
+    needed = autoscale.missing(pool, model, now)
+    for _ in range(needed):
+        plan = eviction.find(pool, model, rights, now, bound, gone, node)
+        if plan is None:
+            break
+        plans.append(plan)
+        marks.append(pool.book.mark(plan.place))
+        gone.update(dict.fromkeys(plan.victims))
+    for plan, mark in zip(plans, marks, strict=True):
+        pool.book.unmark(plan.place, mark)
+    pool.room_seen = pool.book.version
+    if len(plans) == needed and all(_is_right(pool, model, plan, now, bound, growth) for plan in plans):
+        _promise(pool, model, plans, now)
+        return
+    if node is None:
+        _look_later(pool, model, plans, now, bound)
+
+
+def _is_right(pool: Pool, model: Model, plan: eviction.Plan, now: float, bound: bool, growth: bool) -> bool:
+    """It is time to do this to the victims."""
+    if growth and plan.tier is Tier.IDLE:
+        # A second replica for one model takes a warm one from another only if that was idle for as long as it would
+        # take to load it again.
+        return all(now - each.idle_since >= policy.load_time(pool, each.model) for each in plan.victims)
+    if plan.tier <= Tier.OUTRANKED or bound or model.order is not None:
+        return True
+    return model.queue.waited(now) >= plan.cost
+
+
+def _look_later(pool: Pool, model: Model, plans: list[eviction.Plan], now: float, bound: bool) -> None:
+    """When the swap will pay, or the bound is reached; soon, where the bound is behind us and nobody can go yet."""
+    later = [now + RETRY_S if bound or not model.queue.count else policy.bound_at(pool, model), now + 10.0]
+    model.pressure_bar = max((plan.cost for plan in plans), default=INFINITY)
+    if plans and model.queue.count:
+        later.append(now + (model.pressure_bar - model.queue.waited(now)) / model.queue.count)
+    else:
+        later.append(now + 4 * RETRY_S)
+    model.look_at = max(now + 0.01, min(later))

@@ -1,0 +1,346 @@
+"""The ledger's mutable state and its primitive moves. Every index is kept here, and nowhere else.
+
+A move never decides anything: handlers (`requests.py`, `replicas.py`, `operators.py`) and the decision tree
+(`tree.py`) call moves; moves note in `touched` and `room` what the tree has to look at again.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+from collections import OrderedDict
+from typing import Any
+
+from cluster.ledger.events import Command, Grant, LeaseReannounced, Quiesce, Reject, Reopen, SetDesired
+from cluster.ledger.placement import Book, Place
+from cluster.ledger.queue import INFINITY, Deadlines, Waiter
+from cluster.ledger.records import Lease, Model, Replica
+from cluster.ledger.specs import PoolSpec
+from cluster.ledger.states import TRANSITIONS, Cause, ReplicaState
+
+log = logging.getLogger(__name__)
+
+READY, STARTING, DRAINING, COLD = ReplicaState.READY, ReplicaState.STARTING, ReplicaState.DRAINING, ReplicaState.COLD
+
+
+class Memory:
+    """A bounded memory of ids, forgotten after `keep_s` to `2 * keep_s` seconds or `limit` to `2 * limit` entries."""
+
+    __slots__ = ("keep_s", "limit", "old", "rotate_at", "young")
+
+    def __init__(self, limit: int, keep_s: float) -> None:
+        self.limit = limit
+        self.keep_s = keep_s
+        self.rotate_at = -INFINITY
+        self.young: set[str] = set()
+        self.old: set[str] = set()
+
+    def add(self, key: str, now: float) -> None:
+        self._rotate(now)
+        self.young.add(key)
+
+    def holds(self, key: str, now: float) -> bool:
+        self._rotate(now)
+        return key in self.young or key in self.old
+
+    def forget(self, key: str) -> None:
+        self.young.discard(key)
+        self.old.discard(key)
+
+    def _rotate(self, now: float) -> None:
+        if now >= self.rotate_at or len(self.young) >= self.limit:
+            # After a pause of two periods nothing is fresh enough to be kept.
+            self.old = self.young if now < self.rotate_at + self.keep_s else set()
+            self.young = set()
+            self.rotate_at = now + self.keep_s
+
+
+class Pool:
+    """All that the ledger knows."""
+
+    def __init__(self, spec: PoolSpec, epoch: str, now: float, recovering_until: float | None) -> None:
+        self.spec = spec
+        self.epoch = epoch
+        self.now = now
+        self.recovering_until = recovering_until
+        self.out: list[Command] = []
+        self.models: dict[str, Model] = {}
+        self.resident: dict[Model, None] = {}
+        self.replicas: dict[str, Replica] = {}
+        self.waiters: dict[str, Waiter] = {}
+        self.leases: dict[str, Lease] = {}
+        self.holders: dict[str, dict[str, None]] = {}
+        self.deadlines = Deadlines()
+        self.book = Book()
+        self.idle: OrderedDict[Replica, None] = OrderedDict()
+        self.generation = 0
+        self.serial = 0
+        self.submitted = self.finished = self.rejected = 0
+        # ids that may still be heard of, though they are history (see `requests.py` and `replicas.py`)
+        self.cancelled = Memory(4096, 60.0)
+        self.dead_holders = Memory(1024, 600.0)
+        self.dead_replicas = Memory(4096, 600.0)
+        self.early_ready: dict[str, int | None] = {}
+        self.orphans: dict[str, dict[str, LeaseReannounced]] = {}
+        # work for the decision tree
+        self.touched: dict[Model, None] = {}
+        self.understaffed: dict[Model, None] = {}
+        self.claims: dict[Model, None] = {}
+        self.hungry: list[tuple[float, int, Model]] = []
+        self.hungry_count = 0
+        self.went_idle: dict[Replica, None] = {}
+        self.changed: dict[Model, None] = {}
+        self.room_seen = -1
+        self.capacity_was = 0
+        self.timers: list[tuple[float, int, Model]] = []
+        self.turns: dict[str, dict[str, float]] = {}
+
+    @property
+    def is_recovering(self) -> bool:
+        return self.recovering_until is not None
+
+    # --- waiting -----------------------------------------------------------------------------------------------
+
+    def enqueue(self, waiter: Waiter, now: float) -> None:
+        """Let a request wait for its model."""
+        self.waiters[waiter.request] = waiter
+        waiter.model.queue.join(waiter, now, self.spec.ageing_s)
+        self.deadlines.add(waiter)
+        self.note_holder(waiter.holder, waiter.request)
+        self.touched[waiter.model] = None
+
+    def dequeue(self, waiter: Waiter) -> None:
+        """Take a request out of every line; the caller says what becomes of it."""
+        del self.waiters[waiter.request]
+        waiter.model.queue.leave(waiter)
+        self.deadlines.remove(waiter)
+        self.drop_holder(waiter.holder, waiter.request)
+        self.touched[waiter.model] = None
+
+    def reject(self, request: str, holder: str, error: str, message: str, **extras: Any) -> None:
+        self.rejected += 1
+        self.out.append(Reject(request, holder, error, message, extras))
+
+    def refuse(self, waiter: Waiter, error: str, message: str, **extras: Any) -> None:
+        """Reject one that waits."""
+        self.dequeue(waiter)
+        self.reject(waiter.request, waiter.holder, error, message, **extras)
+
+    def note_holder(self, holder: str, request: str) -> None:
+        held = self.holders.get(holder)
+        if held is None:
+            self.holders[holder] = {request: None}
+        else:
+            held[request] = None
+
+    def drop_holder(self, holder: str, request: str) -> None:
+        held = self.holders[holder]
+        del held[request]
+        if not held:
+            del self.holders[holder]
+
+    # --- leases ------------------------------------------------------------------------------------------------
+
+    def lease(
+        self,
+        request: str,
+        holder: str,
+        replica: Replica,
+        priority: int,
+        now: float,
+        waits: tuple[float, float] = (0.0, 0.0),
+        generation: int | None = None,
+    ) -> Lease:
+        """Take a free slot of a READY replica. Holder and queue are the caller's business."""
+        model = replica.model
+        used = len(replica.leases)
+        buckets = model.buckets
+        del buckets[used][replica]
+        buckets[used + 1][replica] = None
+        if used == 0:
+            del self.idle[replica]
+        model.free -= 1
+        model.leased += 1
+        if model.leased > model.peak:
+            model.peak = model.leased
+        model.by_priority[priority - 1] += 1
+        if generation is None:
+            self.generation = generation = self.generation + 1
+        lease = Lease(request, holder, replica, replica.free.pop(), generation, priority, now, waits)
+        replica.leases[request] = self.leases[request] = lease
+        return lease
+
+    def announce(self, lease: Lease) -> None:
+        """Tell the holder of its lease; told twice it changes nothing."""
+        replica = lease.replica
+        self.out.append(
+            Grant(
+                lease.request,
+                lease.holder,
+                replica.model.name,
+                replica.uid or "",
+                lease.slot,
+                lease.generation,
+                *lease.waits,
+            )
+        )
+
+    def release(self, lease: Lease, now: float) -> None:
+        """Give a slot back, for whatever reason."""
+        replica = lease.replica
+        model = replica.model
+        del self.leases[lease.request]
+        del replica.leases[lease.request]
+        replica.free.append(lease.slot)
+        self.drop_holder(lease.holder, lease.request)
+        self.finished += 1
+        model.leased -= 1
+        model.by_priority[lease.priority - 1] -= 1
+        used = len(replica.leases)
+        if replica.state is READY:
+            buckets = model.buckets
+            del buckets[used + 1][replica]
+            buckets[used][replica] = None
+            model.free += 1
+            if used < model.low:
+                model.low = used
+            if model.queue.count:
+                self.touched[model] = None
+            elif self.hungry_count and used == 0:
+                self.went_idle[replica] = None
+            if used == 0:
+                replica.idle_since = now
+                self.idle[replica] = None
+                due = now + model.idle_timeout_s
+                if due < model.armed_at:
+                    self.touched[model] = None
+        elif used == 0:
+            self.touched[model] = None
+
+    # --- replicas ----------------------------------------------------------------------------------------------
+
+    def place(self, model: Model, place: Place, now: float) -> Replica:
+        """Make a record in STARTING on a place; it waits for a process to announce itself."""
+        self.serial += 1
+        replica = Replica(model, place, self.serial, now)
+        model.replicas[replica] = None
+        self.resident[model] = None
+        self.book.take(replica)
+        self.move(replica, Cause.PLACED, now)
+        return replica
+
+    def move(self, replica: Replica, cause: Cause, now: float) -> None:
+        """One transition of the table; an illegal one is a programmer's error and raises before anything changes."""
+        before = replica.state
+        after = TRANSITIONS[before, cause]
+        model = replica.model
+        if before is READY:
+            model.unshelve(replica)
+            self.idle.pop(replica, None)
+            self.went_idle.pop(replica, None)
+        model.counts[before] -= before is not COLD
+        model.counts[after] += after is not COLD
+        replica.state = after
+        replica.since = now
+        if after is READY:
+            model.shelve(replica)
+            if not replica.leases:
+                replica.idle_since = now
+                self.idle[replica] = None
+                if self.hungry_count:
+                    self.went_idle[replica] = None
+        elif after is COLD:
+            self._remove(replica)
+        self.touched[model] = None
+        self.changed[model] = None
+
+    def _remove(self, replica: Replica) -> None:
+        model = replica.model
+        del model.replicas[replica]
+        if not model.replicas:
+            del self.resident[model]
+        if replica.uid is not None:
+            del self.replicas[replica.uid]
+            self.orphans.pop(replica.uid, None)
+        if replica.claim is not None:
+            replica.claim.victims.pop(replica, None)
+        if model.order is not None:
+            model.order.batch.pop(replica, None)
+        self.book.credit(replica)
+
+    def quiesce(self, replica: Replica, now: float) -> None:
+        """Close the door of a READY replica; an empty one goes straight on to STOPPING."""
+        self.move(replica, Cause.QUIESCED, now)
+        assert replica.uid is not None, "a READY replica has a process"
+        self.out.append(Quiesce(replica.uid))
+        if not replica.leases:
+            self.move(replica, Cause.EMPTIED, now)
+
+    def reopen(self, replica: Replica, now: float) -> None:
+        """Open a draining replica again."""
+        self.move(replica, Cause.REOPENED, now)
+        assert replica.uid is not None, "a DRAINING replica has a process"
+        self.out.append(Reopen(replica.uid))
+
+    def withdraw(self, replica: Replica, now: float) -> None:
+        """Take back a start. What is not bound to a process yet is gone at once."""
+        self.move(replica, Cause.GONE if replica.uid is None else Cause.WITHDRAWN, now)
+
+    def revoke(self, replica: Replica, now: float) -> None:
+        """End all leases of a replica that can serve them no more. Their holders notice by themselves."""
+        for lease in list(replica.leases.values()):
+            self.release(lease, now)
+
+    # --- what goes out -----------------------------------------------------------------------------------------
+
+    def flush_desired(self) -> None:
+        """Say every desired count that changed; the lowered first, since they make room."""
+        if not self.changed:
+            return
+        rising = []
+        for model in self.changed:
+            desired = model.desired
+            if desired > model.desired_sent:
+                rising.append(model)
+            elif desired < model.desired_sent or model.resend:
+                self._say_desired(model)
+        for model in rising:
+            self._say_desired(model)
+        self.changed.clear()
+
+    def _say_desired(self, model: Model) -> None:
+        model.desired_sent = model.desired
+        model.resend = False
+        self.out.append(SetDesired(model.name, model.desired))
+
+    def best_hungry(self, limit: int) -> list[Model]:
+        """The models that wait for a place, best first, at most so many. Drops dead entries."""
+        entries: list[tuple[float, int, Model]] = []
+        found: dict[Model, None] = {}
+        while self.hungry and len(found) < limit:
+            entry = heapq.heappop(self.hungry)
+            key, _, model = entry
+            if model.hungry_key == key and model not in found:
+                found[model] = None
+                entries.append(entry)
+        for entry in entries:
+            heapq.heappush(self.hungry, entry)
+        return list(found)
+
+    # --- timers ------------------------------------------------------------------------------------------------
+
+    def arm(self, model: Model, due: float) -> None:
+        """Look at a model again at `due`, unless an earlier look is already on."""
+        if due < model.armed_at:
+            model.armed_at = due
+            self.serial += 1
+            heapq.heappush(self.timers, (due, self.serial, model))
+
+    def next_timer(self) -> tuple[float, int, Model] | None:
+        """The next live timer. Drops dead ones."""
+        while self.timers:
+            due, _, model = self.timers[0]
+            if due == model.armed_at:
+                return self.timers[0]
+            heapq.heappop(self.timers)
+        return None

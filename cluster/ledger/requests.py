@@ -1,0 +1,256 @@
+"""What requests and their holders do: arrive, leave, release, die, and come back after a restart of the ledger.
+
+The two hot paths, an arrival that finds a free slot and a release, touch a handful of dictionaries and never reach
+the decision tree.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from cluster.ledger import policy
+from cluster.ledger.events import HolderDied, LeaseReannounced, LeaseReleased, RequestArrived, RequestCancelled
+from cluster.ledger.pool import Pool
+from cluster.ledger.queue import INFINITY, Waiter
+from cluster.ledger.records import Model
+from cluster.ledger.states import ReplicaState
+
+log = logging.getLogger(__name__)
+
+MAX_ORPHANS = 10_000
+
+
+def request_arrived(pool: Pool, event: RequestArrived, now: float) -> None:
+    request, holder, name, _, deadline, _ = event
+    lease = pool.leases.get(request)
+    if lease is not None:
+        pool.announce(lease)
+        return
+    if request in pool.waiters:
+        return
+    pool.submitted += 1
+    model = pool.models.get(name)
+    if model is None:
+        model = _variant(pool, name)
+    # One guard for all that is out of the ordinary keeps the ordinary arrival short.
+    if model is None or deadline <= now or pool.cancelled.holds(request, now) or pool.dead_holders.holds(holder, now):
+        _turn_away(pool, event, model, now)
+        return
+    if now > model.last_arrival > -INFINITY:
+        gap = now - model.last_arrival
+        model.gap_s = gap if model.gap_s == INFINITY else model.gap_s + 0.2 * (gap - model.gap_s)
+    model.last_arrival = now
+    if model.free and not model.queue.count and not pool.is_recovering:
+        _lease_now(pool, model, event, now)
+        return
+    _admit(pool, model, event, now)
+
+
+def _lease_now(pool: Pool, model: Model, event: RequestArrived, now: float) -> None:
+    if model.keep_alive_s != event.keep_alive_s:
+        model.keep_alive_s = event.keep_alive_s
+        pool.touched[model] = None
+    lease = pool.lease(event.request, event.holder, model.least_used(), event.priority, now)
+    pool.note_holder(event.holder, event.request)
+    pool.announce(lease)
+
+
+def _variant(pool: Pool, name: str) -> Model | None:
+    """The next of a public name's variants: smooth weighted turns, so that 3:1 comes as a, a, b, a."""
+    variants = [(model, weight) for model, weight in pool.spec.variants.get(name, ()) if model in pool.models]
+    if not variants:
+        return None
+    turns = pool.turns.setdefault(name, {})
+    for model, weight in variants:
+        turns[model] = turns.get(model, 0.0) + weight
+    best = max(variants, key=lambda each: turns[each[0]])[0]
+    turns[best] -= sum(weight for _, weight in variants)
+    return pool.models[best]
+
+
+def _turn_away(pool: Pool, event: RequestArrived, model: Model | None, now: float) -> None:
+    """Refuse what can never be served, whatever the pool's state."""
+    if pool.cancelled.holds(event.request, now) or pool.dead_holders.holds(event.holder, now):
+        # Nobody waits for it: its cancellation, or its holder's death, was faster than the arrival itself.
+        pool.reject(event.request, event.holder, "BackendUnavailable", "the request was cancelled before it arrived")
+    elif model is None:
+        names = sorted({name for name, each in pool.models.items() if not each.removed} | set(pool.spec.variants))
+        pool.reject(
+            event.request,
+            event.holder,
+            "ModelNotFound",
+            f"the model {event.model!r} does not exist",
+            available_models=names,
+        )
+    else:
+        _time_out(pool, event.request, event.holder, model)
+
+
+def _time_out(pool: Pool, request: str, holder: str, model: Model) -> None:
+    phase = policy.phase(model)
+    message = f"the deadline passed while the request was {phase}"
+    pool.reject(request, holder, "BackendTimeout", message, phase=phase)
+
+
+def expire_waiters(pool: Pool, now: float) -> None:
+    """Reject all whose deadline has come."""
+    while (waiter := pool.deadlines.first()) is not None and waiter.deadline <= now:
+        pool.dequeue(waiter)
+        pool.touched[waiter.model] = None
+        _time_out(pool, waiter.request, waiter.holder, waiter.model)
+
+
+def _admit(pool: Pool, model: Model, event: RequestArrived, now: float) -> None:
+    """Let a request wait, send it to another model, or refuse it."""
+    waiter = Waiter(event.request, event.holder, model, event.priority, event.deadline, event.keep_alive_s, now)
+    threshold = pool.spec.offload_queue_threshold
+    if threshold and model.spec.num_gpus and model.queue.count >= threshold:
+        other = pool.models.get(model.spec.cpu_offload_model or "")
+        if other is None:
+            _queue_full(pool, waiter, model)
+            return
+        waiter.model = model = other
+    waiter.fallbacks = model.spec.fallbacks
+    if not pool.is_recovering:
+        while (error := policy.unavailable(pool, model, now)) is not None:
+            other = next_fallback(pool, waiter)
+            if other is None:
+                pool.reject(waiter.request, waiter.holder, error.name, error.message, **error.extras)
+                return
+            waiter.model = model = other
+        if model.free and not model.queue.count:
+            _lease_now(pool, model, event, now)
+            return
+    full = len(pool.waiters) >= pool.spec.queue_max_size
+    if full or (model.spec.max_queued is not None and model.queue.count >= model.spec.max_queued):
+        _queue_full(pool, waiter, model)
+        return
+    pool.enqueue(waiter, now)
+
+
+def _queue_full(pool: Pool, waiter: Waiter, model: Model) -> None:
+    message = f"too many requests wait for {model.name!r}"
+    pool.reject(waiter.request, waiter.holder, "QueueFull", message, retry_after=policy.retry_after(model))
+
+
+def next_fallback(pool: Pool, waiter: Waiter) -> Model | None:
+    """The next configured fallback of a request, each tried once."""
+    while waiter.fallbacks:
+        name, waiter.fallbacks = waiter.fallbacks[0], waiter.fallbacks[1:]
+        model = pool.models.get(name)
+        if model is not None and model is not waiter.model:
+            return model
+    return None
+
+
+def refuse_or_reroute(pool: Pool, waiter: Waiter, now: float, error: policy.Refusal) -> None:
+    """A model became unavailable: its waiter goes to a fallback that is available, or is rejected."""
+    pool.dequeue(waiter)
+    pool.touched[waiter.model] = None
+    while (other := next_fallback(pool, waiter)) is not None:
+        if policy.unavailable(pool, other, now) is None:
+            waiter.model = other
+            pool.enqueue(waiter, now)
+            return
+    pool.reject(waiter.request, waiter.holder, error.name, error.message, **error.extras)
+
+
+def lease_released(pool: Pool, event: LeaseReleased, now: float) -> None:
+    lease = pool.leases.get(event.request)
+    if lease is None or lease.generation != event.generation:
+        if _drop_orphan(pool, event.request, event.generation):
+            return
+        # Not remembered as cancelled: a release carries the number of a grant, so its arrival came before it, and
+        # the same request may rightly come back after its replica was lost.
+        log.info("release of unknown lease %s/%s ignored", event.request, event.generation)
+        return
+    model = lease.replica.model
+    took = now - lease.granted_at
+    model.service_s += 0.1 * (took - model.service_s) if model.service_s else took
+    model.drain_s = took if took > model.drain_s else model.drain_s + 0.02 * (took - model.drain_s)
+    pool.release(lease, now)
+    if model.queue.count and model.free and not pool.is_recovering:
+        serve(pool, model, now)
+
+
+def serve(pool: Pool, model: Model, now: float) -> None:
+    """Grant free slots to the best waiters of a model."""
+    queue = model.queue
+    while model.free and (waiter := queue.head()) is not None:
+        pool.dequeue(waiter)
+        replica = model.least_used()
+        waits = policy.split_wait(model, waiter, now)
+        lease = pool.lease(waiter.request, waiter.holder, replica, waiter.priority, now, waits)
+        pool.note_holder(waiter.holder, waiter.request)
+        pool.announce(lease)
+        model.keep_alive_s = waiter.keep_alive_s
+    if model.hungry_key is not None or not queue.count:
+        pool.touched[model] = None
+
+
+def request_cancelled(pool: Pool, event: RequestCancelled, now: float) -> None:
+    waiter = pool.waiters.get(event.request)
+    if waiter is not None:
+        pool.dequeue(waiter)
+        pool.touched[waiter.model] = None
+        pool.finished += 1
+    elif (lease := pool.leases.get(event.request)) is not None:
+        pool.release(lease, now)
+        pool.touched[lease.replica.model] = None
+    elif not _drop_orphan(pool, event.request, None):
+        log.info("cancellation of unknown request %s remembered", event.request)
+    # The arrival may still be on its way, or come a second time; nobody waits for it any more.
+    pool.cancelled.add(event.request, now)
+
+
+def holder_died(pool: Pool, event: HolderDied, now: float) -> None:
+    pool.dead_holders.add(event.holder, now)
+    for orphans in pool.orphans.values():
+        for request in [each.request for each in orphans.values() if each.holder == event.holder]:
+            del orphans[request]
+    for request in list(pool.holders.get(event.holder, ())):
+        waiter = pool.waiters.get(request)
+        if waiter is not None:
+            pool.dequeue(waiter)
+            pool.finished += 1
+            pool.touched[waiter.model] = None
+        else:
+            lease = pool.leases[request]
+            pool.release(lease, now)
+            pool.touched[lease.replica.model] = None
+
+
+def lease_reannounced(pool: Pool, event: LeaseReannounced, now: float) -> None:
+    if event.request in pool.leases or event.model not in pool.models or pool.dead_holders.holds(event.holder, now):
+        log.info("re-announced lease %s ignored: known already, or of nobody", event.request)
+        return
+    if pool.cancelled.holds(event.request, now) or pool.dead_replicas.holds(event.replica, now):
+        log.info("re-announced lease %s ignored: it has ended", event.request)
+        return
+    replica = pool.replicas.get(event.replica)
+    if replica is None or replica.state is ReplicaState.STARTING:
+        if sum(map(len, pool.orphans.values())) < MAX_ORPHANS:
+            pool.orphans.setdefault(event.replica, {})[event.request] = event
+        return
+    if replica.state is not ReplicaState.READY or not replica.free or replica.model.name != event.model:
+        log.warning("re-announced lease %s ignored: %r cannot hold it", event.request, replica)
+        return
+    waiter = pool.waiters.get(event.request)
+    if waiter is not None:
+        pool.dequeue(waiter)
+    else:
+        pool.submitted += 1
+    pool.generation = max(pool.generation, event.generation)
+    pool.lease(event.request, event.holder, replica, event.priority, now, generation=event.generation)
+    pool.note_holder(event.holder, event.request)
+    pool.touched[replica.model] = None
+
+
+def _drop_orphan(pool: Pool, request: str, generation: int | None) -> bool:
+    """Forget a re-announced lease whose replica has not come yet."""
+    for orphans in pool.orphans.values():
+        event = orphans.get(request)
+        if event is not None and generation in (None, event.generation):
+            del orphans[request]
+            return True
+    return False

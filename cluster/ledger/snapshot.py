@@ -1,0 +1,91 @@
+"""What the ledger shows of itself: for the status route, for keep-alive comments, for the debugger."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from cluster.ledger import policy
+from cluster.ledger.queue import INFINITY
+from cluster.ledger.states import ReplicaState
+
+if TYPE_CHECKING:
+    from cluster.ledger.pool import Pool
+    from cluster.ledger.records import Model
+
+
+def take(pool: Pool) -> dict[str, Any]:
+    """The whole state as plain data. Changes nothing; costs a pass over all models and replicas."""
+    return {
+        "epoch": pool.epoch,
+        "recovering": pool.is_recovering,
+        "leases": len(pool.leases),
+        "queued": len(pool.waiters),
+        "submitted": pool.submitted,
+        "finished": pool.finished,
+        "rejected": pool.rejected,
+        "replicas": [
+            {
+                "model": replica.model.name,
+                "replica": replica.uid,
+                "state": replica.state.name,
+                "slots": replica.slots,
+                "leases": len(replica.leases),
+                "node": replica.place.node,
+            }
+            for model in pool.models.values()
+            for replica in model.replicas
+        ],
+        "models": {name: _model(model) for name, model in pool.models.items()},
+    }
+
+
+def _model(model: Model) -> dict[str, Any]:
+    return {
+        "state": state(model),
+        "queued": model.queue.count,
+        "leases": sum(len(replica.leases) for replica in model.replicas),
+        "desired": model.desired,
+        "ready": model.counts[ReplicaState.READY],
+        "last_error": model.last_error,
+        "load_s": model.load_s,
+        "memory_mib": model.measured_mib,
+        "pinned": model.is_pinned,
+        "backoff_until": model.backoff_until if model.failures else None,
+        "loading": model.order is not None,
+    }
+
+
+def state(model: Model) -> str:
+    """A model's state in the admin route's words: its best replica's."""
+    counts = model.counts
+    if counts[ReplicaState.READY]:
+        return "loaded"
+    if counts[ReplicaState.STARTING]:
+        return "loading"
+    if counts[ReplicaState.DRAINING] or counts[ReplicaState.STOPPING]:
+        return "unloading"
+    return "failed" if model.failures else "unloaded"
+
+
+def queue_position(pool: Pool, request: str) -> tuple[str, int | str] | None:
+    """Where a request waits: ("queued", 1-based position) or ("loading", model); None if it does not wait."""
+    waiter = pool.waiters.get(request)
+    if waiter is None:
+        return None
+    if policy.phase(waiter.model) == "loading":
+        return "loading", waiter.model.name
+    return "queued", waiter.model.queue.position(waiter)
+
+
+def no_progress_since(pool: Pool) -> float:
+    """Since when the longest waiting has waited; infinite if nobody does."""
+    return min((head.since for model in pool.models.values() for head in model.queue.heads()), default=INFINITY)
+
+
+def describe(pool: Pool) -> str:
+    """One line: `<Ledger e1 2 active, 1 queued, 1 idle replica>`."""
+    idle, starting = len(pool.idle), sum(model.counts[ReplicaState.STARTING] for model in pool.resident)
+    parts = [f"{len(pool.leases)} active", f"{len(pool.waiters)} queued", f"{idle} idle"]
+    if starting:
+        parts.append(f"{starting} starting")
+    return f"<Ledger {pool.epoch}: {', '.join(parts)}>"

@@ -1,0 +1,242 @@
+"""The decision tree: grant what can be granted; place what fits; if something waits and nothing fits, choose what to
+drain; stop what is idle.
+
+It runs after every event, over the models that the event touched and no others. `settle` repeats until nothing is
+touched any more; each round moves replicas along the table of `states.py`, so it ends.
+"""
+
+from __future__ import annotations
+
+import heapq
+from typing import TYPE_CHECKING
+
+from cluster.ledger import autoscale, placing, policy
+from cluster.ledger.events import LoadRefused
+from cluster.ledger.queue import INFINITY
+from cluster.ledger.records import Model
+from cluster.ledger.replicas import load_overdue
+from cluster.ledger.requests import expire_waiters, refuse_or_reroute, serve
+from cluster.ledger.states import Cause, ReplicaState
+
+if TYPE_CHECKING:
+    from cluster.ledger.pool import Pool
+
+STARTING, READY, DRAINING = ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING
+
+
+def settle(pool: Pool, now: float) -> None:
+    """Do all that can be done now. Mutates the pool; the commands are in `pool.out`."""
+    if pool.is_recovering:
+        return
+    while pool.touched:
+        touched = list(pool.touched)
+        pool.touched.clear()
+        for model in touched:
+            _trim(pool, model, now)
+            if model.free and model.queue.count:
+                serve(pool, model, now)
+            _review(pool, model, now)
+        placing.place(pool, touched, now)
+        placing.choose(pool, touched, now)
+        for model in touched:
+            _stop_idle(pool, model, now)
+            pool.arm(model, due(pool, model))
+    pool.flush_desired()
+
+
+# --- time ---------------------------------------------------------------------------------------------------------
+
+
+def due(pool: Pool, model: Model) -> float:
+    """The earliest time at which a model must be looked at again, other than for a waiter's deadline."""
+    first = min(autoscale.idle_due(model), autoscale.surplus_due(model))
+    if model.counts[STARTING]:
+        first = min(first, next(model.in_state(STARTING)).since + model.spec.load_timeout_s)
+    if model.counts[DRAINING]:
+        since = min(replica.since for replica in model.in_state(DRAINING))
+        first = min(first, since + pool.spec.drain_timeout_s)
+    if model.hungry_key is not None:
+        first = min(first, model.look_at)
+    elif model.queue.count and not model.free:
+        grows = autoscale.grows_at(pool, model)
+        if grows > pool.now:
+            first = min(first, grows)
+    if model.order is not None:
+        first = min(first, model.order.deadline)
+    if model.backoff_until > pool.now and (model.queue.count or model.order or model.floor or model.spec.preload):
+        first = min(first, model.backoff_until)
+    return first
+
+
+def next_due(pool: Pool) -> float | None:
+    """When the next model must be looked at. Timers that were overtaken are set anew, so none fires for nothing."""
+    while (timer := pool.next_timer()) is not None:
+        model = timer[2]
+        truth = due(pool, model)
+        if truth <= timer[0]:
+            return timer[0]
+        heapq.heappop(pool.timers)
+        model.armed_at = INFINITY
+        if truth < INFINITY:
+            pool.arm(model, truth)
+    return None
+
+
+def expire(pool: Pool, now: float) -> None:
+    """Act on everything whose time has come: the recovery window, deadlines, timers."""
+    if pool.recovering_until is not None and now >= pool.recovering_until:
+        _end_recovery(pool, now)
+    expire_waiters(pool, now)
+    if pool.is_recovering:
+        return
+    while (timer := pool.next_timer()) is not None and timer[0] <= now:
+        model = timer[2]
+        heapq.heappop(pool.timers)
+        model.armed_at = INFINITY
+        pool.touched[model] = None
+        for replica in list(model.in_state(STARTING)):
+            if now >= replica.since + model.spec.load_timeout_s:
+                load_overdue(pool, replica, now)
+        for replica in list(model.in_state(DRAINING)):
+            if now >= replica.since + pool.spec.drain_timeout_s:
+                # Far beyond the longest request allowed: these leases have no holder any more.
+                pool.revoke(replica, now)
+
+
+def _end_recovery(pool: Pool, now: float) -> None:
+    """Who was to come has come: decide again, and say every desired count once, for Serve knows those of before."""
+    pool.recovering_until = None
+    pool.orphans.clear()
+    for model in pool.models.values():
+        model.resend = True
+        pool.changed[model] = None
+        pool.touched[model] = None
+        if model.queue.count:
+            refusal = policy.unavailable(pool, model, now)
+            if refusal is None and model.spec.manual and not model.replicas:
+                refusal = policy.Refusal("ModelNotLoaded", f"the model {model.name!r} is not loaded", {})
+            for waiter in list(model.queue) if refusal is not None else ():
+                refuse_or_reroute(pool, waiter, now, refusal)  # type: ignore[arg-type]
+
+
+# --- what must go, whoever waits ------------------------------------------------------------------------------------
+
+
+def _trim(pool: Pool, model: Model, now: float) -> None:
+    """Drain what must not serve any longer, finish what has drained, forget what has left."""
+    if model.counts[DRAINING]:
+        for replica in list(model.in_state(DRAINING)):
+            if not replica.leases:
+                pool.move(replica, Cause.EMPTIED, now)
+    if not model.replicas:
+        model.unloading = False
+        if model.removed and pool.models.get(model.name) is model and not model.queue.count:
+            _forget(pool, model)
+        return
+    if model.removed or model.unloading:
+        doomed = list(model.replicas)
+    else:
+        revision = model.revision
+        doomed = [each for each in model.replicas if each.revision != revision or placing.is_homeless(pool, each)]
+        above = model.serving - model.spec.max_replicas
+        if above > 0:
+            doomed += list(reversed(model.replicas))[:above]
+    for replica in doomed:
+        if replica.state is READY:
+            pool.quiesce(replica, now)
+        elif replica.state is STARTING:
+            pool.withdraw(replica, now)
+
+
+def _forget(pool: Pool, model: Model) -> None:
+    placing.drop_claim(pool, model, pool.now)
+    _not_hungry(pool, model)
+    pool.understaffed.pop(model, None)
+    model.armed_at = INFINITY
+    del pool.models[model.name]
+
+
+# --- who needs a place --------------------------------------------------------------------------------------------
+
+
+def _review(pool: Pool, model: Model, now: float) -> None:
+    """Note whether a model needs one more replica, and take back what was begun for waiters who left."""
+    order = model.order
+    if order is not None:
+        if model.counts[READY] >= order.replicas:
+            model.order = None
+        elif now >= order.deadline and model.serving < order.replicas:
+            model.order = None
+            message = "there was no room for all of its replicas in time"
+            pool.out.append(LoadRefused(model.name, "BackendTimeout", message, {"phase": "queued"}))
+    needed = autoscale.missing(pool, model, now)
+    if needed and model.counts[DRAINING] and not model.order and _reopen(pool, model, now):
+        serve(pool, model, now)
+        needed = autoscale.missing(pool, model, now)
+    if not needed and model.claim is not None:
+        placing.drop_claim(pool, model, now)
+    if model.counts[STARTING] and not model.queue.count:
+        _withdraw_needless(pool, model, now)
+    if not needed or model.claim is not None:
+        _not_hungry(pool, model)
+    else:
+        head = model.queue.head()
+        key = -INFINITY if model.order is not None or head is None else head.rank
+        if key != model.hungry_key:
+            if model.hungry_key is None:
+                pool.hungry_count += 1
+                model.look_at = now
+            elif key < model.hungry_key:
+                model.look_at = now
+            model.hungry_key = key
+            pool.serial += 1
+            heapq.heappush(pool.hungry, (key, pool.serial, model))
+        if model.pressure_bar < INFINITY and model.queue.count:
+            pays = now + (model.pressure_bar - model.queue.waited(now)) / model.queue.count
+            model.look_at = min(model.look_at, max(now, pays))
+    if autoscale.floor_missing(model, now):
+        pool.understaffed[model] = None
+    else:
+        pool.understaffed.pop(model, None)
+
+
+def _not_hungry(pool: Pool, model: Model) -> None:
+    if model.hungry_key is not None:
+        model.hungry_key = None
+        model.look_at = INFINITY
+        model.pressure_bar = INFINITY
+        pool.hungry_count -= 1
+
+
+def _reopen(pool: Pool, model: Model, now: float) -> bool:
+    """Take back a drain that nobody else counts on."""
+    for replica in model.in_state(DRAINING):
+        if replica.claim is None and placing.may_reopen(pool, replica):
+            pool.reopen(replica, now)
+            return True
+    return False
+
+
+def _withdraw_needless(pool: Pool, model: Model, now: float) -> None:
+    """No model loads for nobody: a start that has no process yet is taken back when its waiters have left."""
+    if model.order is not None or autoscale.floor_missing(model, now):
+        return
+    kept = max(model.floor, 1 if model.spec.preload and not model.ever_loaded else 0)
+    for replica in list(model.in_state(STARTING)):
+        if replica.uid is None and model.serving > kept:
+            pool.withdraw(replica, now)
+
+
+# --- idle ---------------------------------------------------------------------------------------------------------
+
+
+def _stop_idle(pool: Pool, model: Model, now: float) -> None:
+    """Close what nobody used for long enough: the newest first, since that is the one that Serve will stop."""
+    while now >= autoscale.idle_due(model):
+        replica = model.newest_ready()
+        assert replica is not None, "an idle replica is READY"
+        pool.quiesce(replica, now)
+    if now >= autoscale.surplus_due(model):
+        replica = autoscale.close_surplus(model, now)
+        if replica is not None:
+            pool.quiesce(replica, now)

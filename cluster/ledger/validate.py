@@ -1,0 +1,52 @@
+"""Events come from outside: what is not well-formed is found here, before anything is touched."""
+
+from __future__ import annotations
+
+from math import isfinite
+from typing import Any
+
+from cluster.ledger import events
+from cluster.ledger.specs import NodeSpec, PoolSpec
+
+_TEXT, _NUMBER, _COUNT = (str,), (int, float), (int,)
+
+_FIELDS: dict[type[Any], tuple[tuple[type[Any], ...], ...]] = {
+    events.RequestArrived: (_TEXT, _TEXT, _TEXT, _COUNT, _NUMBER, (int, float, type(None))),
+    events.RequestCancelled: (_TEXT,),
+    events.LeaseReleased: (_TEXT, _COUNT),
+    events.HolderDied: (_TEXT,),
+    events.ReplicaStarted: (_TEXT, _TEXT, _TEXT),
+    events.ReplicaReady: (_TEXT, (int, type(None))),
+    events.ReplicaFailed: (_TEXT, _TEXT),
+    events.ReplicaGone: (_TEXT,),
+    events.NodesChanged: ((dict,),),
+    events.ConfigChanged: ((PoolSpec,),),
+    events.LoadRequested: (_TEXT, _COUNT),
+    events.UnloadRequested: (_TEXT,),
+    events.LeaseReannounced: (_TEXT, _TEXT, _TEXT, _TEXT, _COUNT, _COUNT),
+    events.Ticked: (),
+}
+
+
+def fault(event: Any) -> str | None:
+    """What is wrong with an event; None if it is well-formed. Legal in form is not yet legal in the ledger's state."""
+    fields = _FIELDS.get(type(event))
+    if fields is None:
+        return "not an event"
+    for value, types, name in zip(event, fields, event._fields, strict=True):
+        if not isinstance(value, types):
+            return f"{name} is {value!r}"
+    if type(event) in (events.RequestArrived, events.LeaseReannounced) and event.priority not in (1, 2, 3):
+        return f"priority is {event.priority!r}"
+    if type(event) is events.RequestArrived:
+        if not isfinite(event.deadline):
+            return f"deadline is {event.deadline!r}"
+        if event.keep_alive_s is not None and event.keep_alive_s != event.keep_alive_s:
+            return "keep_alive_s is not a number"
+    if type(event) is events.NodesChanged:
+        for name, spec in event.nodes.items():
+            if not isinstance(name, str) or not isinstance(spec, NodeSpec):
+                return f"node {name!r} is {spec!r}"
+    if type(event) is events.ReplicaReady and event.memory_mib is not None and event.memory_mib < 0:
+        return f"memory_mib is {event.memory_mib!r}"
+    return None
