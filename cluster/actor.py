@@ -85,16 +85,16 @@ class LedgerActor:
         self._post(RequestArrived(request, holder, model, priority, now + timeout_s, keep_alive_s))
         return await asyncio.shield(parked.answer)
 
-    async def release(self, request: str, generation: int) -> None:
-        """Give a lease back; unknown or stale ones change nothing."""
-        self._post(LeaseReleased(request, generation))
-
-    async def cancel(self, request: str) -> None:
-        """The client left: take the request out of the queue, or its lease back."""
-        self._post(RequestCancelled(request))
-        parked = self._parked.pop(request, None)
-        if parked is not None:
-            parked.answer.cancel()
+    async def settle(self, settled: list[tuple[str, int | None]]) -> None:
+        """Give leases back, each by its request and generation; with None the client has left, wherever it stood."""
+        for request, generation in settled:
+            if generation is not None:
+                self._post(LeaseReleased(request, generation))
+                continue
+            self._post(RequestCancelled(request))
+            parked = self._parked.pop(request, None)
+            if parked is not None:
+                parked.answer.cancel()
 
     async def waiting(self, request: str) -> tuple[str, int | str] | None:
         """Where a request waits: ("queued", position), ("loading", model), or None when it does not wait."""

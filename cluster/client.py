@@ -22,11 +22,14 @@ RETRY_S = 0.1
 
 
 class LedgerClient:
-    """Speaks to the ledger actor from one event loop. `connect` must come first; it blocks for a moment."""
+    """Speaks to the ledger actor from one event loop. Making one blocks for a moment."""
 
     def __init__(self, spec: PoolSpec) -> None:
         self._spec = spec
         self._actor: Any = effects.get_or_create_ledger(spec)
+        self._settled: list[tuple[str, int | None]] = []
+        self._unsent = asyncio.Event()
+        self._sender = asyncio.create_task(self._send_settled())
 
     async def acquire(
         self, request: str, holder: str, model: str, priority: int, timeout_s: float, keep_alive_s: float | None = None
@@ -40,21 +43,39 @@ class LedgerClient:
             left = deadline - time.monotonic()
             try:
                 answer = await self._actor.acquire.remote(request, holder, model, priority, left, keep_alive_s)
-            except asyncio.CancelledError:
-                self._actor.cancel.remote(request)
-                raise
             except RayActorError:
                 if left <= 0:
                     raise errors.BackendTimeout("the scheduler could not be reached", phase="queued") from None
                 await asyncio.sleep(RETRY_S)
                 continue
+            except BaseException:
+                # Besides CancelledError also Ray's TaskCancelledError: of a cancelled request and its remote calls,
+                # either can be the first to hear of it.
+                self._settle(request, None)
+                raise
             if isinstance(answer, Reject):
                 raise as_error(answer)
             return answer  # type: ignore[no-any-return]
 
     def release(self, lease: Grant) -> None:
         """Give a lease back; does not wait."""
-        self._actor.release.remote(lease.request, lease.generation)
+        self._settle(lease.request, lease.generation)
+
+    def _settle(self, request: str, generation: int | None) -> None:
+        self._settled.append((request, generation))
+        self._unsent.set()
+
+    async def _send_settled(self) -> None:
+        """Send what was given back, in as few messages as there are turns of the event loop.
+
+        A task of its own, because a request that is cancelled takes along the remote calls that it has made: Ray
+        cancels the children of a cancelled task, and a cancelled release is a slot lost for ever.
+        """
+        while True:
+            await self._unsent.wait()
+            self._unsent.clear()
+            settled, self._settled = self._settled, []
+            self._actor.settle.remote(settled)
 
     async def waiting(self, request: str) -> tuple[str, int | str] | None:
         """Where a request waits: ("queued", position), ("loading", model) or None."""

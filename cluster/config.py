@@ -76,7 +76,7 @@ class ModelConfig(BaseModel):
     gguf_type_k: CacheType | None = None
     gguf_type_v: CacheType | None = None
     gguf_n_gpu_layers: int = -1
-    engine_kwargs: FakeFaults | LlamaCppKwargs = Field(default=None, validate_default=True)  # type: ignore[assignment]
+    engine_kwargs: FakeFaults | LlamaCppKwargs = Field(default=None, validate_default=True)
 
     @field_validator("engine_kwargs", mode="before")
     @classmethod

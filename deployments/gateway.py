@@ -107,12 +107,13 @@ class Gateway:
                 yield await self._where(request)
             lease = waiting.result()
             self._leases[request] = lease
-            async for chunk in self._run(ask, lease, arrived):
-                yield chunk
+            async with contextlib.aclosing(self._run(ask, lease, arrived)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
         finally:
             if lease is None and not waiting.cancel():
                 # Granted in the very moment in which the client left.
-                with contextlib.suppress(errors.PoolError, asyncio.CancelledError):
+                with contextlib.suppress(errors.PoolError, RayError, asyncio.CancelledError):
                     lease = waiting.result()
             if lease is not None:
                 self._leases.pop(request, None)

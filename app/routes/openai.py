@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from cluster import errors
 from cluster.config import ModelConfig, PoolConfig
@@ -45,16 +46,26 @@ async def infer(request: Request, path: str) -> Response:
     except BaseException:
         await chunks.aclose()
         raise
-    return StreamingResponse(
-        _resume(first, chunks), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
-    )
+    return Stream(first, chunks)
 
 
-async def _resume(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    async with contextlib.aclosing(rest):
-        yield first
-        async for chunk in rest:
-            yield chunk
+class Stream(StreamingResponse):
+    """The rest of a stream whose first chunk is there already."""
+
+    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(rest, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._first = first
+        self._rest = rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Plain ASGI: Serve cancels this call when the client has left, so no task need listen for that. Closed here
+        # and not in a generator around it, which would never run if the client left before its first turn.
+        async with contextlib.aclosing(self._rest):
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": self._first, "more_body": True})
+            async for chunk in self._rest:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def request_id_of(request: Request) -> str:
