@@ -26,11 +26,16 @@ class LedgerPolicy:
         threading.Thread(target=self._follow, name="slotpool-policy", daemon=True).start()
 
     def __call__(self, contexts: dict[Any, Any]) -> tuple[dict[Any, int], dict[Any, Any]]:
-        """The replica count of each deployment. Without word from a ledger everything stays as it is."""
+        """The replica count of each deployment that should change; without word from a ledger, none.
+
+        A deployment that is as it should be must not be named: Serve starts a replica of a named deployment that
+        has none when its own, older figures still count a request there, whatever the policy says.
+        """
         desired = self._desired
         if desired is None:
-            return {key: context.target_num_replicas for key, context in contexts.items()}, {}
-        return {key: desired.get(key.name, 0) for key in contexts}, {}
+            return {}, {}
+        wanted = {key: desired.get(key.name, 0) for key in contexts}
+        return {key: count for key, count in wanted.items() if count != contexts[key].target_num_replicas}, {}
 
     def _follow(self) -> None:
         version = -1

@@ -1,0 +1,350 @@
+"""What the scheduling policy is worth: eight traces on a virtual clock, four schedulers, the same simulated cluster.
+
+    python tests/bench/bench_policy.py [--json FILE] [--seed N] [--trace NAME]
+
+The rivals are given every advantage that their idea allows: both close doors before they swap, batch as many
+requests as there are slots, keep models warm with the same least-recently-used rule, and fill free devices at once.
+
+fifo         one line for all; whoever is first gets its model loaded, and nobody overtakes ("swap on demand").
+ready_first  whoever's model is loaded goes first, without any bound; a model is swapped out when nobody uses or
+             wants it any more, for the longest waiting.
+slotpool     the real ledger with its default parameters.
+clairvoyant  no scheduler but a bound below all of them: each model has the whole cluster for itself, as many slots
+             as it likes, and pays for one load. Nobody can do better; usually nobody can do as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from cluster.ledger.events import (
+    Command,
+    Event,
+    Grant,
+    LeaseReleased,
+    ReplicaGone,
+    ReplicaReady,
+    ReplicaStarted,
+    RequestArrived,
+    SetDesired,
+)
+from cluster.ledger.ledger import Ledger
+from cluster.ledger.specs import ModelSpec, NodeSpec, PoolSpec
+from tests.sim.world import Scheduler, World
+
+HIGH, MEDIUM, LOW = 1, 2, 3
+
+
+@dataclass
+class Trace:
+    """Arrivals (time, model, priority, service time) on a cluster."""
+
+    name: str
+    arrivals: list[tuple[float, str, int, float]]
+    load_s: dict[str, float]
+    gpus: int = 1
+    slots: int = 4
+    contended: bool = True
+    bound_s: float = 0.0
+
+    def spec(self) -> PoolSpec:
+        models = {
+            name: ModelSpec(
+                name, slots=self.slots, num_gpus=1.0, max_replicas=1, idle_timeout_s=0.0, load_timeout_s=600.0
+            )
+            for name in self.load_s
+        }
+        nodes = {"node": NodeSpec("node", gpus=self.gpus)}
+        return PoolSpec(models=models, nodes=nodes, queue_max_size=1_000_000)
+
+
+# --- traces -------------------------------------------------------------------------------------------------------
+
+
+def poisson(rng: random.Random, rate: float, start: float, end: float) -> list[float]:
+    times, now = [], start
+    while (now := now + rng.expovariate(rate)) < end:
+        times.append(now)
+    return times
+
+
+def service(rng: random.Random, mean: float) -> float:
+    """The length of an answer: spread like real ones, without monsters."""
+    return min(4 * mean, max(0.2 * mean, rng.lognormvariate(0.0, 0.6) * mean * 0.84))
+
+
+def alternating(rng: random.Random) -> Trace:
+    """Two models, one device, requests for one and the other in turn."""
+    arrivals = [(1.5 * i, "AB"[i % 2], MEDIUM, service(rng, 2.0)) for i in range(400)]
+    return Trace("alternating", arrivals, {"A": 3.0, "B": 3.0})
+
+
+def zipf(rng: random.Random) -> Trace:
+    """Twenty models on four devices; the first is asked for twenty times as often as the last."""
+    names = [f"m{i:02d}" for i in range(20)]
+    weights = [1.0 / (i + 1) for i in range(20)]
+    arrivals = [
+        (when, rng.choices(names, weights)[0], MEDIUM, service(rng, 2.0)) for when in poisson(rng, 1.0, 0.0, 900.0)
+    ]
+    return Trace("zipf-20-on-4", arrivals, {name: 2.0 + 0.2 * i for i, name in enumerate(names)}, gpus=4)
+
+
+def bursty(rng: random.Random) -> Trace:
+    """Four models on one device, each asked for in bursts."""
+    arrivals = []
+    for name in "ABCD":
+        for start in poisson(rng, 1 / 60.0, 0.0, 900.0):
+            arrivals += [
+                (start + rng.uniform(0.0, 5.0), name, MEDIUM, service(rng, 2.0)) for _ in range(rng.randint(3, 12))
+            ]
+    return Trace("bursty", arrivals, dict.fromkeys("ABCD", 3.0))
+
+
+def flood(rng: random.Random) -> Trace:
+    """Overlapping long streams on one model that never pause, and now and then a high-priority visitor for another."""
+    arrivals = [(when, "A", MEDIUM, service(rng, 4.0)) for when in poisson(rng, 0.6, 0.0, 900.0)]
+    arrivals += [(when, "B", HIGH, service(rng, 2.0)) for when in range(60, 900, 120)]
+    return Trace("flood-and-visitor", arrivals, {"A": 2.0, "B": 2.0})
+
+
+def priorities(rng: random.Random) -> Trace:
+    """Three models on one device, all classes mixed."""
+    arrivals = [
+        (when, rng.choice("AABC"), rng.choices((HIGH, MEDIUM, LOW), (1, 3, 2))[0], service(rng, 2.0))
+        for when in poisson(rng, 0.7, 0.0, 900.0)
+    ]
+    return Trace("priority-mix", arrivals, dict.fromkeys("ABC", 3.0))
+
+
+def diurnal(rng: random.Random) -> Trace:
+    """Six models on two devices; day and night, and each model has its own noon."""
+    from math import cos, pi
+
+    arrivals = []
+    for index, name in enumerate("ABCDEF"):
+        for when in poisson(rng, 0.5, 0.0, 1800.0):
+            if rng.random() < 0.5 * (1 + cos(2 * pi * (when / 900.0 - index / 6))) ** 2 / 2:
+                arrivals.append((when, name, MEDIUM, service(rng, 2.0)))
+    return Trace("diurnal", arrivals, dict.fromkeys("ABCDEF", 4.0), gpus=2)
+
+
+def skewed(rng: random.Random) -> Trace:
+    """93 % of the requests for one model, the rest for a rare one, on one device."""
+    arrivals = [
+        (when, "B" if rng.random() < 0.07 else "A", MEDIUM, service(rng, 2.0)) for when in poisson(rng, 1.0, 0.0, 900.0)
+    ]
+    return Trace("skewed-93-7", arrivals, {"A": 3.0, "B": 3.0})
+
+
+def roomy(rng: random.Random) -> Trace:
+    """Three models on four devices: nothing to fight for."""
+    arrivals = [(when, rng.choice("ABC"), MEDIUM, service(rng, 2.0)) for when in poisson(rng, 2.0, 0.0, 600.0)]
+    return Trace("uncontended", arrivals, dict.fromkeys("ABC", 3.0), gpus=4, contended=False)
+
+
+TRACES = (alternating, zipf, bursty, flood, priorities, diurnal, skewed, roomy)
+
+
+# --- rivals -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Place:
+    """One device's replica, as the rivals see it."""
+
+    model: str
+    uid: str = ""
+    state: str = "starting"
+    leases: dict[str, float] = field(default_factory=dict)
+    used: float = 0.0
+
+
+class Rival:
+    """What both rivals share: devices, leases, least-recently-used eviction with a drain before it."""
+
+    def __init__(self, spec: PoolSpec) -> None:
+        self.slots = {name: model.slots for name, model in spec.models.items()}
+        self.devices = sum(node.gpus for node in spec.nodes.values())
+        self.places: list[Place] = []
+        self.line: list[RequestArrived] = []
+        self.generation = 0
+
+    def next_deadline(self) -> float | None:
+        return None
+
+    def decide(self, event: Event, now: float) -> list[Command]:
+        out: list[Command] = []
+        if isinstance(event, RequestArrived):
+            self.line.append(event)
+        elif isinstance(event, LeaseReleased):
+            for place in self.places:
+                if place.leases.pop(event.request, None) is not None:
+                    place.used = now
+        elif isinstance(event, ReplicaStarted):
+            next(each for each in self.places if each.model == event.model and not each.uid).uid = event.replica
+        elif isinstance(event, ReplicaReady):
+            next(each for each in self.places if each.uid == event.replica).state = "ready"
+        elif isinstance(event, ReplicaGone):
+            self.places = [each for each in self.places if each.uid != event.replica]
+        self.settle(out, now)
+        for place in self.places:
+            if place.state == "draining" and not place.leases:
+                place.state = "stopping"
+                out.append(SetDesired(place.model, 0))
+        return out
+
+    def settle(self, out: list[Command], now: float) -> None:
+        raise NotImplementedError
+
+    def place_of(self, model: str) -> Place | None:
+        return next((each for each in self.places if each.model == model), None)
+
+    def grant(self, request: RequestArrived, place: Place, out: list[Command], now: float) -> None:
+        self.generation += 1
+        place.leases[request.request] = now
+        place.used = now
+        out.append(Grant(request.request, request.holder, request.model, place.uid, 0, self.generation, 0.0, 0.0))
+
+    def can_grant(self, place: Place | None) -> bool:
+        return place is not None and place.state == "ready" and len(place.leases) < self.slots[place.model]
+
+    def start(self, model: str, out: list[Command]) -> bool:
+        if len(self.places) >= self.devices:
+            return False
+        self.places.append(Place(model))
+        out.append(SetDesired(model, 1))
+        return True
+
+    def leaving(self) -> int:
+        return sum(1 for each in self.places if each.state in ("draining", "stopping"))
+
+
+class Fifo(Rival):
+    """Swap on demand, in order of arrival. The head of the line waits for its model; all others wait behind it."""
+
+    def settle(self, out: list[Command], now: float) -> None:
+        while self.line:
+            head = self.line[0]
+            place = self.place_of(head.model)
+            if self.can_grant(place):
+                assert place is not None
+                self.grant(self.line.pop(0), place, out, now)
+                continue
+            if place is None and not self.start(head.model, out) and not self.leaving():
+                ready = [each for each in self.places if each.state == "ready"]
+                # Idle ones first, then the one that was used the longest time ago.
+                victim = min(ready, key=lambda each: (len(each.leases) > 0, each.used), default=None)
+                if victim is not None:
+                    victim.state = "draining"
+            return
+
+
+class ReadyFirst(Rival):
+    """Whoever's model is loaded goes first; a model that nobody uses or wants makes room for the longest waiting."""
+
+    def settle(self, out: list[Command], now: float) -> None:
+        waiting = []
+        for request in self.line:
+            place = self.place_of(request.model)
+            if self.can_grant(place):
+                assert place is not None
+                self.grant(request, place, out, now)
+            else:
+                waiting.append(request)
+        self.line = waiting
+        absent = list(dict.fromkeys(each.model for each in waiting if self.place_of(each.model) is None))
+        wanted = {each.model for each in waiting}
+        for model in list(absent):
+            if self.start(model, out):
+                absent.remove(model)
+        idle = [each for each in self.places if each.state == "ready" and not each.leases and each.model not in wanted]
+        idle.sort(key=lambda each: each.used)
+        for victim in idle[: max(0, len(absent) - self.leaving())]:
+            victim.state = "draining"
+
+
+# --- measuring ----------------------------------------------------------------------------------------------------
+
+
+def simulate(trace: Trace, make: Callable[[float], Scheduler]) -> dict[str, float]:
+    world = World(trace.spec(), make, load_s=trace.load_s)
+    for when, model, priority, service_s in trace.arrivals:
+        world.at(when, lambda m=model, p=priority, s=service_s: world.submit(m, s, priority=p))
+    world.run()
+    unserved = [each.name for each in world.requests.values() if not each.done or each.granted is None]
+    assert not unserved, f"{len(unserved)} requests were never served"
+    assert not world.cut, world.cut
+    assert not world.crimes, world.crimes
+    waits = [each.wait_s or 0.0 for each in world.requests.values()]
+    end = max((each.granted or 0.0) + each.service_s for each in world.requests.values())
+    return figures(waits, world.swaps, end - min(when for when, *_ in trace.arrivals))
+
+
+def figures(waits: list[float], swaps: int, makespan: float) -> dict[str, float]:
+    ordered = sorted(waits)
+    return {
+        "mean_wait_s": round(sum(waits) / len(waits), 3),
+        "p95_wait_s": round(ordered[int(0.95 * (len(ordered) - 1))], 3),
+        "max_wait_s": round(ordered[-1], 3),
+        "swaps": swaps,
+        "makespan_s": round(makespan, 3),
+    }
+
+
+def clairvoyant(trace: Trace) -> dict[str, float]:
+    """A bound below every scheduler; see the module's docstring. Start and stop of processes count as in the world."""
+    first: dict[str, float] = {}
+    waits, ends = [], []
+    for when, model, _, service_s in sorted(trace.arrivals):
+        ready = first.setdefault(model, when) + 0.1 + 0.5 + trace.load_s[model]
+        waits.append(max(0.0, ready - when))
+        ends.append(max(ready, when) + service_s)
+    return figures(waits, len(first), max(ends) - min(when for when, *_ in trace.arrivals))
+
+
+def measure(trace: Trace) -> dict[str, object]:
+    spec = trace.spec()
+    trace.bound_s = max(spec.bound_s[priority - 1] for _, _, priority, _ in trace.arrivals)
+    policies = {
+        "fifo": simulate(trace, lambda now: Fifo(spec)),
+        "ready_first": simulate(trace, lambda now: ReadyFirst(spec)),
+        "slotpool": simulate(trace, lambda now: Ledger(spec, epoch="bench", now=now)),
+        "clairvoyant": clairvoyant(trace),
+    }
+    return {"name": trace.name, "bound_s": trace.bound_s, "contended": trace.contended, "policies": policies}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Swaps and waits of four schedulers over simulated traces.")
+    parser.add_argument("--json", metavar="FILE", help="write the figures to FILE")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--trace", help="run this one only")
+    args = parser.parse_args()
+    rows = []
+    print(f"{'trace':18} {'policy':12} {'mean':>8} {'p95':>8} {'max':>8} {'swaps':>6} {'makespan':>9}   (bound)")
+    for make in TRACES:
+        trace = make(random.Random(args.seed))
+        if args.trace not in (None, trace.name):
+            continue
+        row = measure(trace)
+        rows.append(row)
+        for policy, figure in row["policies"].items():  # type: ignore[attr-defined]
+            print(
+                f"{trace.name:18} {policy:12} {figure['mean_wait_s']:8.2f} {figure['p95_wait_s']:8.2f} "
+                f"{figure['max_wait_s']:8.2f} {figure['swaps']:6d} {figure['makespan_s']:9.1f}   ({trace.bound_s:g})"
+            )
+    if args.json:
+        Path(args.json).write_text(json.dumps({"traces": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""The world around a ledger, on a virtual clock: machines, Ray Serve, engines, clients, and all that goes wrong.
+
+Everything is drawn from one seeded generator, so a seed reproduces a run to the last event. The world keeps its own
+truth: which process really lives, what it really takes, which stream really runs where. It accuses the ledger when a
+stream is cut, when a process is overcommitted, or when a request is granted to a process that cannot serve it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from cluster.ledger.events import (
+    Command,
+    Event,
+    Grant,
+    LeaseReannounced,
+    LeaseReleased,
+    Reject,
+    ReplicaFailed,
+    ReplicaGone,
+    ReplicaReady,
+    ReplicaStarted,
+    RequestArrived,
+    RequestCancelled,
+    SetDesired,
+    Ticked,
+)
+from cluster.ledger.specs import PoolSpec
+
+
+class Scheduler(Protocol):
+    """What the world asks of a ledger, ours or a rival's."""
+
+    def decide(self, event: Event, now: float) -> list[Command]: ...
+
+    def next_deadline(self) -> float | None: ...
+
+
+@dataclass
+class Faults:
+    """How often and how badly the world misbehaves; all zero = a perfect world."""
+
+    late_s: float = 0.0
+    twice: float = 0.0
+    load_fails: float = 0.0
+    load_hangs: float = 0.0
+    never_starts: float = 0.0
+    dies_after_s: float = 0.0
+    wrong_victim: float = 0.0
+    cancels: float = 0.0
+    leaks: float = 0.0
+    load_spread: float = 0.0
+
+
+@dataclass
+class Request:
+    """A client's request and what became of it."""
+
+    name: str
+    model: str
+    holder: str
+    priority: int
+    arrived: float
+    service_s: float
+    granted: float | None = None
+    generation: int = 0
+    replica: str = ""
+    rejected: str | None = None
+    done: bool = False
+    cancelled: bool = False
+
+    @property
+    def wait_s(self) -> float | None:
+        return None if self.granted is None else self.granted - self.arrived
+
+
+@dataclass(eq=False)
+class Process:
+    """A replica's real process."""
+
+    uid: str
+    model: str
+    node: str
+    number: int
+    load_s: float
+    state: str = "pending"
+    streams: dict[str, Request] = field(default_factory=dict)
+
+
+class World:
+    """One simulated cluster with one scheduler in it."""
+
+    def __init__(
+        self,
+        spec: PoolSpec,
+        make: Callable[[float], Scheduler],
+        *,
+        seed: int = 0,
+        load_s: dict[str, float] | float = 2.0,
+        start_s: float = 0.5,
+        stop_s: float = 0.2,
+        loop_s: float = 0.1,
+        faults: Faults | None = None,
+        after_step: Callable[[World], None] | None = None,
+    ) -> None:
+        self.spec = spec
+        self.random = random.Random(seed)
+        self.load_s = load_s
+        self.start_s, self.stop_s, self.loop_s = start_s, stop_s, loop_s
+        self.faults = faults or Faults()
+        self.after_step = after_step
+        self.now = 0.0
+        self.heap: list[tuple[float, int, Callable[[], None]]] = []
+        self.numbers = itertools.count(1)
+        self.scheduler = make(self.now)
+        self.desired: dict[str, int] = {}
+        self.processes: dict[str, Process] = {}
+        self.requests: dict[str, Request] = {}
+        self.dead_holders: set[str] = set()
+        self.waking: float | None = None
+        self.swaps = 0
+        self.steps = 0
+        self.cut: list[str] = []
+        self.crimes: list[str] = []
+
+    # --- the clock ----------------------------------------------------------------------------------------------
+
+    def at(self, when: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self.heap, (max(when, self.now), next(self.numbers), action))
+
+    def run(self, until: float = float("inf"), max_steps: int = 10_000_000) -> None:
+        """Let time pass until nothing is left to happen, or `until`."""
+        while self.heap and self.heap[0][0] <= until and max_steps:
+            max_steps -= 1
+            self.now, _, action = heapq.heappop(self.heap)
+            action()
+        if until < float("inf"):
+            self.now = max(self.now, until)
+
+    def tell(self, event: Event) -> None:
+        """An event reaches the scheduler: perhaps late, perhaps twice."""
+        faults = self.faults
+        copies = 2 if faults.twice and self.random.random() < faults.twice else 1
+        for _ in range(copies):
+            delay = self.random.expovariate(1.0 / faults.late_s) if faults.late_s else 0.0
+            if delay:
+                self.at(self.now + delay, lambda: self.post(event))
+            else:
+                self.post(event)
+
+    def post(self, event: Event) -> None:
+        self.steps += 1
+        for command in self.scheduler.decide(event, self.now):
+            self._obey(command)
+        if self.after_step is not None:
+            self.after_step(self)
+        self._wake_later()
+
+    def _wake_later(self) -> None:
+        due = self.scheduler.next_deadline()
+        if due is not None and (self.waking is None or due < self.waking):
+            self.waking = due
+            self.at(due, lambda: self._wake(due))
+
+    def _wake(self, due: float) -> None:
+        if self.waking == due:
+            self.waking = None
+            self.post(Ticked())
+
+    # --- clients ------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        model: str,
+        service_s: float,
+        *,
+        priority: int = 2,
+        timeout_s: float = 1e6,
+        holder: str = "ingress",
+        keep_alive_s: float | None = None,
+    ) -> Request:
+        request = Request(f"r{next(self.numbers)}", model, holder, priority, self.now, service_s)
+        self.requests[request.name] = request
+        self.tell(RequestArrived(request.name, holder, model, priority, self.now + timeout_s, keep_alive_s))
+        if self.faults.cancels and self.random.random() < self.faults.cancels:
+            self.at(self.now + self.random.expovariate(0.5), lambda: self.cancel(request))
+        return request
+
+    def cancel(self, request: Request) -> None:
+        if not request.done and request.holder not in self.dead_holders:
+            request.cancelled = True
+            self._finish(request, tell=False)
+            self.tell(RequestCancelled(request.name))
+
+    def kill_holder(self, holder: str) -> None:
+        from cluster.ledger.events import HolderDied
+
+        self.dead_holders.add(holder)
+        for request in list(self.requests.values()):
+            if request.holder == holder and not request.done:
+                self._finish(request, tell=False)
+        self.tell(HolderDied(holder))
+
+    def _granted(self, grant: Grant) -> None:
+        request = self.requests[grant.request]
+        if request.holder in self.dead_holders:
+            return
+        if request.done:
+            # Nobody waits for it any more: the actor gives it back.
+            self.at(self.now, lambda: self.tell(LeaseReleased(grant.request, grant.generation)))
+            return
+        if request.granted is not None and request.generation == grant.generation:
+            return
+        request.granted, request.generation, request.replica = self.now, grant.generation, grant.replica
+        process = self.processes.get(grant.replica)
+        if process is None or process.state != "ready":
+            if not self.faults.dies_after_s and not self.faults.wrong_victim:
+                self.crimes.append(f"{grant.request} was granted to {grant.replica}, which does not serve")
+            self.at(self.now + 0.05, lambda: self._finish(request))
+            return
+        process.streams[request.name] = request
+        slots = self.spec.models[process.model].slots
+        if len(process.streams) > slots and not self.faults.late_s:
+            self.crimes.append(f"{process.uid} has {len(process.streams)} streams on {slots} slots")
+        self.at(self.now + request.service_s, lambda: self._finish(request))
+
+    def _finish(self, request: Request, tell: bool = True) -> None:
+        if request.done:
+            return
+        request.done = True
+        process = self.processes.get(request.replica)
+        if process is not None:
+            process.streams.pop(request.name, None)
+        if tell and request.granted is not None and request.holder not in self.dead_holders:
+            self.tell(LeaseReleased(request.name, request.generation))
+
+    # --- Ray Serve ----------------------------------------------------------------------------------------------
+
+    def _obey(self, command: Command) -> None:
+        if isinstance(command, Grant):
+            self._granted(command)
+        elif isinstance(command, Reject):
+            request = self.requests[command.request]
+            request.rejected = command.error
+            request.done = True
+        elif isinstance(command, SetDesired):
+            self.desired[command.model] = command.replicas
+            self.at(self.now + self.loop_s, lambda: self._reconcile(command.model))
+
+    def _running(self, model: str) -> list[Process]:
+        return [each for each in self.processes.values() if each.model == model and each.state != "stopping"]
+
+    def _reconcile(self, model: str) -> None:
+        """Serve's control loop: start what is missing, stop the newest of what is too much."""
+        running = self._running(model)
+        for _ in range(self.desired.get(model, 0) - len(running)):
+            number = next(self.numbers)
+            process = Process(f"{model}#{number}", model, "", number, self._load_time(model))
+            self.processes[process.uid] = process
+            if self.faults.never_starts and self.random.random() < self.faults.never_starts:
+                continue
+            self._try_start(process)
+        for _ in range(len(running) - self.desired.get(model, 0)):
+            newest = max(running, key=lambda each: each.number)
+            if self.faults.wrong_victim and self.random.random() < self.faults.wrong_victim:
+                newest = self.random.choice(running)
+            running.remove(newest)
+            self._stop(newest)
+
+    def _load_time(self, model: str) -> float:
+        base = self.load_s if isinstance(self.load_s, float | int) else self.load_s[model]
+        spread = self.faults.load_spread
+        return base * self.random.uniform(1.0 - spread, 1.0 + spread) if spread else base
+
+    def _try_start(self, process: Process) -> None:
+        """Ray starts a process where there is room for it, sooner or later."""
+        if process.state != "pending":
+            return
+        node = self._room(process.model)
+        if node is None:
+            self.at(self.now + self.loop_s, lambda: self._try_start(process))
+            return
+        process.node = node
+        process.state = "starting"
+        self.at(self.now + self.start_s, lambda: self._started(process))
+
+    def _room(self, model: str) -> str | None:
+        need = self.spec.models[model].num_gpus
+        for node in self.spec.nodes.values():
+            used = sum(
+                self.spec.models[each.model].num_gpus
+                for each in self.processes.values()
+                if each.node == node.name and each.state != "pending"
+            )
+            if used + need <= node.gpus + 1e-9:
+                return node.name
+        return None
+
+    def _started(self, process: Process) -> None:
+        if process.state != "starting":
+            return
+        self.swaps += 1
+        self.tell(ReplicaStarted(process.model, process.uid, process.node))
+        if self.faults.load_hangs and self.random.random() < self.faults.load_hangs:
+            return
+        if self.faults.load_fails and self.random.random() < self.faults.load_fails:
+            self.at(self.now + process.load_s * 0.7, lambda: self._failed(process))
+            return
+        self.at(self.now + process.load_s, lambda: self._ready(process))
+        if self.faults.dies_after_s:
+            self.at(self.now + self.random.expovariate(1.0 / self.faults.dies_after_s), lambda: self._die(process))
+
+    def _failed(self, process: Process) -> None:
+        if process.state == "starting":
+            process.state = "failed"
+            self.tell(ReplicaFailed(process.uid, "the engine says no"))
+
+    def _ready(self, process: Process) -> None:
+        if process.state == "starting":
+            process.state = "ready"
+            self.tell(ReplicaReady(process.uid))
+
+    def _stop(self, process: Process) -> None:
+        if process.state == "pending":
+            del self.processes[process.uid]
+            return
+        if process.streams and not self.faults.late_s and not self.faults.wrong_victim and not self.faults.twice:
+            self.cut.append(f"{process.uid} was stopped with {len(process.streams)} streams")
+        process.state = "stopping"
+        self.at(self.now + self.stop_s, lambda: self._die(process))
+
+    def _die(self, process: Process) -> None:
+        if self.processes.pop(process.uid, None) is None:
+            return
+        for request in list(process.streams.values()):
+            self._finish(request)
+        asked = process.state == "stopping"
+        process.state = "dead"
+        self.tell(ReplicaGone(process.uid))
+        if not asked:
+            self.at(self.now + self.loop_s, lambda: self._reconcile(process.model))
+
+    # --- a restart of the ledger --------------------------------------------------------------------------------
+
+    def restart(self, make: Callable[[float], Any]) -> None:
+        """The ledger is killed and comes back empty; everybody announces what is there."""
+        self.scheduler = make(self.now)
+        self.waking = None
+        for process in sorted(self.processes.values(), key=lambda each: self.random.random()):
+            if process.state not in ("pending", "stopping"):
+                self.tell(ReplicaStarted(process.model, process.uid, process.node))
+                if process.state == "ready":
+                    self.tell(ReplicaReady(process.uid))
+                elif process.state == "failed":
+                    self.tell(ReplicaFailed(process.uid, "the engine said no"))
+        for request in self.requests.values():
+            if request.done or request.holder in self.dead_holders:
+                continue
+            if request.granted is None:
+                self.tell(RequestArrived(request.name, request.holder, request.model, request.priority, self.now + 1e6))
+            else:
+                self.tell(
+                    LeaseReannounced(request.name, request.holder, request.model, request.replica, request.generation)
+                )
+        self._wake_later()
