@@ -116,7 +116,7 @@ class Ledger:
             tree.expire(pool, now)
             self._wake = now
         _HANDLERS[type(event)](pool, event, now)
-        if pool.touched or pool.changed:
+        if pool.touched or pool.went_idle or pool.changed:
             tree.settle(pool, now)
         return out
 

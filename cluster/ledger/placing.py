@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from cluster.ledger import autoscale, eviction, policy
 from cluster.ledger.placement import Node, Place
 from cluster.ledger.policy import Tier
-from cluster.ledger.queue import INFINITY
 from cluster.ledger.records import Claim, Model, Replica
 from cluster.ledger.states import ReplicaState
 
@@ -25,6 +24,7 @@ MAX_TRIES = 64
 # How many waiting models are offered a replica that has just become idle.
 MAX_OFFERS = 2
 RETRY_S = 0.25
+LOOK_COST_S = 0.002
 
 
 def place(pool: Pool, touched: list[Model], now: float) -> None:
@@ -187,7 +187,7 @@ def _choose_for(pool: Pool, model: Model, now: float, node: Node | None) -> None
         _promise(pool, model, plans, now)
         return
     if node is None:
-        _look_later(pool, model, plans, now, bound)
+        _look_later(pool, model, now, bound)
 
 
 def _is_right(pool: Pool, model: Model, plan: eviction.Plan, now: float, bound: bool, growth: bool) -> bool:
@@ -196,17 +196,17 @@ def _is_right(pool: Pool, model: Model, plan: eviction.Plan, now: float, bound: 
         # A second replica for one model takes a warm one from another only if that was idle for as long as it would
         # take to load it again.
         return all(now - each.idle_since >= policy.load_time(pool, each.model) for each in plan.victims)
-    if plan.tier <= Tier.OUTRANKED or bound or model.order is not None:
+    if plan.tier <= Tier.SURPLUS or bound or model.order is not None:
         return True
-    return model.queue.waited(now) >= plan.cost
+    return policy.pays(pool, model, plan, now)
 
 
-def _look_later(pool: Pool, model: Model, plans: list[eviction.Plan], now: float, bound: bool) -> None:
-    """When the swap will pay, or the bound is reached; soon, where the bound is behind us and nobody can go yet."""
-    later = [now + RETRY_S if bound or not model.queue.count else policy.bound_at(pool, model), now + 10.0]
-    model.pressure_bar = max((plan.cost for plan in plans), default=INFINITY)
-    if plans and model.queue.count:
-        later.append(now + (model.pressure_bar - model.queue.waited(now)) / model.queue.count)
-    else:
-        later.append(now + 4 * RETRY_S)
-    model.look_at = max(now + 0.01, min(later))
+def _look_later(pool: Pool, model: Model, now: float, bound: bool) -> None:
+    """When to look again: at the bound at the latest, and until then now and then, for the moment may get cheaper.
+
+    A crowd of waiting models looks less often each, so that looking never takes more than a share of the time.
+    """
+    pause = max(RETRY_S, LOOK_COST_S * pool.hungry_count)
+    model.look_at = now + pause
+    if not bound and model.queue.count:
+        model.look_at = max(now + 0.01, min(model.look_at, policy.bound_at(pool, model)))

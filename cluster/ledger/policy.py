@@ -1,23 +1,31 @@
 """The scheduler's judgement, as functions of the books that change nothing: who is refused, what a swap costs, and
 when a waiter's right to a place begins.
 
-A *swap* takes a place from a resident model V for a waiting model W. Three learned figures stand behind it, each per
-model: `load_s` (what its loads took), `drain_s` (about the longest that its leases last) and `gap_s` (the time between
-its arrivals). While W gets in and V gets back, `outage = drain V + load W + serve W + load V` passes, and V's users
-wait instead: those who queue for V wait `outage` each, those who come meanwhile half of it on average. W's users pay
-for not swapping with every second that they wait. As in the ski-rental problem the swap is made when W's side has
-paid as much as the swap will cost V's side: never much worse than the best that anybody could do who knew the future.
+A *swap* takes a place from a resident model V for a waiting model W. Learned figures stand behind it, per model:
+`load_s` (what its loads took), `service_s` and `drain_s` (what its leases last, on average and at most) and `gap_s`
+(the time between its arrivals). An idle V is swapped out at once. A busy V is left to run dry by itself, since every
+swap costs everybody two loads; its door is closed before that only if
+
+* somebody's *bound* comes near (`bound_at`): a promise, whatever it costs; or
+* it *pays* (`pays`): V will not pause soon (`busy_time`), and what W's users lose until then outweighs what V's users
+  lose through a swap now rather than at the pause (`harm`), high, medium and low weighing 4 : 2 : 1.
+
+`tests/bench/bench_policy.py` shows what that is worth: without bounds the rule above is as good as "whoever is loaded
+goes first", which nobody beats in mean wait as long as the resident models pause now and then, and which starves all
+others when they do not.
 """
 
 from __future__ import annotations
 
 from enum import IntEnum
+from math import expm1, log
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cluster.ledger.queue import INFINITY, Waiter
 from cluster.ledger.states import ReplicaState
 
 if TYPE_CHECKING:
+    from cluster.ledger.eviction import Plan
     from cluster.ledger.pool import Pool
     from cluster.ledger.records import Model, Replica
 
@@ -107,9 +115,18 @@ class Tier(IntEnum):
     LEAVING = 0
     IDLE = 1
     SURPLUS = 2
-    OUTRANKED = 3
-    BUSY = 4
-    PROTECTED = 5
+    BUSY = 3
+    PROTECTED = 4
+
+
+# A door closes this much earlier than drain and load are expected to take: estimates are no promises.
+LEAD = 1.25
+
+# A swap that merely pays must promise this many times its cost.
+MARGIN = 4.0
+
+# How much a second of waiting weighs in a swap that must pay, by class. A bound, when reached, outweighs all.
+CLASS_WEIGHT = {1: 4.0, 2: 2.0, 3: 1.0}
 
 
 def load_time(pool: Pool, model: Model) -> float:
@@ -129,12 +146,50 @@ def arrival_rate(model: Model, now: float) -> float:
     return 1.0 / gap if 0.0 < gap < INFINITY else 0.0
 
 
-def swap_cost(pool: Pool, victim: Replica, waiting: Model, now: float) -> float:
-    """What the victim's users will lose, in request-seconds, if its door closes now."""
+def busy_time(model: Model, now: float) -> float:
+    """How long a model will go on being busy by itself, roughly: its line, and then until no lease overlaps the next.
+
+    The second part is the busy period of a queue with as many servers as it likes, `(e^load - 1) / rate`: short for a
+    model that pauses now and then, practically infinite under overlapping streams.
+    """
+    rate = arrival_rate(model, now)
+    load = min(rate * model.service_s, 30.0)
+    slots = model.spec.slots * max(1, model.counts[READY])
+    line = model.queue.count * model.service_s / slots / max(0.05, 1.0 - load / slots)
+    return line + (expm1(load) / rate if rate else model.service_s)
+
+
+def drain_time(model: Model, leases: int) -> float:
+    """How long so many leases will last: the longest of so many exponential times, but no longer than ever seen."""
+    return min(model.drain_s, model.service_s * (log(leases) + 0.6) if leases else 0.0)
+
+
+def harm(pool: Pool, victim: Replica, waiting: Model, now: float) -> float:
+    """What the victim's users lose, in request-seconds, by a swap now rather than at its next idle moment."""
     model = victim.model
-    outage = model.drain_s + load_time(pool, waiting) + waiting.service_s + load_time(pool, model)
-    harm = model.queue.count * outage + arrival_rate(model, now) * outage * outage / 2.0
-    return harm / max(1, model.counts[READY])
+    shared = max(1, model.counts[READY])
+    back = load_time(pool, waiting) + load_time(pool, model) + 2.0 * pool.stop_s
+    back += waiting.service_s * (1.0 + waiting.queue.count / (waiting.spec.slots or 1))
+    outage = drain_time(model, len(victim.leases)) + back
+    rate = arrival_rate(model, now)
+    return (model.queue.count * outage + rate * (outage * outage - back * back) / 2.0) / shared
+
+
+def pays(pool: Pool, waiting: Model, plan: Plan, now: float) -> bool:
+    """It is worth more to the waiting to get in now than to everybody else to go on until the victims pause.
+
+    Two tests, both of which must hold: what the waiting will lose until that pause is several times the cost (an
+    estimate, hence the margin), and they have already lost as much as the cost (a fact). The cost counts the victims'
+    users and, for everybody else who waits in the pool, the time that one more swap there and back takes away.
+    """
+    until_idle = max((busy_time(victim.model, now) for victim in plan.victims), default=0.0)
+    head = waiting.queue.head()
+    rival = min((best_class(victim.model) for victim in plan.victims), default=3)
+    weight = 1.0 if head is None else CLASS_WEIGHT[head.priority] / CLASS_WEIGHT[min(rival, 3)]
+    others = len(pool.waiters) - waiting.queue.count
+    cost = plan.cost + 2.0 * (load_time(pool, waiting) + pool.stop_s) * others
+    expected = weight * waiting.queue.count * until_idle
+    return expected >= MARGIN * cost and weight * waiting.queue.waited(now) >= cost
 
 
 def standing(pool: Pool, replica: Replica, waiting: Model, now: float, bound: bool) -> tuple[Tier, float] | None:
@@ -151,13 +206,10 @@ def standing(pool: Pool, replica: Replica, waiting: Model, now: float, bound: bo
     if spare and ready > 1 and model.leased + model.queue.count <= (ready - 1) * model.spec.slots:
         return Tier.SURPLUS, 1.0 + len(replica.leases)
     if bound:
-        return (Tier.BUSY if spare else Tier.PROTECTED), swap_cost(pool, replica, waiting, now)
+        return (Tier.BUSY if spare else Tier.PROTECTED), harm(pool, replica, waiting, now)
     if not spare or now < residency_end(pool, replica):
         return None
-    head = waiting.queue.head()
-    if head is not None and head.priority < best_class(model):
-        return Tier.OUTRANKED, swap_cost(pool, replica, waiting, now)
-    return Tier.BUSY, swap_cost(pool, replica, waiting, now)
+    return Tier.BUSY, harm(pool, replica, waiting, now)
 
 
 def best_class(model: Model) -> int:
@@ -170,7 +222,6 @@ def best_class(model: Model) -> int:
 
 def bound_at(pool: Pool, model: Model) -> float:
     """When the longest waiting of a class has waited so long that a door must close for it to keep its bound."""
-    lead = load_time(pool, model) + model.boost
-    return min(
-        (head.arrived + pool.spec.bound_s[head.priority - 1] - lead for head in model.queue.heads()), default=INFINITY
-    )
+    bounds = pool.spec.bound_s
+    first = min((head.arrived + bounds[head.priority - 1] for head in model.queue.heads()), default=INFINITY)
+    return first - LEAD * (load_time(pool, model) + pool.stop_s + pool.drain_s)

@@ -82,6 +82,9 @@ class Pool:
         self.dead_replicas = Memory(4096, 600.0)
         self.early_ready: dict[str, int | None] = {}
         self.orphans: dict[str, dict[str, LeaseReannounced]] = {}
+        # learned of the whole pool: what a stop takes, and what a drain takes
+        self.stop_s = 0.0
+        self.drain_s = 0.0
         # work for the decision tree
         self.touched: dict[Model, None] = {}
         self.understaffed: dict[Model, None] = {}
@@ -233,6 +236,12 @@ class Pool:
         """One transition of the table; an illegal one is a programmer's error and raises before anything changes."""
         before = replica.state
         after = TRANSITIONS[before, cause]
+        if before >= DRAINING:
+            took = now - replica.since
+            if before is ReplicaState.STOPPING:
+                self.stop_s += 0.3 * (took - self.stop_s)
+            elif cause is Cause.EMPTIED and took > 0.0:
+                self.drain_s = took if took > self.drain_s else self.drain_s + 0.1 * (took - self.drain_s)
         model = replica.model
         if before is READY:
             model.unshelve(replica)

@@ -109,7 +109,6 @@ class Model:
     __slots__ = (
         "armed_at",
         "backoff_until",
-        "boost",
         "buckets",
         "by_priority",
         "claim",
@@ -135,7 +134,6 @@ class Model:
         "order",
         "peak",
         "peak_since",
-        "pressure_bar",
         "queue",
         "refusing",
         "removed",
@@ -181,11 +179,9 @@ class Model:
         # timers and the scheduler's notes
         self.armed_at = INFINITY
         self.look_at = INFINITY
-        self.pressure_bar = INFINITY
         self.hungry_key: float | None = None
         self.peak = 0
         self.peak_since = now
-        self.boost = 0.0
         self.shape: Shape = shape_of(spec, None)
 
     def reshape(self) -> None:

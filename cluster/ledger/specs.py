@@ -82,7 +82,7 @@ class PoolSpec:
     offload_queue_threshold: int = 0
     drain_timeout_s: float = 3600.0
     variants: dict[str, tuple[tuple[str, float], ...]] = field(default_factory=dict)
-    bound_s: tuple[float, float, float] = (15.0, 45.0, 120.0)
+    bound_s: tuple[float, float, float] = (30.0, 60.0, 120.0)
     ageing_s: float = 30.0
     min_residency_s: float = 1.0
     residency_loads: float = 1.0

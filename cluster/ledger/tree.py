@@ -28,7 +28,7 @@ def settle(pool: Pool, now: float) -> None:
     """Do all that can be done now. Mutates the pool; the commands are in `pool.out`."""
     if pool.is_recovering:
         return
-    while pool.touched:
+    while pool.touched or pool.went_idle:
         touched = list(pool.touched)
         pool.touched.clear()
         for model in touched:
@@ -191,9 +191,6 @@ def _review(pool: Pool, model: Model, now: float) -> None:
             model.hungry_key = key
             pool.serial += 1
             heapq.heappush(pool.hungry, (key, pool.serial, model))
-        if model.pressure_bar < INFINITY and model.queue.count:
-            pays = now + (model.pressure_bar - model.queue.waited(now)) / model.queue.count
-            model.look_at = min(model.look_at, max(now, pays))
     if autoscale.floor_missing(model, now):
         pool.understaffed[model] = None
     else:
@@ -204,7 +201,6 @@ def _not_hungry(pool: Pool, model: Model) -> None:
     if model.hungry_key is not None:
         model.hungry_key = None
         model.look_at = INFINITY
-        model.pressure_bar = INFINITY
         pool.hungry_count -= 1
 
 

@@ -102,7 +102,7 @@ def bursty(rng: random.Random) -> Trace:
     """Four models on one device, each asked for in bursts."""
     arrivals = []
     for name in "ABCD":
-        for start in poisson(rng, 1 / 60.0, 0.0, 900.0):
+        for start in poisson(rng, 1 / 45.0, 0.0, 900.0):
             arrivals += [
                 (start + rng.uniform(0.0, 5.0), name, MEDIUM, service(rng, 2.0)) for _ in range(rng.randint(3, 12))
             ]
@@ -110,10 +110,11 @@ def bursty(rng: random.Random) -> Trace:
 
 
 def flood(rng: random.Random) -> Trace:
-    """Overlapping long streams on one model that never pause, and now and then a high-priority visitor for another."""
-    arrivals = [(when, "A", MEDIUM, service(rng, 4.0)) for when in poisson(rng, 0.6, 0.0, 900.0)]
-    arrivals += [(when, "B", HIGH, service(rng, 2.0)) for when in range(60, 900, 120)]
-    return Trace("flood-and-visitor", arrivals, {"A": 2.0, "B": 2.0})
+    """Overlapping streams on one model that never pause; now and then a high-priority visitor with three questions."""
+    arrivals = [(1.5 * i + rng.uniform(0.0, 1.0), "A", MEDIUM, rng.uniform(3.0, 7.0)) for i in range(600)]
+    for start in range(60, 900, 120):
+        arrivals += [(start + 3.0 * i, "B", HIGH, rng.uniform(1.0, 2.0)) for i in range(3)]
+    return Trace("flood-and-visitor", arrivals, {"A": 2.0, "B": 2.0}, slots=8)
 
 
 def priorities(rng: random.Random) -> Trace:
