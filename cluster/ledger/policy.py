@@ -90,10 +90,12 @@ def retry_after(model: Model) -> float:
 
 def split_wait(model: Model, waiter: Waiter, now: float) -> tuple[float, float]:
     """A waiter's time so far, as (in the queue, for loads of its model)."""
+    waited = now - waiter.arrived
+    if model.last_load[-1][1] <= waiter.arrived:
+        return waited, 0.0
     loading = 0.0
     for start, end in model.last_load:
-        loading += max(0.0, min(end, now) - max(start, waiter.arrived))
-    waited = now - waiter.arrived
+        loading += max(0.0, end - max(start, waiter.arrived))
     loading = min(loading, waited)
     return waited - loading, loading
 
@@ -120,7 +122,7 @@ class Tier(IntEnum):
 
 
 # A door closes this much earlier than drain and load are expected to take: estimates are no promises.
-LEAD = 1.25
+LEAD = 1.75
 
 # A swap that merely pays must promise this many times its cost.
 MARGIN = 4.0

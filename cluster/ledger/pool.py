@@ -40,12 +40,10 @@ class Memory:
         self.young.add(key)
 
     def holds(self, key: str, now: float) -> bool:
+        if key not in self.young and key not in self.old:
+            return False
         self._rotate(now)
         return key in self.young or key in self.old
-
-    def forget(self, key: str) -> None:
-        self.young.discard(key)
-        self.old.discard(key)
 
     def _rotate(self, now: float) -> None:
         if now >= self.rotate_at or len(self.young) >= self.limit:
@@ -105,20 +103,18 @@ class Pool:
     # --- waiting -----------------------------------------------------------------------------------------------
 
     def enqueue(self, waiter: Waiter, now: float) -> None:
-        """Let a request wait for its model."""
+        """Let a request wait for its model; whether the tree must look at it is the caller's business."""
         self.waiters[waiter.request] = waiter
         waiter.model.queue.join(waiter, now, self.spec.ageing_s)
         self.deadlines.add(waiter)
         self.note_holder(waiter.holder, waiter.request)
-        self.touched[waiter.model] = None
 
     def dequeue(self, waiter: Waiter) -> None:
-        """Take a request out of every line; the caller says what becomes of it."""
+        """Take a request out of every line; what becomes of it is the caller's business."""
         del self.waiters[waiter.request]
         waiter.model.queue.leave(waiter)
         self.deadlines.remove(waiter)
         self.drop_holder(waiter.holder, waiter.request)
-        self.touched[waiter.model] = None
 
     def reject(self, request: str, holder: str, error: str, message: str, **extras: Any) -> None:
         self.rejected += 1
@@ -127,6 +123,7 @@ class Pool:
     def refuse(self, waiter: Waiter, error: str, message: str, **extras: Any) -> None:
         """Reject one that waits."""
         self.dequeue(waiter)
+        self.touched[waiter.model] = None
         self.reject(waiter.request, waiter.holder, error, message, **extras)
 
     def note_holder(self, holder: str, request: str) -> None:
@@ -187,6 +184,27 @@ class Pool:
                 *lease.waits,
             )
         )
+
+    def hand_over(self, lease: Lease, waiter: Waiter, now: float, waits: tuple[float, float]) -> Lease:
+        """A slot goes straight from one request to one that waits: the replica is as full as before."""
+        replica = lease.replica
+        model = replica.model
+        request = lease.request
+        del self.leases[request]
+        del replica.leases[request]
+        self.drop_holder(lease.holder, request)
+        self.finished += 1
+        request = waiter.request
+        del self.waiters[request]
+        model.queue.leave(waiter)
+        self.deadlines.remove(waiter)
+        if waiter.priority != lease.priority:
+            model.by_priority[lease.priority - 1] -= 1
+            model.by_priority[waiter.priority - 1] += 1
+        self.generation = generation = self.generation + 1
+        heir = Lease(request, waiter.holder, replica, lease.slot, generation, waiter.priority, now, waits)
+        replica.leases[request] = self.leases[request] = heir
+        return heir
 
     def release(self, lease: Lease, now: float) -> None:
         """Give a slot back, for whatever reason."""

@@ -57,7 +57,8 @@ def _adopt(pool: Pool, model: Model, event: ReplicaStarted, now: float) -> None:
     replica.adopted = True
     replica.uid = event.replica
     pool.replicas[event.replica] = replica
-    log.warning("replica %s of %s was not asked for: %s", event.replica, model.name, "kept" if keep else "stopped")
+    level = logging.INFO if pool.is_recovering else logging.WARNING
+    log.log(level, "replica %s of %s was not asked for: %s", event.replica, model.name, "kept" if keep else "stopped")
     if not keep:
         pool.withdraw(replica, now)
         model.resend = True

@@ -17,6 +17,8 @@ from cluster.ledger.states import ReplicaState
 
 log = logging.getLogger(__name__)
 
+READY, STARTING, DRAINING = ReplicaState.READY, ReplicaState.STARTING, ReplicaState.DRAINING
+
 MAX_ORPHANS = 10_000
 
 
@@ -126,6 +128,8 @@ def _admit(pool: Pool, model: Model, event: RequestArrived, now: float) -> None:
         _queue_full(pool, waiter, model)
         return
     pool.enqueue(waiter, now)
+    if model.counts[DRAINING] or model.hungry_key is not None or model.desired < model.spec.max_replicas:
+        pool.touched[model] = None
 
 
 def _queue_full(pool: Pool, waiter: Waiter, model: Model) -> None:
@@ -151,6 +155,7 @@ def refuse_or_reroute(pool: Pool, waiter: Waiter, now: float, error: policy.Refu
         if policy.unavailable(pool, other, now) is None:
             waiter.model = other
             pool.enqueue(waiter, now)
+            pool.touched[other] = None
             return
     pool.reject(waiter.request, waiter.holder, error.name, error.message, **error.extras)
 
@@ -168,9 +173,14 @@ def lease_released(pool: Pool, event: LeaseReleased, now: float) -> None:
     took = now - lease.granted_at
     model.service_s += 0.1 * (took - model.service_s) if model.service_s else took
     model.drain_s = took if took > model.drain_s else model.drain_s + 0.02 * (took - model.drain_s)
-    pool.release(lease, now)
-    if model.queue.count and model.free and not pool.is_recovering:
-        serve(pool, model, now)
+    heir = model.queue.head() if lease.replica.state is READY and pool.recovering_until is None else None
+    if heir is None:
+        pool.release(lease, now)
+        return
+    pool.announce(pool.hand_over(lease, heir, now, policy.split_wait(model, heir, now)))
+    model.keep_alive_s = heir.keep_alive_s
+    if model.hungry_key is not None or model.claim is not None or model.counts[STARTING]:
+        pool.touched[model] = None
 
 
 def serve(pool: Pool, model: Model, now: float) -> None:
@@ -184,8 +194,7 @@ def serve(pool: Pool, model: Model, now: float) -> None:
         pool.note_holder(waiter.holder, waiter.request)
         pool.announce(lease)
         model.keep_alive_s = waiter.keep_alive_s
-    if model.hungry_key is not None or not queue.count:
-        pool.touched[model] = None
+    pool.touched[model] = None
 
 
 def request_cancelled(pool: Pool, event: RequestCancelled, now: float) -> None:
@@ -228,11 +237,11 @@ def lease_reannounced(pool: Pool, event: LeaseReannounced, now: float) -> None:
         log.info("re-announced lease %s ignored: it has ended", event.request)
         return
     replica = pool.replicas.get(event.replica)
-    if replica is None or replica.state is ReplicaState.STARTING:
+    if replica is None or replica.state is STARTING:
         if sum(map(len, pool.orphans.values())) < MAX_ORPHANS:
             pool.orphans.setdefault(event.replica, {})[event.request] = event
         return
-    if replica.state is not ReplicaState.READY or not replica.free or replica.model.name != event.model:
+    if replica.state is not READY or not replica.free or replica.model.name != event.model:
         log.warning("re-announced lease %s ignored: %r cannot hold it", event.request, replica)
         return
     waiter = pool.waiters.get(event.request)

@@ -169,10 +169,9 @@ def _review(pool: Pool, model: Model, now: float) -> None:
             model.order = None
             message = "there was no room for all of its replicas in time"
             pool.out.append(LoadRefused(model.name, "BackendTimeout", message, {"phase": "queued"}))
-    needed = autoscale.missing(pool, model, now)
-    if needed and model.counts[DRAINING] and not model.order and _reopen(pool, model, now):
+    if model.counts[DRAINING] and model.queue.count and _reopen(pool, model, now):
         serve(pool, model, now)
-        needed = autoscale.missing(pool, model, now)
+    needed = autoscale.missing(pool, model, now)
     if not needed and model.claim is not None:
         placing.drop_claim(pool, model, now)
     if model.counts[STARTING] and not model.queue.count:
