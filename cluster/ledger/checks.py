@@ -105,11 +105,10 @@ def _check_requests(pool: Pool, replicas: list[Replica]) -> None:
     assert by_replica == pool.leases, "the leases of the replicas are not the leases of the pool"
     by_model = {waiter.request: waiter for model in pool.models.values() for waiter in model.queue}
     assert by_model == pool.waiters, "the waiters of the models are not the waiters of the pool"
+    lanes = [each for lane in pool.deadlines.lanes for each in lane] + [each for *_, each in pool.deadlines.heap]
+    timed = {each.request: each for each in lanes if each.waits}
+    assert timed == pool.waiters, "those with a deadline are not those who wait"
     assert len(pool.deadlines) == queued, f"{queued} wait, {len(pool.deadlines)} have a deadline"
-    held = {request: holder for holder, requests in pool.holders.items() for request in requests}
-    truth = {each.request: each.holder for each in pool.waiters.values()}
-    truth |= {each.request: each.holder for each in pool.leases.values()}
-    assert held == truth, "what the holders hold is not what is queued or leased"
     generations = [lease.generation for lease in pool.leases.values()]
     assert len(set(generations)) == len(generations), "two leases have the same generation"
 

@@ -78,7 +78,6 @@ class Ledger:
 
     def __init__(self, spec: PoolSpec, *, epoch: str, now: float, recovering_until: float | None = None) -> None:
         self._pool = Pool(spec, epoch, now, recovering_until)
-        self._wake = now
         operators.config_changed(self._pool, ConfigChanged(spec), now)
         operators.nodes_changed(self._pool, NodesChanged(spec.nodes), now)
 
@@ -112,9 +111,8 @@ class Ledger:
             now = pool.now
         out: list[Command] = []
         pool.out = out
-        if now >= self._wake:
+        if now >= pool.wake:
             tree.expire(pool, now)
-            self._wake = now
         _HANDLERS[type(event)](pool, event, now)
         if pool.touched or pool.went_idle or pool.changed:
             tree.settle(pool, now)

@@ -188,6 +188,7 @@ class Book:
         self.seen: dict[str, NodeSpec] = {}
         self.version = 0
         self._full: dict[Shape, int] = {}
+        self._possible: dict[tuple[Shape, int], bool] = {}
         self._serial = 0
 
     def set_nodes(self, specs: dict[str, NodeSpec]) -> None:
@@ -198,6 +199,7 @@ class Book:
             if name not in specs:
                 node.resize(NodeSpec(name), present=False)
                 self._forget(node)
+        self._possible.clear()
         self.version += 1
 
     def node(self, name: str) -> Node:
@@ -211,6 +213,12 @@ class Book:
         """False only if all nodes that were ever seen, empty, would not hold so many."""
         if not self.seen:
             return True
+        known = self._possible.get((shape, replicas))
+        if known is None:
+            known = self._possible[shape, replicas] = self._could_hold(shape, replicas)
+        return known
+
+    def _could_hold(self, shape: Shape, replicas: int) -> bool:
         for spec in self.seen.values():
             replicas -= _holds(spec, shape, replicas)
             if replicas <= 0:

@@ -91,7 +91,7 @@ def retry_after(model: Model) -> float:
 def split_wait(model: Model, waiter: Waiter, now: float) -> tuple[float, float]:
     """A waiter's time so far, as (in the queue, for loads of its model)."""
     waited = now - waiter.arrived
-    if model.last_load[-1][1] <= waiter.arrived:
+    if model.loaded_at <= waiter.arrived:
         return waited, 0.0
     loading = 0.0
     for start, end in model.last_load:
@@ -217,7 +217,7 @@ def standing(pool: Pool, replica: Replica, waiting: Model, now: float, bound: bo
 def best_class(model: Model) -> int:
     """The highest class among a model's leases and waiters; 4 if it has none."""
     for index in range(3):
-        if model.by_priority[index] or model.queue.classes[index]:
+        if model.by_priority[index] or model.queue.counts[index]:
             return index + 1
     return 4
 

@@ -39,11 +39,13 @@ class Memory:
         self._rotate(now)
         self.young.add(key)
 
-    def holds(self, key: str, now: float) -> bool:
-        if key not in self.young and key not in self.old:
-            return False
-        self._rotate(now)
+    def __contains__(self, key: str) -> bool:
         return key in self.young or key in self.old
+
+    def fade(self, now: float) -> None:
+        """Forget what is too old; called whenever time has passed."""
+        if self.young or self.old:
+            self._rotate(now)
 
     def _rotate(self, now: float) -> None:
         if now >= self.rotate_at or len(self.young) >= self.limit:
@@ -67,7 +69,6 @@ class Pool:
         self.replicas: dict[str, Replica] = {}
         self.waiters: dict[str, Waiter] = {}
         self.leases: dict[str, Lease] = {}
-        self.holders: dict[str, dict[str, None]] = {}
         self.deadlines = Deadlines()
         self.book = Book()
         self.idle: OrderedDict[Replica, None] = OrderedDict()
@@ -94,6 +95,8 @@ class Pool:
         self.room_seen = -1
         self.capacity_was = 0
         self.timers: list[tuple[float, int, Model]] = []
+        # nothing is due before this; it may be too early, never too late
+        self.wake = now
         self.turns: dict[str, dict[str, float]] = {}
 
     @property
@@ -106,15 +109,17 @@ class Pool:
         """Let a request wait for its model; whether the tree must look at it is the caller's business."""
         self.waiters[waiter.request] = waiter
         waiter.model.queue.join(waiter, now, self.spec.ageing_s)
+        waiter.waits = True
         self.deadlines.add(waiter)
-        self.note_holder(waiter.holder, waiter.request)
+        if waiter.deadline < self.wake:
+            self.wake = waiter.deadline
 
     def dequeue(self, waiter: Waiter) -> None:
         """Take a request out of every line; what becomes of it is the caller's business."""
         del self.waiters[waiter.request]
+        waiter.waits = False
         waiter.model.queue.leave(waiter)
-        self.deadlines.remove(waiter)
-        self.drop_holder(waiter.holder, waiter.request)
+        self.deadlines.left()
 
     def reject(self, request: str, holder: str, error: str, message: str, **extras: Any) -> None:
         self.rejected += 1
@@ -125,19 +130,6 @@ class Pool:
         self.dequeue(waiter)
         self.touched[waiter.model] = None
         self.reject(waiter.request, waiter.holder, error, message, **extras)
-
-    def note_holder(self, holder: str, request: str) -> None:
-        held = self.holders.get(holder)
-        if held is None:
-            self.holders[holder] = {request: None}
-        else:
-            held[request] = None
-
-    def drop_holder(self, holder: str, request: str) -> None:
-        held = self.holders[holder]
-        del held[request]
-        if not held:
-            del self.holders[holder]
 
     # --- leases ------------------------------------------------------------------------------------------------
 
@@ -151,7 +143,7 @@ class Pool:
         waits: tuple[float, float] = (0.0, 0.0),
         generation: int | None = None,
     ) -> Lease:
-        """Take a free slot of a READY replica. Holder and queue are the caller's business."""
+        """Take a free slot of a READY replica. The queue is the caller's business."""
         model = replica.model
         used = len(replica.leases)
         buckets = model.buckets
@@ -173,17 +165,9 @@ class Pool:
     def announce(self, lease: Lease) -> None:
         """Tell the holder of its lease; told twice it changes nothing."""
         replica = lease.replica
-        self.out.append(
-            Grant(
-                lease.request,
-                lease.holder,
-                replica.model.name,
-                replica.uid or "",
-                lease.slot,
-                lease.generation,
-                *lease.waits,
-            )
-        )
+        queued, loading = lease.waits
+        name, uid = replica.model.name, replica.uid or ""
+        self.out.append(Grant(lease.request, lease.holder, name, uid, lease.slot, lease.generation, queued, loading))
 
     def hand_over(self, lease: Lease, waiter: Waiter, now: float, waits: tuple[float, float]) -> Lease:
         """A slot goes straight from one request to one that waits: the replica is as full as before."""
@@ -192,12 +176,12 @@ class Pool:
         request = lease.request
         del self.leases[request]
         del replica.leases[request]
-        self.drop_holder(lease.holder, request)
         self.finished += 1
         request = waiter.request
         del self.waiters[request]
+        waiter.waits = False
         model.queue.leave(waiter)
-        self.deadlines.remove(waiter)
+        self.deadlines.left()
         if waiter.priority != lease.priority:
             model.by_priority[lease.priority - 1] -= 1
             model.by_priority[waiter.priority - 1] += 1
@@ -213,7 +197,6 @@ class Pool:
         del self.leases[lease.request]
         del replica.leases[lease.request]
         replica.free.append(lease.slot)
-        self.drop_holder(lease.holder, lease.request)
         self.finished += 1
         model.leased -= 1
         model.by_priority[lease.priority - 1] -= 1
@@ -360,6 +343,8 @@ class Pool:
         """Look at a model again at `due`, unless an earlier look is already on."""
         if due < model.armed_at:
             model.armed_at = due
+            if due < self.wake:
+                self.wake = due
             self.serial += 1
             heapq.heappush(self.timers, (due, self.serial, model))
 

@@ -1,13 +1,14 @@
 """Those who wait: one queue per model with three classes and ageing, and the pool's deadlines.
 
-Nothing here is deleted lazily but the overflow heap of `Deadlines`: an `OrderedDict` gives first-in-first-out order
-and removal from the middle, both in constant time.
+Lines are plain `deque`s, the cheapest and most compact there is. Who leaves from the middle is only marked
+(`Waiter.waits`) and skipped later; a line that is mostly marks is rebuilt, so its length stays within twice the number
+of those who wait, and every operation takes constant time on average.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -26,12 +27,12 @@ class Waiter:
         "fallbacks",
         "holder",
         "keep_alive_s",
-        "lane",
         "model",
         "priority",
         "rank",
         "request",
         "since",
+        "waits",
     )
 
     def __init__(
@@ -54,20 +55,23 @@ class Waiter:
         self.since = now
         self.rank = now
         self.fallbacks: tuple[str, ...] = ()
-        self.lane: OrderedDict[str, Waiter] | None = None
+        self.waits = True
 
 
 class WaitQueue:
     """The waiters of one model, by class; first come, first served within a class.
 
     Ageing needs no clock: a waiter of class p counts as having arrived `(p - 1) * ageing_s` later than it did, so the
-    order of two waiters never changes once both stand in line, and three heads are all that must be compared.
+    order of two waiters never changes once both stand in line, and the ranks of three heads are all that must be
+    compared. They are kept beside the lines, so that to find the best touches one waiter and not three.
     """
 
-    __slots__ = ("classes", "count", "since_sum")
+    __slots__ = ("count", "counts", "lines", "ranks", "since_sum")
 
     def __init__(self) -> None:
-        self.classes: tuple[OrderedDict[str, Waiter], ...] = (OrderedDict(), OrderedDict(), OrderedDict())
+        self.lines: list[deque[Waiter]] = [deque(), deque(), deque()]
+        self.ranks = [INFINITY, INFINITY, INFINITY]
+        self.counts = [0, 0, 0]
         self.count = 0
         self.since_sum = 0.0
 
@@ -75,38 +79,47 @@ class WaitQueue:
         return self.count
 
     def __iter__(self) -> Iterator[Waiter]:
-        for line in self.classes:
-            yield from line.values()
+        return (waiter for line in self.lines for waiter in line if waiter.waits)
 
     def join(self, waiter: Waiter, now: float, ageing_s: float) -> None:
         """Put at the end of its class. Mutates the waiter."""
-        waiter.since = now
-        waiter.rank = now + ageing_s * (waiter.priority - 1)
-        self.classes[waiter.priority - 1][waiter.request] = waiter
+        index = waiter.priority - 1
+        waiter.rank = rank = now + ageing_s * index
+        self.lines[index].append(waiter)
+        if not self.counts[index]:
+            self.ranks[index] = rank
+        self.counts[index] += 1
         self.count += 1
         self.since_sum += now
 
     def leave(self, waiter: Waiter) -> None:
-        del self.classes[waiter.priority - 1][waiter.request]
+        """Take out one that is marked as waiting no longer."""
+        index = waiter.priority - 1
+        line = self.lines[index]
+        self.counts[index] = left = self.counts[index] - 1
+        if line[0] is waiter:
+            line.popleft()
+            while line and not line[0].waits:
+                line.popleft()
+            self.ranks[index] = line[0].rank if line else INFINITY
+        elif len(line) > 64 + 2 * left:
+            self.lines[index] = deque(each for each in line if each.waits)
         self.count -= 1
         # An empty queue starts from zero again, so that rounding errors never add up.
         self.since_sum = self.since_sum - waiter.since if self.count else 0.0
 
     def head(self) -> Waiter | None:
         """Who goes next."""
-        best: Waiter | None = None
-        for line in self.classes:
-            if line:
-                first: Waiter = line[next(iter(line))]
-                if best is None or first.rank < best.rank:
-                    best = first
-        return best
+        if not self.count:
+            return None
+        high, medium, low = self.ranks
+        if high <= medium:
+            return self.lines[0][0] if high <= low else self.lines[2][0]
+        return self.lines[1][0] if medium <= low else self.lines[2][0]
 
     def heads(self) -> Iterator[Waiter]:
         """The longest waiting of each class that has any."""
-        for line in self.classes:
-            if line:
-                yield line[next(iter(line))]
+        return (line[0] for line in self.lines if line)
 
     def waited(self, now: float) -> float:
         """All the time spent waiting here so far, in request-seconds."""
@@ -115,8 +128,10 @@ class WaitQueue:
     def position(self, waiter: Waiter, limit: int = 1000) -> int:
         """1-based place in line, exact up to `limit` and never more than that: it is a comment for a human."""
         place = 1
-        for line in self.classes:
-            for other in line.values():
+        for line in self.lines:
+            for other in line:
+                if not other.waits:
+                    continue
                 if other is waiter or other.rank > waiter.rank or place >= limit:
                     break
                 place += 1
@@ -126,59 +141,53 @@ class WaitQueue:
 class Deadlines:
     """When which waiter gives up, without a heap entry per request.
 
-    Requests with equal timeouts reach their deadlines in the order in which they came. So a *lane* is a queue whose
+    Requests with equal timeouts reach their deadlines in the order in which they came. So a lane is a line whose
     deadlines never fall; a waiter joins the first lane that stays sorted. A handful of lanes holds a handful of
     different timeouts; what fits into none goes to a small heap, cleaned whenever most of it is dead.
     """
 
-    __slots__ = ("dead", "heap", "lanes", "overflow")
+    __slots__ = ("count", "heap", "lanes", "serial", "stale")
     LANES = 8
 
     def __init__(self) -> None:
-        self.lanes: list[OrderedDict[str, Waiter]] = [OrderedDict() for _ in range(self.LANES)]
-        self.overflow: OrderedDict[str, Waiter] = OrderedDict()
-        self.heap: list[tuple[float, str]] = []
-        self.dead = 0
+        self.lanes: list[deque[Waiter]] = [deque() for _ in range(self.LANES)]
+        self.heap: list[tuple[float, int, Waiter]] = []
+        self.count = 0
+        self.stale = 0
+        self.serial = 0
 
     def add(self, waiter: Waiter) -> None:
+        self.count += 1
         for lane in self.lanes:
-            if not lane or lane[next(reversed(lane))].deadline <= waiter.deadline:
-                lane[waiter.request] = waiter
-                waiter.lane = lane
+            if not lane or lane[-1].deadline <= waiter.deadline:
+                lane.append(waiter)
                 return
-        self.overflow[waiter.request] = waiter
-        waiter.lane = self.overflow
-        heapq.heappush(self.heap, (waiter.deadline, waiter.request))
+        self.serial += 1
+        heapq.heappush(self.heap, (waiter.deadline, self.serial, waiter))
 
-    def remove(self, waiter: Waiter) -> None:
-        lane = waiter.lane
-        assert lane is not None, f"{waiter.request} waits without a deadline"
-        del lane[waiter.request]
-        waiter.lane = None
-        if lane is self.overflow:
-            self.dead += 1
-            if self.dead > 64 + len(self.overflow):
-                self.heap = [(each.deadline, each.request) for each in self.overflow.values()]
-                heapq.heapify(self.heap)
-                self.dead = 0
+    def left(self) -> None:
+        """One of them does not wait any longer, and is marked."""
+        self.count -= 1
+        self.stale += 1
+        if self.stale > 64 + 2 * self.count:
+            self.lanes = [deque(each for each in lane if each.waits) for lane in self.lanes]
+            self.heap = [entry for entry in self.heap if entry[2].waits]
+            heapq.heapify(self.heap)
+            self.stale = 0
 
     def first(self) -> Waiter | None:
-        """Whose deadline comes next. Drops dead heap entries."""
+        """Whose deadline comes next. Drops the marked that stand in front."""
         best: Waiter | None = None
         for lane in self.lanes:
-            if lane:
-                waiter: Waiter = lane[next(iter(lane))]
-                if best is None or waiter.deadline < best.deadline:
-                    best = waiter
-        while self.heap:
-            deadline, request = self.heap[0]
-            found = self.overflow.get(request)
-            # The same id may have come back with another deadline: only the exact pair is alive.
-            if found is not None and found.deadline == deadline:
-                return found if best is None or deadline < best.deadline else best
+            while lane and not lane[0].waits:
+                lane.popleft()
+            if lane and (best is None or lane[0].deadline < best.deadline):
+                best = lane[0]
+        while self.heap and not self.heap[0][2].waits:
             heapq.heappop(self.heap)
-            self.dead = max(0, self.dead - 1)
+        if self.heap and (best is None or self.heap[0][0] < best.deadline):
+            best = self.heap[0][2]
         return best
 
     def __len__(self) -> int:
-        return sum(len(lane) for lane in self.lanes) + len(self.overflow)
+        return self.count

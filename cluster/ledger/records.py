@@ -127,6 +127,7 @@ class Model:
         "last_load",
         "leased",
         "load_s",
+        "loaded_at",
         "look_at",
         "low",
         "measured_mib",
@@ -169,6 +170,7 @@ class Model:
         # what was learned
         self.ever_loaded = False
         self.load_s: float | None = None
+        self.loaded_at = -INFINITY
         self.measured_mib: int | None = None
         self.service_s = 0.0
         self.drain_s = 0.0

@@ -20,7 +20,7 @@ PATIENCE = 3
 
 
 def replica_started(pool: Pool, event: ReplicaStarted, now: float) -> None:
-    if event.replica in pool.replicas or pool.dead_replicas.holds(event.replica, now):
+    if event.replica in pool.replicas or event.replica in pool.dead_replicas:
         log.info("replica %s announced itself again, or is dead", event.replica)
         return
     model = pool.models.get(event.model)
@@ -67,7 +67,7 @@ def _adopt(pool: Pool, model: Model, event: ReplicaStarted, now: float) -> None:
 def replica_ready(pool: Pool, event: ReplicaReady, now: float) -> None:
     replica = pool.replicas.get(event.replica)
     if replica is None:
-        if not pool.dead_replicas.holds(event.replica, now) and len(pool.early_ready) < MAX_EARLY:
+        if not event.replica in pool.dead_replicas and len(pool.early_ready) < MAX_EARLY:
             pool.early_ready[event.replica] = event.memory_mib
         return
     if replica.state is not ReplicaState.STARTING:
@@ -77,6 +77,7 @@ def replica_ready(pool: Pool, event: ReplicaReady, now: float) -> None:
     took = now - replica.since
     if not replica.adopted:
         model.load_s = took if model.load_s is None else model.load_s + 0.3 * (took - model.load_s)
+    model.loaded_at = now
     model.last_load.append((replica.since, now))
     model.failures = 0
     model.refusing = False

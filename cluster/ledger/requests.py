@@ -35,9 +35,10 @@ def request_arrived(pool: Pool, event: RequestArrived, now: float) -> None:
     if model is None:
         model = _variant(pool, name)
     # One guard for all that is out of the ordinary keeps the ordinary arrival short.
-    if model is None or deadline <= now or pool.cancelled.holds(request, now) or pool.dead_holders.holds(holder, now):
-        _turn_away(pool, event, model, now)
-        return
+    if model is None or deadline <= now or request in pool.cancelled or holder in pool.dead_holders:
+        model = _turn_away(pool, event, model, now)
+        if model is None:
+            return
     if now > model.last_arrival > -INFINITY:
         gap = now - model.last_arrival
         model.gap_s = gap if model.gap_s == INFINITY else model.gap_s + 0.2 * (gap - model.gap_s)
@@ -53,7 +54,6 @@ def _lease_now(pool: Pool, model: Model, event: RequestArrived, now: float) -> N
         model.keep_alive_s = event.keep_alive_s
         pool.touched[model] = None
     lease = pool.lease(event.request, event.holder, model.least_used(), event.priority, now)
-    pool.note_holder(event.holder, event.request)
     pool.announce(lease)
 
 
@@ -70,9 +70,11 @@ def _variant(pool: Pool, name: str) -> Model | None:
     return pool.models[best]
 
 
-def _turn_away(pool: Pool, event: RequestArrived, model: Model | None, now: float) -> None:
-    """Refuse what can never be served, whatever the pool's state."""
-    if pool.cancelled.holds(event.request, now) or pool.dead_holders.holds(event.holder, now):
+def _turn_away(pool: Pool, event: RequestArrived, model: Model | None, now: float) -> Model | None:
+    """Refuse what can never be served, whatever the pool's state; the model if it can be, after all."""
+    pool.cancelled.fade(now)
+    pool.dead_holders.fade(now)
+    if event.request in pool.cancelled or event.holder in pool.dead_holders:
         # Nobody waits for it: its cancellation, or its holder's death, was faster than the arrival itself.
         pool.reject(event.request, event.holder, "BackendUnavailable", "the request was cancelled before it arrived")
     elif model is None:
@@ -84,8 +86,11 @@ def _turn_away(pool: Pool, event: RequestArrived, model: Model | None, now: floa
             f"the model {event.model!r} does not exist",
             available_models=names,
         )
-    else:
+    elif event.deadline <= now:
         _time_out(pool, event.request, event.holder, model)
+    else:
+        return model
+    return None
 
 
 def _time_out(pool: Pool, request: str, holder: str, model: Model) -> None:
@@ -153,8 +158,12 @@ def refuse_or_reroute(pool: Pool, waiter: Waiter, now: float, error: policy.Refu
     pool.touched[waiter.model] = None
     while (other := next_fallback(pool, waiter)) is not None:
         if policy.unavailable(pool, other, now) is None:
-            waiter.model = other
-            pool.enqueue(waiter, now)
+            again = Waiter(
+                waiter.request, waiter.holder, other, waiter.priority, waiter.deadline, waiter.keep_alive_s, now
+            )
+            again.arrived = waiter.arrived
+            again.fallbacks = waiter.fallbacks
+            pool.enqueue(again, now)
             pool.touched[other] = None
             return
     pool.reject(waiter.request, waiter.holder, error.name, error.message, **error.extras)
@@ -191,7 +200,6 @@ def serve(pool: Pool, model: Model, now: float) -> None:
         replica = model.least_used()
         waits = policy.split_wait(model, waiter, now)
         lease = pool.lease(waiter.request, waiter.holder, replica, waiter.priority, now, waits)
-        pool.note_holder(waiter.holder, waiter.request)
         pool.announce(lease)
         model.keep_alive_s = waiter.keep_alive_s
     pool.touched[model] = None
@@ -217,23 +225,22 @@ def holder_died(pool: Pool, event: HolderDied, now: float) -> None:
     for orphans in pool.orphans.values():
         for request in [each.request for each in orphans.values() if each.holder == event.holder]:
             del orphans[request]
-    for request in list(pool.holders.get(event.holder, ())):
-        waiter = pool.waiters.get(request)
-        if waiter is not None:
-            pool.dequeue(waiter)
-            pool.finished += 1
-            pool.touched[waiter.model] = None
-        else:
-            lease = pool.leases[request]
-            pool.release(lease, now)
-            pool.touched[lease.replica.model] = None
+    # A pass over everything, since holders are few, die seldom, and hold a good part of it; an index by holder would
+    # cost every single request four dictionary operations.
+    for waiter in [each for each in pool.waiters.values() if each.holder == event.holder]:
+        pool.dequeue(waiter)
+        pool.finished += 1
+        pool.touched[waiter.model] = None
+    for lease in [each for each in pool.leases.values() if each.holder == event.holder]:
+        pool.release(lease, now)
+        pool.touched[lease.replica.model] = None
 
 
 def lease_reannounced(pool: Pool, event: LeaseReannounced, now: float) -> None:
-    if event.request in pool.leases or event.model not in pool.models or pool.dead_holders.holds(event.holder, now):
+    if event.request in pool.leases or event.model not in pool.models or event.holder in pool.dead_holders:
         log.info("re-announced lease %s ignored: known already, or of nobody", event.request)
         return
-    if pool.cancelled.holds(event.request, now) or pool.dead_replicas.holds(event.replica, now):
+    if event.request in pool.cancelled or event.replica in pool.dead_replicas:
         log.info("re-announced lease %s ignored: it has ended", event.request)
         return
     replica = pool.replicas.get(event.replica)
@@ -251,7 +258,6 @@ def lease_reannounced(pool: Pool, event: LeaseReannounced, now: float) -> None:
         pool.submitted += 1
     pool.generation = max(pool.generation, event.generation)
     pool.lease(event.request, event.holder, replica, event.priority, now, generation=event.generation)
-    pool.note_holder(event.holder, event.request)
     pool.touched[replica.model] = None
 
 

@@ -86,8 +86,12 @@ def expire(pool: Pool, now: float) -> None:
     """Act on everything whose time has come: the recovery window, deadlines, timers."""
     if pool.recovering_until is not None and now >= pool.recovering_until:
         _end_recovery(pool, now)
+    for memory in (pool.cancelled, pool.dead_holders, pool.dead_replicas):
+        memory.fade(now)
     expire_waiters(pool, now)
-    if pool.is_recovering:
+    if pool.recovering_until is not None:
+        first = pool.deadlines.first()
+        pool.wake = pool.recovering_until if first is None else min(first.deadline, pool.recovering_until)
         return
     while (timer := pool.next_timer()) is not None and timer[0] <= now:
         model = timer[2]
@@ -101,6 +105,8 @@ def expire(pool: Pool, now: float) -> None:
             if now >= replica.since + pool.spec.drain_timeout_s:
                 # Far beyond the longest request allowed: these leases have no holder any more.
                 pool.revoke(replica, now)
+    first = pool.deadlines.first()
+    pool.wake = min(INFINITY if first is None else first.deadline, pool.timers[0][0] if pool.timers else INFINITY)
 
 
 def _end_recovery(pool: Pool, now: float) -> None:

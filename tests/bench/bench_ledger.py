@@ -78,26 +78,27 @@ def measure(models: int, replicas: int, queued: int, seconds: float) -> float:
     gc.collect()
     gc.freeze()
     targets = [rng.randrange(1 << 30) for _ in range(4096)]
-    events = 0
-    begun = time.perf_counter()
-    while True:
-        for target in targets:
-            now += 1e-5
-            # A random lease ends: swap it with the last, so that the list stays dense.
-            index = target % len(leases)
-            leases[index], leases[-1] = leases[-1], leases[index]
-            request, generation = leases.pop()
-            for command in ledger.decide(LeaseReleased(request, generation), now):
-                if isinstance(command, Grant):
-                    leases.append((command.request, command.generation))
-            arrive(names[target % models])
-        events += 2 * len(targets)
-        took = time.perf_counter() - begun
-        if took >= seconds:
-            break
+    best = 0.0
+    # The machine is shared: the best of three windows is the nearest to what the code costs.
+    for _ in range(3):
+        events = 0
+        begun = time.perf_counter()
+        while (took := time.perf_counter() - begun) < seconds / 3:
+            for target in targets:
+                now += 1e-5
+                # A random lease ends: swap it with the last, so that the list stays dense.
+                index = target % len(leases)
+                leases[index], leases[-1] = leases[-1], leases[index]
+                request, generation = leases.pop()
+                for command in ledger.decide(LeaseReleased(request, generation), now):
+                    if isinstance(command, Grant):
+                        leases.append((command.request, command.generation))
+                arrive(names[target % models])
+            events += 2 * len(targets)
+        best = max(best, events / took)
     ledger.check()
     gc.unfreeze()
-    return events / took
+    return best
 
 
 def main() -> None:

@@ -1,0 +1,173 @@
+"""Seeded simulations of whole pools with everything going wrong, and what must be true all the same.
+
+While faults rage, the invariants hold after every single event. When they stop, every request comes to an end, no
+lease is left, and an idle pool can be emptied: nothing is pinned by a count that leaked. A failure prints its seed;
+`SLOTPOOL_FUZZ=1` goes on with fresh seeds until `SLOTPOOL_FUZZ_S` seconds (60) are over.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from typing import Any
+
+import pytest
+
+from cluster.ledger.events import LoadRequested, UnloadRequested
+from cluster.ledger.ledger import Ledger
+from cluster.ledger.specs import ModelSpec, NodeSpec, PoolSpec
+from tests.sim.world import Faults, World
+
+SEEDS = 150
+
+
+def draw_spec(rng: random.Random) -> PoolSpec:
+    """A pool: one to three nodes, two to six models of all kinds."""
+    nodes = {
+        f"n{index}": NodeSpec(f"n{index}", gpus=rng.randint(1, 3), cpus=8.0, memory_mib=rng.choice((0, 3000)))
+        for index in range(rng.randint(1, 2))
+    }
+    models = {}
+    for name in "ABCDEF"[: rng.randint(2, 6)]:
+        models[name] = ModelSpec(
+            name,
+            slots=rng.randint(1, 4),
+            num_gpus=rng.choice((0.0, 0.5, 0.5, 1.0, 1.0, 1.0)),
+            num_cpus=rng.choice((0.0, 1.0)),
+            memory_mib=rng.choice((0, 500, 1000)),
+            min_replicas=rng.choice((0, 0, 0, 1)),
+            max_replicas=rng.randint(1, 3),
+            max_queued=rng.choice((None, None, 5)),
+            idle_timeout_s=rng.choice((0.0, 2.0, 20.0)),
+            load_timeout_s=8.0,
+            preload=rng.random() < 0.1,
+            fallbacks=rng.choice(((), (), ("A",))),
+            group=rng.choice((None, None, "g")),
+        )
+    return PoolSpec(
+        models=models,
+        nodes=nodes,
+        capacity=rng.choice((0, 0, 2)),
+        queue_max_size=rng.choice((20, 100)),
+        variants={"public": (("A", 2.0), ("B", 1.0))},
+        drain_timeout_s=60.0,
+    )
+
+
+def draw_faults(rng: random.Random) -> Faults:
+    """A different mixture of trouble each time, sometimes none at all."""
+    if rng.random() < 0.15:
+        return Faults()
+
+    def maybe(value: float) -> float:
+        return value if rng.random() < 0.5 else 0.0
+
+    return Faults(
+        late_s=maybe(0.2),
+        twice=maybe(0.1),
+        load_fails=maybe(0.2),
+        load_hangs=maybe(0.1),
+        never_starts=maybe(0.1),
+        dies_after_s=maybe(20.0),
+        wrong_victim=maybe(0.3),
+        cancels=maybe(0.2),
+        load_spread=0.5,
+    )
+
+
+def simulate(seed: int) -> World:
+    rng = random.Random(seed)
+    spec, faults = draw_spec(rng), draw_faults(rng)
+
+    def check(world: World) -> None:
+        world.scheduler.check()  # type: ignore[attr-defined]
+
+    def new(now: float) -> Ledger:
+        return Ledger(spec, epoch="e1", now=now)
+
+    def again(now: float) -> Ledger:
+        return Ledger(spec, epoch="e2", now=now, recovering_until=now + 2.0)
+
+    world = World(spec, new, seed=seed, load_s=rng.uniform(0.2, 3.0), faults=faults, after_step=check)
+    world.spec = spec
+    names = [*spec.models, "public", "nonsense"]
+    now = 0.0
+    for _ in range(rng.randint(20, 120)):
+        now += rng.expovariate(rng.choice((0.5, 2.0, 10.0)))
+        model, service_s = rng.choice(names), rng.expovariate(1.0)
+        priority, holder = rng.randint(1, 3), f"h{rng.randint(1, 3)}"
+        timeout_s = rng.choice((2.0, 30.0, 100.0))
+        world.at(now, _submit(world, model, service_s, priority, holder, timeout_s))
+    if rng.random() < 0.3:
+        world.at(now * rng.random(), lambda: world.kill_holder("h3"))
+    if rng.random() < 0.3:
+        world.at(now * rng.random(), lambda: world.restart(again))
+    if rng.random() < 0.3:
+        world.at(now * rng.random(), lambda: world.tell(UnloadRequested("A")))
+    if rng.random() < 0.3:
+        world.at(now * rng.random(), lambda: world.tell(LoadRequested("B", rng.randint(1, 3))))
+    world.run(until=now)
+    # The faults stop; what is under way goes on.
+    world.faults = Faults()
+    world.run(until=now + 400.0, max_steps=200_000)
+    return world
+
+
+def _submit(world: World, model: str, service_s: float, priority: int, holder: str, timeout_s: float) -> Any:
+    def submit() -> None:
+        if holder not in world.dead_holders:
+            world.submit(model, service_s, priority=priority, holder=holder, timeout_s=timeout_s)
+
+    return submit
+
+
+def judge(world: World) -> None:
+    """What must be true at the end of every run."""
+    ledger = world.scheduler
+    assert isinstance(ledger, Ledger)
+    ledger.check()
+    assert not world.crimes, world.crimes
+    assert not world.cut, world.cut
+    state = ledger.snapshot()
+    assert state["queued"] == 0, f"somebody waits for ever: {state}"
+    assert state["leases"] == 0, f"a lease leaked: {state}"
+    open_requests = [each.name for each in world.requests.values() if not each.done]
+    assert not open_requests, f"never answered: {open_requests}"
+    # Everything idle can be reached: an operator empties the pool.
+    for name in world.spec.models:
+        world.tell(UnloadRequested(name))
+    world.run(until=world.now + 60.0)
+    assert not ledger.snapshot()["replicas"], f"something cannot be unloaded: {ledger.snapshot()}"
+    assert not [each for each in world.processes.values() if each.state != "pending"], "a process was forgotten"
+
+
+def run(seed: int) -> None:
+    try:
+        judge(simulate(seed))
+    except BaseException:
+        print(f"\nsimulation failed: seed {seed}")
+        raise
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_pools_survive_everything(block: int) -> None:
+    for seed in range(block * SEEDS // 10, (block + 1) * SEEDS // 10):
+        run(seed)
+
+
+@pytest.mark.skipif(not os.environ.get("SLOTPOOL_FUZZ"), reason="endless; SLOTPOOL_FUZZ=1 runs it")
+@pytest.mark.timeout(0)
+def test_pools_survive_everything_for_longer() -> None:
+    end = time.monotonic() + float(os.environ.get("SLOTPOOL_FUZZ_S", "60"))
+    while time.monotonic() < end:
+        run(random.SystemRandom().randrange(1 << 40))
+
+
+def test_a_seed_reproduces_a_run() -> None:
+    one, other = simulate(11), simulate(11)
+    assert one.steps == other.steps
+    assert repr(one.scheduler) == repr(other.scheduler)
+    assert [each.granted for each in one.requests.values()] == [each.granted for each in other.requests.values()]
+
+
