@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -23,8 +24,7 @@ from cluster.config import ConfigError, PoolConfig, load_config, read_yaml
 
 DEFAULT_FILE = Path("serve_config.yaml")
 
-#: Flags that Ray reads when it starts. User code on Serve's own loop and thread halves the cost of a request, and
-#: arguments travel by gRPC, whose limit must not be smaller than the largest body.
+#: Flags that Ray reads when it starts. User code on Serve's own loop and thread halves the cost of a request.
 RAY_FLAGS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
@@ -55,23 +55,24 @@ def run(file: Path, config: Path | None, port: int | None, gpus: int | None) -> 
     """Start Ray and Serve, show progress, and serve until interrupted."""
     document = lay_over(read_yaml(file), config, port)
     pool = load_config(document["applications"][0].get("args"))
+    http = document["http_options"]
+    refuse_taken_port(http["host"], http["port"])
     for flag, value in RAY_FLAGS.items():
         os.environ.setdefault(flag, value)
     # After the flags, which Ray reads while it is imported.
     import ray
     from ray.serve.scripts import cli
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     print("Starting Ray …", flush=True)
     context = ray.init(
         address="local",
         num_gpus=gpus,
         namespace="serve",
         dashboard_host="127.0.0.1",
-        _node_ip_address="127.0.0.1",
         log_to_driver=False,
     )
-    http = document["http_options"]
+    # After Ray, which sets a handler of its own: SIGTERM stops the pool as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     reporter = Reporter(f"http://{http['host']}:{http['port']}", pool, context)
     threading.Thread(target=reporter.run, name="slotpool-reporter", daemon=True).start()
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", prefix="slotpool-") as merged:
@@ -92,6 +93,16 @@ def lay_over(document: dict[str, Any], config: Path | None, port: int | None) ->
     http["host"] = os.environ.get("ROUTER_HOST", http["host"])
     http["port"] = port or int(os.environ.get("ROUTER_PORT", http["port"]))
     return {**document, "http_options": http, "applications": [application]}
+
+
+def refuse_taken_port(host: str, port: int) -> None:
+    """Raises `ConfigError` when something listens there already: its answers would be taken for the pool's."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"{host}:{port}: {error.strerror}; choose another with PORT= or --port") from None
 
 
 class Reporter:
@@ -140,7 +151,7 @@ class Reporter:
             f"\nSlotpool serves {len(self._pool.models)} model(s) at {self._url}\n\n"
             f"  curl {self._url}/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d '{body}'\n\n"
             f"  Any OpenAI client:   base_url={self._url}/v1\n"
-            f"  Another Ray job:     RAY_ADDRESS={self._context.address_info['gcs_address']}\n"
+            f"  Another Ray job:     RAY_AUTH_MODE=token RAY_ADDRESS={self._context.address_info['gcs_address']}\n"
             + (f"  The Ray dashboard:   http://{dashboard}\n" if dashboard else "")
             + "  Stop:                Ctrl-C\n",
             flush=True,

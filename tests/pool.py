@@ -49,7 +49,6 @@ def local_serve(gpus: int = 1) -> Iterator[int]:
         namespace="serve",
         log_to_driver=False,
         _temp_dir=home,
-        _node_ip_address="127.0.0.1",
     )
     api.serve_start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="EveryNode")
     try:

@@ -1,0 +1,121 @@
+"""Processes die without a word; what they held is lost, everything else goes on, and the books balance again."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from tests.pool import Pool, fake, running_pool
+
+MODELS = {
+    "calm": {**fake(tokens_per_s=20, tokens=100), "target_inflight": 8, "min_replicas": 1},
+    "doomed": {**fake(tokens_per_s=20, tokens=100), "target_inflight": 8, "min_replicas": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def pool(port: int) -> Iterator[Pool]:
+    with running_pool(port, {"models": MODELS}) as pool:
+        yield pool
+        pool.check()
+
+
+def words(model: str, count: int) -> str:
+    return "".join(f"{model}:{index} " for index in range(count))
+
+
+async def read(pool: Pool, model: str, started: asyncio.Event, tokens: int = 100) -> str:
+    """The text of one stream, with the message of its error event at the end if there is one."""
+    text = ""
+    async with pool.async_openai() as client:
+        try:
+            stream = await client.chat.completions.create(
+                model=model, messages=[{"role": "user", "content": "x"}], max_tokens=tokens, stream=True
+            )
+            async for chunk in stream:
+                text += chunk.choices[0].delta.content or ""
+                started.set()
+        except openai.APIError as error:
+            text += f"<{error.message}>"
+    return text
+
+
+def replica_of(snapshot: dict[str, Any], model: str) -> dict[str, Any]:
+    return next(row for row in snapshot["replicas"] if row["model"] == model)
+
+
+def kill_replica(model: str, unique_id: str) -> None:
+    """The replica's process ends at once, as by kill -9."""
+    import ray
+
+    actor = ray.get_actor(f"SERVE_REPLICA::slotpool#{model}#{unique_id}", namespace="serve")
+    ray.kill(actor, no_restart=True)
+
+
+async def test_a_replica_killed_in_mid_stream_loses_only_its_own_streams(pool: Pool):
+    begun = [asyncio.Event(), asyncio.Event()]
+    streams = [asyncio.create_task(read(pool, model, event)) for model, event in zip(MODELS, begun, strict=True)]
+    await asyncio.gather(*(event.wait() for event in begun))
+    before = await asyncio.to_thread(pool.ledger)
+    victim = replica_of(before, "doomed")
+    assert victim["leases"] == 1
+    kill_replica("doomed", victim["replica"])
+    calm, doomed = await asyncio.gather(*streams)
+    assert calm == words("calm", 100)
+    assert doomed.startswith("doomed:0 ")
+    assert doomed.endswith("<the replica of doomed went away>")
+    after = await asyncio.to_thread(pool.wait, lambda ledger: ledger["models"]["doomed"]["ready"] == 1)
+    assert replica_of(after, "doomed")["replica"] != victim["replica"]
+    assert await read(pool, "doomed", asyncio.Event(), 5) == words("doomed", 5)
+
+
+async def test_the_ledger_dies_and_comes_back_with_every_lease(pool: Pool):
+    """Streams go on, their leases are in the new books, and what arrives meanwhile is served."""
+    import ray
+
+    from cluster import effects
+
+    begun = asyncio.Event()
+    stream = asyncio.create_task(read(pool, "calm", begun))
+    await begun.wait()
+    before = await asyncio.to_thread(pool.ledger)
+    with contextlib.suppress(ray.exceptions.RayActorError):
+        ray.kill(effects.find_ledger(), no_restart=False)
+    late = asyncio.create_task(read(pool, "doomed", asyncio.Event(), 5))
+    after = await asyncio.to_thread(
+        pool.wait, lambda ledger: ledger["epoch"] != before["epoch"] and ledger["leases"] >= 1
+    )
+    assert replica_of(after, "calm")["replica"] == replica_of(before, "calm")["replica"]
+    assert await late == words("doomed", 5)
+    assert await stream == words("calm", 100)
+    healed = await asyncio.to_thread(pool.wait, lambda ledger: ledger["leases"] == 0 and not ledger["recovering"])
+    assert replica_of(healed, "calm")["replica"] == replica_of(before, "calm")["replica"]
+    assert healed["models"]["calm"]["desired"] == 1
+
+
+async def test_an_ingress_that_dies_gives_its_leases_back(pool: Pool):
+    import ray
+
+    begun = asyncio.Event()
+    stream = asyncio.create_task(read(pool, "calm", begun))
+    await begun.wait()
+    actors = [name for name in ray.util.list_named_actors(all_namespaces=True) if "#ingress#" in name["name"]]
+    ray.kill(ray.get_actor(actors[0]["name"], namespace="serve"), no_restart=True)
+    assert not (await stream).endswith(words("calm", 100)[-10:])
+
+    def balanced(ledger: dict[str, Any]) -> bool:
+        return ledger["leases"] == 0
+
+    deadline = asyncio.get_running_loop().time() + 60
+    while True:
+        with contextlib.suppress(Exception):
+            if balanced(await asyncio.to_thread(pool.ledger)):
+                break
+        assert asyncio.get_running_loop().time() < deadline, "the pool did not heal"
+        await asyncio.sleep(0.1)
+    assert await read(pool, "calm", asyncio.Event(), 5) == words("calm", 5)
