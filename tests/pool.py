@@ -85,16 +85,20 @@ class Pool:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=120)
 
     def ledger(self) -> dict[str, Any]:
+        """The ledger's snapshot from `/v1/status`; raises while the pool cannot answer."""
         answer = httpx.get(f"{self.url}/v1/status", timeout=30)
+        answer.raise_for_status()
         return answer.json()["ledger"]
 
     def wait(self, condition: Callable[[dict[str, Any]], bool], timeout_s: float = 30.0) -> dict[str, Any]:
-        """The ledger's snapshot once it meets the condition; bounded."""
+        """The ledger's snapshot once it meets the condition; bounded. An answer that fails does not meet it."""
         deadline = time.monotonic() + timeout_s
+        snapshot = None
         while True:
-            snapshot = self.ledger()
-            if condition(snapshot):
-                return snapshot
+            with contextlib.suppress(httpx.HTTPError):
+                snapshot = self.ledger()
+                if condition(snapshot):
+                    return snapshot
             assert time.monotonic() < deadline, f"not within {timeout_s} s: {snapshot}"
             time.sleep(0.02)
 

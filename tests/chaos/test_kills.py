@@ -108,14 +108,5 @@ async def test_an_ingress_that_dies_gives_its_leases_back(pool: Pool):
     ray.kill(ray.get_actor(actors[0]["name"], namespace="serve"), no_restart=True)
     assert not (await stream).endswith(words("calm", 100)[-10:])
 
-    def balanced(ledger: dict[str, Any]) -> bool:
-        return ledger["leases"] == 0
-
-    deadline = asyncio.get_running_loop().time() + 60
-    while True:
-        with contextlib.suppress(Exception):
-            if balanced(await asyncio.to_thread(pool.ledger)):
-                break
-        assert asyncio.get_running_loop().time() < deadline, "the pool did not heal"
-        await asyncio.sleep(0.1)
+    await asyncio.to_thread(pool.wait, lambda ledger: ledger["leases"] == 0, 60)
     assert await read(pool, "calm", asyncio.Event(), 5) == words("calm", 5)
