@@ -195,13 +195,18 @@ def clear(
 def _candidates(
     pool: Pool, node: Node, model: Model, rights: Tier, now: float, bound: bool, prospect: Prospect
 ) -> list[Candidate]:
-    found = []
-    for replica in node.replicas:
+    found: list[Candidate] = []
+    newer: dict[Model, tuple[Tier, float] | None] = {}
+    # Serve stops a model's newest replica first, so an older one is a victim only behind all that are newer here.
+    for replica in reversed(node.replicas):
         if replica in prospect.gone:
             continue
         standing = policy.standing(pool, replica, model, now, bound)
+        if replica.state is ReplicaState.READY:
+            before = newer.get(replica.model, (Tier.LEAVING, 0.0))
+            standing = None if standing is None or before is None else max(standing, before)
+            newer[replica.model] = standing
         if standing is not None and standing[0] <= rights:
-            # Serve stops a model's newest replica first, so the newest is chosen first.
             found.append(Candidate(*standing, -replica.serial, replica))
     found.sort(key=lambda each: each[:3])
     return found

@@ -79,7 +79,8 @@ class Node:
         self.name = name
         self.spec = NodeSpec(name)
         self.present = False
-        # Over budget for an honest reason: the node shrank, or an engine took more than was estimated.
+        # Over budget for an honest reason: the node shrank, an engine took more than was estimated, or Ray put a
+        # process elsewhere than planned.
         self.excused = False
         self.gpu: list[int] = []
         self.device_memory: list[int] = []
@@ -282,8 +283,14 @@ class Book:
         del node.replicas[replica]
         for index in replica.place.devices:
             del node.tenants[index][replica]
+        node.excused = node.excused and node.is_over()
         self._forget(node)
         self.version += 1
+
+    def excuse(self, name: str) -> None:
+        """Something real did not go by plan; if the node is over its budget now, it may be."""
+        node = self.node(name)
+        node.excused = node.excused or node.is_over()
 
     def mark(self, place: Place) -> int:
         """Earmark a place; the number takes it back."""

@@ -78,13 +78,18 @@ def _start(pool: Pool, model: Model, places: list[Place], now: float) -> None:
 # --- claims ---------------------------------------------------------------------------------------------------------
 
 
-def _promise(pool: Pool, model: Model, plans: list[eviction.Plan], now: float) -> None:
-    """Earmark the places and close the doors of the victims, before any of them is empty."""
+def _promise(pool: Pool, model: Model, plans: list[eviction.Plan], now: float) -> bool:
+    """Earmark the places and close the doors of the victims, before any of them is empty.
+
+    If all that is leaving was promised to others already, there is nothing to promise: room will turn up by itself.
+    """
     victims = [victim for plan in plans for victim in plan.victims]
     for plan in plans:
         # What is leaving there anyway makes room as well; it is counted on from now on.
         node = pool.book.node(plan.place.node)
         victims += [each for each in node.replicas if each.claim is None and _leaves(each)]
+    if not victims:
+        return False
     claim = model.claim = Claim(model, [plan.place for plan in plans], victims)
     claim.marks = [pool.book.mark(each) for each in claim.places]
     pool.claims[model] = None
@@ -94,6 +99,7 @@ def _promise(pool: Pool, model: Model, plans: list[eviction.Plan], now: float) -
         if victim.state is READY:
             pool.quiesce(victim, now)
     pool.touched[model] = None
+    return True
 
 
 def _leaves(replica: Replica) -> bool:
@@ -183,10 +189,8 @@ def _choose_for(pool: Pool, model: Model, now: float, node: Node | None) -> None
     for plan, mark in zip(plans, marks, strict=True):
         pool.book.unmark(plan.place, mark)
     pool.room_seen = pool.book.version
-    if len(plans) == needed and all(_is_right(pool, model, plan, now, bound, growth) for plan in plans):
-        _promise(pool, model, plans, now)
-        return
-    if node is None:
+    right = len(plans) == needed and all(_is_right(pool, model, plan, now, bound, growth) for plan in plans)
+    if not (right and _promise(pool, model, plans, now)) and node is None:
         _look_later(pool, model, now, bound)
 
 

@@ -77,6 +77,7 @@ class Pool:
         self.submitted = self.finished = self.rejected = 0
         # ids that may still be heard of, though they are history (see `requests.py` and `replicas.py`)
         self.cancelled = Memory(4096, 60.0)
+        self.released = Memory(4096, 60.0)
         self.dead_holders = Memory(1024, 600.0)
         self.dead_replicas = Memory(4096, 600.0)
         self.early_ready: dict[str, int | None] = {}
@@ -279,12 +280,10 @@ class Pool:
         self.book.credit(replica)
 
     def quiesce(self, replica: Replica, now: float) -> None:
-        """Close the door of a READY replica; an empty one goes straight on to STOPPING."""
+        """Close the door of a READY replica. The tree moves it on to STOPPING when it is empty."""
         self.move(replica, Cause.QUIESCED, now)
         assert replica.uid is not None, "a READY replica has a process"
         self.out.append(Quiesce(replica.uid))
-        if not replica.leases:
-            self.move(replica, Cause.EMPTIED, now)
 
     def reopen(self, replica: Replica, now: float) -> None:
         """Open a draining replica again."""

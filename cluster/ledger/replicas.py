@@ -33,6 +33,7 @@ def replica_started(pool: Pool, event: ReplicaStarted, now: float) -> None:
             pool.book.credit(replica)
             replica.place = pool.book.force(event.node, replica.place.shape)
             pool.book.take(replica)
+            pool.book.excuse(event.node)
         replica.uid = event.replica
         pool.replicas[event.replica] = replica
         pool.touched[model] = None
@@ -99,8 +100,7 @@ def _measure(pool: Pool, replica: Replica, memory_mib: int) -> None:
     pool.book.credit(replica)
     replica.place = replica.place._replace(shape=replica.place.shape._replace(memory=memory_mib))
     pool.book.take(replica)
-    node = pool.book.node(replica.place.node)
-    node.excused = node.excused or node.is_over()
+    pool.book.excuse(replica.place.node)
 
 
 def replica_failed(pool: Pool, event: ReplicaFailed, now: float) -> None:

@@ -174,9 +174,11 @@ def lease_released(pool: Pool, event: LeaseReleased, now: float) -> None:
     if lease is None or lease.generation != event.generation:
         if _drop_orphan(pool, event.request, event.generation):
             return
-        # Not remembered as cancelled: a release carries the number of a grant, so its arrival came before it, and
-        # the same request may rightly come back after its replica was lost.
+        # The request is not remembered as cancelled: a release carries the number of a grant, so its arrival came
+        # before it, and the same request may rightly come back after its replica was lost. The lease is remembered,
+        # since after a restart of the ledger its re-announcement may be slower than its release.
         log.info("release of unknown lease %s/%s ignored", event.request, event.generation)
+        pool.released.add(f"{event.request}/{event.generation}", now)
         return
     model = lease.replica.model
     took = now - lease.granted_at
@@ -240,7 +242,8 @@ def lease_reannounced(pool: Pool, event: LeaseReannounced, now: float) -> None:
     if event.request in pool.leases or event.model not in pool.models or event.holder in pool.dead_holders:
         log.info("re-announced lease %s ignored: known already, or of nobody", event.request)
         return
-    if event.request in pool.cancelled or event.replica in pool.dead_replicas:
+    ended = f"{event.request}/{event.generation}" in pool.released
+    if ended or event.request in pool.cancelled or event.replica in pool.dead_replicas:
         log.info("re-announced lease %s ignored: it has ended", event.request)
         return
     replica = pool.replicas.get(event.replica)

@@ -61,7 +61,7 @@ def due(pool: Pool, model: Model) -> float:
         grows = autoscale.grows_at(pool, model)
         if grows > pool.now:
             first = min(first, grows)
-    if model.order is not None:
+    if model.order is not None and model.serving < model.order.replicas:
         first = min(first, model.order.deadline)
     if model.backoff_until > pool.now and (model.queue.count or model.order or model.floor or model.spec.preload):
         first = min(first, model.backoff_until)
@@ -86,7 +86,7 @@ def expire(pool: Pool, now: float) -> None:
     """Act on everything whose time has come: the recovery window, deadlines, timers."""
     if pool.recovering_until is not None and now >= pool.recovering_until:
         _end_recovery(pool, now)
-    for memory in (pool.cancelled, pool.dead_holders, pool.dead_replicas):
+    for memory in (pool.cancelled, pool.released, pool.dead_holders, pool.dead_replicas):
         memory.fade(now)
     expire_waiters(pool, now)
     if pool.recovering_until is not None:
@@ -131,9 +131,11 @@ def _end_recovery(pool: Pool, now: float) -> None:
 def _trim(pool: Pool, model: Model, now: float) -> None:
     """Drain what must not serve any longer, finish what has drained, forget what has left."""
     if model.counts[DRAINING]:
-        for replica in list(model.in_state(DRAINING)):
-            if not replica.leases:
-                pool.move(replica, Cause.EMPTIED, now)
+        # Newest first: Serve stops the newest, so an older one that is empty waits for a newer one that is not.
+        for replica in [each for each in reversed(model.replicas) if each.state is DRAINING]:
+            if replica.leases:
+                break
+            pool.move(replica, Cause.EMPTIED, now)
     if not model.replicas:
         model.unloading = False
         if model.removed and pool.models.get(model.name) is model and not model.queue.count:

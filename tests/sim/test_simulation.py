@@ -110,7 +110,7 @@ def simulate(seed: int) -> World:
     world.run(until=now)
     # The faults stop; what is under way goes on.
     world.faults = Faults()
-    world.run(until=now + 400.0, max_steps=200_000)
+    world.run(until=now + 400.0, max_steps=20_000)
     return world
 
 

@@ -113,6 +113,10 @@ class World:
         self.load_s = load_s
         self.start_s, self.stop_s, self.loop_s = start_s, stop_s, loop_s
         self.faults = faults or Faults()
+        # Only a world in which everybody does as told, in time, can blame the ledger for what happens to a stream.
+        self.is_gentle = not (
+            self.faults.late_s or self.faults.twice or self.faults.dies_after_s or self.faults.wrong_victim
+        )
         self.after_step = after_step
         self.now = 0.0
         self.heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -219,13 +223,13 @@ class World:
         request.granted, request.generation, request.replica = self.now, grant.generation, grant.replica
         process = self.processes.get(grant.replica)
         if process is None or process.state != "ready":
-            if not self.faults.dies_after_s and not self.faults.wrong_victim:
+            if self.is_gentle:
                 self.crimes.append(f"{grant.request} was granted to {grant.replica}, which does not serve")
             self.at(self.now + 0.05, lambda: self._finish(request))
             return
         process.streams[request.name] = request
         slots = self.spec.models[process.model].slots
-        if len(process.streams) > slots and not self.faults.late_s:
+        if len(process.streams) > slots and self.is_gentle:
             self.crimes.append(f"{process.uid} has {len(process.streams)} streams on {slots} slots")
         self.at(self.now + request.service_s, lambda: self._finish(request))
 
@@ -266,7 +270,8 @@ class World:
                 continue
             self._try_start(process)
         for _ in range(len(running) - self.desired.get(model, 0)):
-            newest = max(running, key=lambda each: each.number)
+            # Like Serve: what does not serve yet goes first, then the newest.
+            newest = max(running, key=lambda each: (each.state != "ready", each.number))
             if self.faults.wrong_victim and self.random.random() < self.faults.wrong_victim:
                 newest = self.random.choice(running)
             running.remove(newest)
@@ -329,10 +334,17 @@ class World:
         if process.state == "pending":
             del self.processes[process.uid]
             return
-        if process.streams and not self.faults.late_s and not self.faults.wrong_victim and not self.faults.twice:
+        if process.streams and self.is_gentle and len(self.spec.nodes) == 1:
             self.cut.append(f"{process.uid} was stopped with {len(process.streams)} streams")
         process.state = "stopping"
-        self.at(self.now + self.stop_s, lambda: self._die(process))
+        self.at(self.now + self.stop_s, lambda: self._stop_when_empty(process))
+
+    def _stop_when_empty(self, process: Process) -> None:
+        """Serve's grace period: what runs may finish."""
+        if process.streams:
+            self.at(self.now + self.loop_s, lambda: self._stop_when_empty(process))
+        else:
+            self._die(process)
 
     def _die(self, process: Process) -> None:
         if self.processes.pop(process.uid, None) is None:
