@@ -16,10 +16,11 @@ STARTING, READY, DRAINING = ReplicaState.STARTING, ReplicaState.READY, ReplicaSt
 
 def missing(pool: Pool, model: Model, now: float) -> int:
     """How many replicas demand asks for beyond those that serve or start; at once one, or an order's rest."""
-    if model.removed or model.unloading or model.leaving or now < model.backoff_until:
+    # Nothing is started beside one that drains, stops or failed: see rule 1 in `states.py`.
+    if model.removed or model.unloading or model.leaving or model.counts[DRAINING] or now < model.backoff_until:
         return 0
     serving = model.serving
-    room = model.spec.max_replicas - serving - model.counts[DRAINING]
+    room = model.spec.max_replicas - serving
     if model.order is not None:
         return max(0, min(model.order.replicas - serving, room))
     if room <= 0 or not model.queue.count:

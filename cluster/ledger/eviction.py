@@ -198,13 +198,14 @@ def _candidates(
     found: list[Candidate] = []
     newer: dict[Model, tuple[Tier, float] | None] = {}
     # Serve stops a model's newest replica first, so an older one is a victim only behind all that are newer here.
-    for replica in reversed(node.replicas):
+    for replica in sorted(node.replicas, key=lambda each: -each.serial):
         if replica in prospect.gone:
             continue
         standing = policy.standing(pool, replica, model, now, bound)
         if replica.state is ReplicaState.READY:
             before = newer.get(replica.model, (Tier.LEAVING, 0.0))
-            standing = None if standing is None or before is None else max(standing, before)
+            if standing is not None:
+                standing = None if before is None else (max(standing[0], before[0]), standing[1] + before[1])
             newer[replica.model] = standing
         if standing is not None and standing[0] <= rights:
             found.append(Candidate(*standing, -replica.serial, replica))

@@ -23,8 +23,9 @@ FAILED     the engine is of no use; the desired count was lowered, the process i
 
 Two rules guard the border to Serve, which acts late and picks by itself *which* replica of a model it stops:
 
-1. While a model has a record in STOPPING or FAILED, its desired count is never raised. Lowering and raising before
-   Serve has acted would cancel each other out: the old process would stay and the new one never come.
+1. While a model has a record in DRAINING, STOPPING or FAILED, its desired count is never raised. Lowering and raising
+   before Serve has acted would cancel each other out: the old process would stay and the new one never come. And a
+   replica that starts beside a draining one is newer, so Serve would stop it in the other's stead.
 2. If another replica dies than the one in STOPPING, that one's leases are revoked and its record is removed like in
    any death, and the STOPPING one *stays* STOPPING; the desired count falls once more. To take it back to READY would
    be a guess (the other may have crashed by itself while Serve is killing this one), and a wrong guess routes

@@ -220,6 +220,8 @@ class World:
             return
         if request.granted is not None and request.generation == grant.generation:
             return
+        if (before := self.processes.get(request.replica)) is not None:
+            before.streams.pop(request.name, None)
         request.granted, request.generation, request.replica = self.now, grant.generation, grant.replica
         process = self.processes.get(grant.replica)
         if process is None or process.state != "ready":
@@ -333,6 +335,7 @@ class World:
     def _stop(self, process: Process) -> None:
         if process.state == "pending":
             del self.processes[process.uid]
+            process.state = "dead"
             return
         if process.streams and self.is_gentle and len(self.spec.nodes) == 1:
             self.cut.append(f"{process.uid} was stopped with {len(process.streams)} streams")
