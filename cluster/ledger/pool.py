@@ -73,6 +73,8 @@ class Pool:
         self.book = Book()
         self.idle: OrderedDict[Replica, None] = OrderedDict()
         self.generation = 0
+        # the highest generation among leases of a former epoch; see `lease_reannounced`
+        self.inherited = 0
         self.serial = 0
         self.submitted = self.finished = self.rejected = 0
         # ids that may still be heard of, though they are history (see `requests.py` and `replicas.py`)

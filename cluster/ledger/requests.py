@@ -180,6 +180,9 @@ def lease_released(pool: Pool, event: LeaseReleased, now: float) -> None:
         log.info("release of unknown lease %s/%s ignored", event.request, event.generation)
         pool.released.add(f"{event.request}/{event.generation}", now)
         return
+    if lease.generation <= pool.inherited:
+        # Its re-announcement may come a second time.
+        pool.released.add(f"{event.request}/{event.generation}", now)
     model = lease.replica.model
     took = now - lease.granted_at
     model.service_s += 0.1 * (took - model.service_s) if model.service_s else took
@@ -259,6 +262,7 @@ def lease_reannounced(pool: Pool, event: LeaseReannounced, now: float) -> None:
         pool.dequeue(waiter)
     else:
         pool.submitted += 1
+    pool.inherited = max(pool.inherited, event.generation)
     pool.generation = max(pool.generation, event.generation)
     pool.lease(event.request, event.holder, replica, event.priority, now, generation=event.generation)
     pool.touched[replica.model] = None

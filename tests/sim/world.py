@@ -225,7 +225,7 @@ class World:
         request.granted, request.generation, request.replica = self.now, grant.generation, grant.replica
         process = self.processes.get(grant.replica)
         if process is None or process.state != "ready":
-            if self.is_gentle:
+            if self.is_gentle and len(self.spec.nodes) == 1:
                 self.crimes.append(f"{grant.request} was granted to {grant.replica}, which does not serve")
             self.at(self.now + 0.05, lambda: self._finish(request))
             return
