@@ -68,7 +68,7 @@ def _adopt(pool: Pool, model: Model, event: ReplicaStarted, now: float) -> None:
 def replica_ready(pool: Pool, event: ReplicaReady, now: float) -> None:
     replica = pool.replicas.get(event.replica)
     if replica is None:
-        if not event.replica in pool.dead_replicas and len(pool.early_ready) < MAX_EARLY:
+        if event.replica not in pool.dead_replicas and len(pool.early_ready) < MAX_EARLY:
             pool.early_ready[event.replica] = event.memory_mib
         return
     if replica.state is not ReplicaState.STARTING:

@@ -172,13 +172,12 @@ def refuse_or_reroute(pool: Pool, waiter: Waiter, now: float, error: policy.Refu
 def lease_released(pool: Pool, event: LeaseReleased, now: float) -> None:
     lease = pool.leases.get(event.request)
     if lease is None or lease.generation != event.generation:
-        if _drop_orphan(pool, event.request, event.generation):
-            return
         # The request is not remembered as cancelled: a release carries the number of a grant, so its arrival came
         # before it, and the same request may rightly come back after its replica was lost. The lease is remembered,
         # since after a restart of the ledger its re-announcement may be slower than its release.
         log.info("release of unknown lease %s/%s ignored", event.request, event.generation)
         pool.released.add(f"{event.request}/{event.generation}", now)
+        _drop_orphan(pool, event.request, event.generation)
         return
     if lease.generation <= pool.inherited:
         # Its re-announcement may come a second time.
@@ -219,7 +218,8 @@ def request_cancelled(pool: Pool, event: RequestCancelled, now: float) -> None:
     elif (lease := pool.leases.get(event.request)) is not None:
         pool.release(lease, now)
         pool.touched[lease.replica.model] = None
-    elif not _drop_orphan(pool, event.request, None):
+    else:
+        _drop_orphan(pool, event.request, None)
         log.info("cancellation of unknown request %s remembered", event.request)
     # The arrival may still be on its way, or come a second time; nobody waits for it any more.
     pool.cancelled.add(event.request, now)
@@ -242,7 +242,8 @@ def holder_died(pool: Pool, event: HolderDied, now: float) -> None:
 
 
 def lease_reannounced(pool: Pool, event: LeaseReannounced, now: float) -> None:
-    if event.request in pool.leases or event.model not in pool.models or event.holder in pool.dead_holders:
+    # The replica says which model it is; the event may name an alias, or what was asked for before a fallback.
+    if event.request in pool.leases or event.holder in pool.dead_holders:
         log.info("re-announced lease %s ignored: known already, or of nobody", event.request)
         return
     ended = f"{event.request}/{event.generation}" in pool.released
@@ -254,7 +255,7 @@ def lease_reannounced(pool: Pool, event: LeaseReannounced, now: float) -> None:
         if sum(map(len, pool.orphans.values())) < MAX_ORPHANS:
             pool.orphans.setdefault(event.replica, {})[event.request] = event
         return
-    if replica.state is not READY or not replica.free or replica.model.name != event.model:
+    if replica.state is not READY or not replica.free:
         log.warning("re-announced lease %s ignored: %r cannot hold it", event.request, replica)
         return
     waiter = pool.waiters.get(event.request)
@@ -268,11 +269,9 @@ def lease_reannounced(pool: Pool, event: LeaseReannounced, now: float) -> None:
     pool.touched[replica.model] = None
 
 
-def _drop_orphan(pool: Pool, request: str, generation: int | None) -> bool:
+def _drop_orphan(pool: Pool, request: str, generation: int | None) -> None:
     """Forget a re-announced lease whose replica has not come yet."""
     for orphans in pool.orphans.values():
         event = orphans.get(request)
         if event is not None and generation in (None, event.generation):
             del orphans[request]
-            return True
-    return False
