@@ -169,5 +169,3 @@ def test_a_seed_reproduces_a_run() -> None:
     assert one.steps == other.steps
     assert repr(one.scheduler) == repr(other.scheduler)
     assert [each.granted for each in one.requests.values()] == [each.granted for each in other.requests.values()]
-
-
