@@ -26,11 +26,17 @@ async def coalesce(
         finally:
             news.set()
 
+    def expire() -> None:
+        nonlocal expired
+        expired = True
+        news.set()
+
     loop = asyncio.get_running_loop()
     source = asyncio.create_task(pump())
-    deadline = loop.time() + timeout_s
-    # A timer and not asyncio.timeout(): that would cancel whoever iterates over this generator, at any place.
-    alarm = loop.call_at(deadline, news.set)
+    expired = False
+    # A timer and not asyncio.timeout(): that would cancel whoever iterates over this generator, at any place. And a
+    # flag, not a look at the clock: uvloop's timers may come a moment before their time.
+    alarm = loop.call_later(timeout_s, expire)
     next_at = 0.0
     try:
         while True:
@@ -50,7 +56,7 @@ async def coalesce(
                 return
             if source.done():
                 news.set()
-            elif loop.time() >= deadline:
+            elif expired:
                 raise TimeoutError
     finally:
         alarm.cancel()

@@ -51,6 +51,24 @@ async def test_a_silent_source_times_out():
             pass
 
 
+async def test_a_timer_that_comes_too_early_counts(monkeypatch):
+    """Found as a stream that hung for ever: uvloop fires timers up to a millisecond before loop.time() says so."""
+    loop = asyncio.get_running_loop()
+    at, later = loop.call_at, loop.call_later
+    monkeypatch.setattr(loop, "call_at", lambda when, *rest, **kw: at(when - 0.02, *rest, **kw))
+    monkeypatch.setattr(loop, "call_later", lambda delay, *rest, **kw: later(max(0, delay - 0.02), *rest, **kw))
+
+    async def drain():
+        async for _ in coalesce(source([b"a", None]), lambda: 0, 0.05):
+            pass
+
+    draining = asyncio.ensure_future(drain())
+    done, _ = await asyncio.wait([draining], timeout=2)
+    draining.cancel()
+    assert done, "it hangs"
+    assert isinstance(draining.exception(), TimeoutError)
+
+
 @pytest.mark.parametrize("parts", [[b"a", None], [None]])
 async def test_closing_closes_the_source(parts):
     closed: list[bool] = []
