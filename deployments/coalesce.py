@@ -17,6 +17,7 @@ async def coalesce(
     """
     ready: list[bytes] = []
     news = asyncio.Event()
+    expired = False
 
     async def pump() -> None:
         try:
@@ -33,7 +34,6 @@ async def coalesce(
 
     loop = asyncio.get_running_loop()
     source = asyncio.create_task(pump())
-    expired = False
     # A timer and not asyncio.timeout(): that would cancel whoever iterates over this generator, at any place. And a
     # flag, not a look at the clock: uvloop's timers may come a moment before their time.
     alarm = loop.call_later(timeout_s, expire)
