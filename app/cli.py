@@ -24,10 +24,13 @@ from cluster.config import ConfigError, PoolConfig, load_config, read_yaml
 
 DEFAULT_FILE = Path("serve_config.yaml")
 
-#: Flags that Ray reads when it starts. User code on Serve's own loop and thread halves the cost of a request.
+#: Flags that Ray reads when it starts. User code on Serve's own loop and thread halves the cost of a request; gRPC
+#: between proxy and ingress halves that of a streamed chunk, and its messages must hold the largest body allowed.
 RAY_FLAGS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(2**30),
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -64,6 +65,11 @@ def this_actor() -> tuple[str, str]:
     """The ids of the actor that calls this, and of its node."""
     context = ray.get_runtime_context()
     return str(context.get_actor_id()), str(context.get_node_id())
+
+
+def socket_path(replica: str) -> Path:
+    """Where a replica of this machine listens, in the folder of Ray's own sockets, which goes when Ray goes."""
+    return Path(ray._private.worker._global_node.get_sockets_dir_path()) / f"slotpool-{replica}.sock"
 
 
 async def machines(memory_mib: int) -> dict[str, NodeSpec]:

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError
@@ -24,6 +25,7 @@ from cluster.announcements import HolderState
 from cluster.client import LedgerClient
 from cluster.config import PoolConfig
 from cluster.ledger.events import Grant
+from deployments.direct import call_directly
 from deployments.engines.protocol import Call
 from deployments.sse import comment, error_event
 
@@ -120,9 +122,6 @@ class Gateway:
                 self.ledger.release(lease)
 
     async def _run(self, ask: Ask, lease: Grant, arrived: float) -> AsyncGenerator[bytes, None]:
-        handle = self._pinned.get(lease.replica)
-        if handle is None:
-            handle = self._pin(lease)
         call = Call(
             path=ask.path,
             body=ask.body,
@@ -131,7 +130,15 @@ class Gateway:
             load_wait_ms=lease.load_wait_s * 1e3,
             pool_elapsed_ms=(time.monotonic() - arrived) * 1e3,
         )
-        answer = handle.generate.remote(lease, call, self._left(ask, arrived))
+        socket = effects.socket_path(lease.replica)
+        way = call_directly if socket.exists() else self._through_serve
+        async with contextlib.aclosing(way(socket, lease, call, self._left(ask, arrived))) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def _through_serve(self, _: Path, lease: Grant, call: Call, timeout_s: float) -> AsyncGenerator[bytes, None]:
+        """The way to a replica on another machine: its Serve handle, pinned."""
+        answer = (self._pinned.get(lease.replica) or self._pin(lease)).generate.remote(lease, call, timeout_s)
         finished = False
         try:
             async for chunk in answer:

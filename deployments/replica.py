@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from ray import serve
 
@@ -20,6 +20,7 @@ from cluster.config import PoolConfig
 from cluster.errors import BackendTimeout, BackendUnavailable, PoolError, ReplicaGone
 from cluster.ledger.events import Grant
 from deployments.coalesce import coalesce
+from deployments.direct import DirectServer
 from deployments.engines.build import build_engine
 from deployments.engines.protocol import Call, Engine
 from deployments.sse import error_event
@@ -40,6 +41,9 @@ class Replica:
         self._actor_id, self._node = effects.this_actor()
         self._failed: str | None = None
         self._active = 0
+        self._direct = DirectServer(effects.socket_path(self._uid), self.generate)
+        with contextlib.suppress(OSError):
+            await self._direct.start()
         self._life = [
             asyncio.create_task(self._ledger.stay_attached("attach_replica", self._state)),
             asyncio.create_task(self._load()),
@@ -70,7 +74,7 @@ class Replica:
         self._engine = engine
         self._ledger.tell("replica_ready", self._uid, engine.info().memory_mib)
 
-    async def generate(self, lease: Grant, call: Call, timeout_s: float) -> AsyncIterator[bytes]:
+    async def generate(self, lease: Grant, call: Call, timeout_s: float) -> AsyncGenerator[bytes, None]:
         """Answer one leased call with the engine's bytes, coalesced. Raises a `PoolError` before the first item.
 
         A failure after the first item of a stream becomes a well-formed error event. `timeout_s` bounds the run.
@@ -110,6 +114,7 @@ class Replica:
         return BackendUnavailable(f"the engine of {self._model} failed: {type(error).__name__}")
 
     async def __del__(self) -> None:
+        await self._direct.stop()
         for task in self._life:
             task.cancel()
         if self._engine is not None:

@@ -12,6 +12,7 @@ import httpx
 import openai
 import pytest
 
+from cluster import effects
 from tests.pool import Pool, fake, running_pool
 
 MODELS = {
@@ -56,6 +57,27 @@ def test_chat_and_completions_streamed_and_not(pool: Pool):
     assert text.choices[0].text == words("quick", 3)
     parts = client.completions.create(model="quick", prompt="x", max_tokens=3, stream=True)
     assert "".join(part.choices[0].text for part in parts) == words("quick", 3)
+
+
+def test_a_replica_whose_socket_is_not_there_is_reached_through_its_handle(pool: Pool):
+    """As one on another machine is. The socket is there otherwise: nobody would notice the slow way."""
+    (replica,) = (row["replica"] for row in pool.ledger()["replicas"] if row["model"] == "quick")
+    path = effects.socket_path(replica)
+    away = path.with_suffix(".away")
+    path.rename(away)
+    try:
+        chunks = list(pool.openai().chat.completions.create(**body("quick", max_tokens=5), stream=True))
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == words("quick", 5)
+        with pytest.raises(openai.RateLimitError):
+            pool.openai().chat.completions.create(**body("limited"))
+    finally:
+        away.rename(path)
+
+
+def test_a_large_body_passes(pool: Pool):
+    """Serve's messages are bounded at 4 MB unless told otherwise."""
+    chat = pool.openai().chat.completions.create(**{**body("quick"), "user": "x" * 12_000_000})
+    assert chat.choices[0].message.content == words("quick", 8)
 
 
 def test_models_and_service_routes(pool: Pool):
