@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cluster.ledger import servers
 from cluster.ledger.placement import UNIT
 from cluster.ledger.states import ReplicaState
 
@@ -26,6 +27,7 @@ def check(pool: Pool) -> None:
         _check_node(node, [replica for replica in replicas if replica.place.node == node.name])
     _check_requests(pool, replicas)
     _check_claims(pool, replicas)
+    servers.check(pool)
     if pool.spec.capacity:
         resident = {replica.model.name for replica in replicas}
         forced = any(replica.adopted for replica in replicas)
@@ -96,7 +98,7 @@ def _check_node(node: Node, replicas: list[Replica]) -> None:
 
 
 def _check_requests(pool: Pool, replicas: list[Replica]) -> None:
-    queued, leased = len(pool.waiters), len(pool.leases)
+    queued, leased = len(pool.waiters), len(pool.leases) + len(pool.servers.leases)
     total = queued + leased + pool.finished + pool.rejected
     assert pool.submitted == total, (
         f"{pool.submitted} submitted, but {queued} queued + {leased} leased + {pool.finished} finished "

@@ -2,7 +2,8 @@
 
 Both are plain immutable tuples: cheap to make, easy to compare in a test, and picklable. `request` ids are made by
 the client of the ledger, so that a repeated arrival is recognised; the same id names the lease once it is granted.
-`replica` is the id of a running replica process as it announced itself. Times are seconds on the caller's clock.
+`replica` is the id of a running replica process as it announced itself, or the URL of an external server. Times are
+seconds on the caller's clock.
 """
 
 from __future__ import annotations
@@ -114,6 +115,14 @@ class LeaseReannounced(NamedTuple):
     priority: int = 2
 
 
+class ServerManifest(NamedTuple):
+    """What an external server offers, complete, or None when it cannot be read: it serves nothing until it can."""
+
+    server: str
+    models: tuple[str, ...] | None
+    error: str | None = None
+
+
 class Ticked(NamedTuple):
     """Time passed; the caller sends it when `Ledger.next_deadline()` has come."""
 
@@ -186,6 +195,7 @@ Event = (
     | LoadRequested
     | UnloadRequested
     | LeaseReannounced
+    | ServerManifest
     | Ticked
 )
 Command = Grant | Reject | SetDesired | Quiesce | Reopen | LoadRefused

@@ -10,7 +10,8 @@ event that is malformed, stale, repeated or of somebody unknown is logged and ch
 
 Where things are: `states` the transition table · `records`, `pool` the books · `requests`, `replicas`, `operators`
 what each event does to them · `tree` the decision tree, with `placing`, `eviction`, `autoscale`, `policy`, `placement`
-· `queue` lines and deadlines · `checks` the invariants · `snapshot` what is shown.
+· `servers`, `server_events`, `server_turns` external servers · `queue` lines and deadlines · `checks` the invariants ·
+`snapshot` what is shown.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from cluster.ledger import checks, operators, replicas, requests, snapshot, tree
+from cluster.ledger import checks, operators, replicas, requests, server_events, server_turns, snapshot, tree
 from cluster.ledger.events import (
     Command,
     ConfigChanged,
@@ -35,6 +36,7 @@ from cluster.ledger.events import (
     ReplicaStarted,
     RequestArrived,
     RequestCancelled,
+    ServerManifest,
     Ticked,
     UnloadRequested,
 )
@@ -64,7 +66,17 @@ _HANDLERS: dict[type[Any], Callable[[Pool, Any, float], None]] = {
     ConfigChanged: operators.config_changed,
     LoadRequested: operators.load_requested,
     UnloadRequested: operators.unload_requested,
+    ServerManifest: server_events.server_manifest,
     Ticked: _ticked,
+}
+# In a pool with external servers an event may be about a lease on one of them.
+_WITH_SERVERS: dict[type[Any], Callable[[Pool, Any, float], None]] = {
+    **_HANDLERS,
+    RequestArrived: server_events.request_arrived,
+    RequestCancelled: server_events.request_cancelled,
+    LeaseReleased: server_events.lease_released,
+    HolderDied: server_events.holder_died,
+    LeaseReannounced: server_events.lease_reannounced,
 }
 
 
@@ -113,7 +125,11 @@ class Ledger:
         pool.out = out
         if now >= pool.wake:
             tree.expire(pool, now)
-        _HANDLERS[type(event)](pool, event, now)
+        if pool.servers.known:
+            _WITH_SERVERS[type(event)](pool, event, now)
+            server_turns.dispatch(pool, now)
+        else:
+            _HANDLERS[type(event)](pool, event, now)
         if pool.touched or pool.went_idle or pool.changed:
             tree.settle(pool, now)
         return out

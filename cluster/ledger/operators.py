@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from cluster.ledger import policy
+from cluster.ledger import policy, server_events
 from cluster.ledger.events import ConfigChanged, LoadRefused, LoadRequested, NodesChanged, UnloadRequested
 from cluster.ledger.pool import Pool
 from cluster.ledger.records import Model, Order
@@ -34,7 +34,8 @@ def config_changed(pool: Pool, event: ConfigChanged, now: float) -> None:
     for name, model in list(pool.models.items()):
         spec = event.spec.models.get(name)
         if spec is None:
-            _remove(pool, model, now)
+            if not server_events.keep(pool, model):
+                _remove(pool, model, now)
         elif model.removed or spec != model.spec:
             model.removed = False
             model.spec = spec
@@ -43,6 +44,7 @@ def config_changed(pool: Pool, event: ConfigChanged, now: float) -> None:
     for name, spec in event.spec.models.items():
         if name not in pool.models:
             pool.models[name] = Model(spec, now)
+    server_events.configure(pool, event.spec.servers, now)
     for model in pool.models.values():
         pool.touched[model] = None
     pool.book.version += 1

@@ -22,6 +22,7 @@ from math import expm1, log
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cluster.ledger.queue import INFINITY, Waiter
+from cluster.ledger.servers import is_remote
 from cluster.ledger.states import ReplicaState
 
 if TYPE_CHECKING:
@@ -45,15 +46,28 @@ class Refusal(NamedTuple):
 
 def unavailable(pool: Pool, model: Model, now: float) -> Refusal | None:
     """Why a model can take no request at all, not even a waiting one; None if it can."""
+    if model.removed and is_remote(model):
+        names = sorted(name for name, each in pool.models.items() if not each.removed)
+        return Refusal("ModelNotFound", f"the model {model.name!r} does not exist", {"available_models": names})
     if model.removed:
         return Refusal("ModelNotFound", f"the model {model.name!r} was removed", {})
     if model.unloading:
         return unloading(model)
+    if pool.servers.offers(model.name):
+        return None
+    if is_remote(model):
+        return None if pool.servers.undecided else unreachable(pool, model)
     if model.spec.manual and not (model.replicas or model.order or model.queue.count):
         return Refusal("ModelNotLoaded", f"the model {model.name!r} is loaded by an operator only", {})
     if model.refusing and now < model.backoff_until and not model.serving:
         return failure(model, now, "ModelUnavailable")
     return too_large(pool, model)
+
+
+def unreachable(pool: Pool, model: Model) -> Refusal:
+    """A model that only servers offer, and none of them can be reached."""
+    message = f"no server that offers {model.name!r} can be reached: {pool.servers.error(model.name)}"
+    return Refusal("BackendUnavailable", message, {"retry_after": 1.0})
 
 
 def unloading(model: Model) -> Refusal:

@@ -15,6 +15,7 @@ from cluster.ledger.events import Command, Grant, LeaseReannounced, Quiesce, Rej
 from cluster.ledger.placement import Book, Place
 from cluster.ledger.queue import INFINITY, Deadlines, Waiter
 from cluster.ledger.records import Lease, Model, Replica
+from cluster.ledger.servers import Servers
 from cluster.ledger.specs import PoolSpec
 from cluster.ledger.states import TRANSITIONS, Cause, ReplicaState
 
@@ -71,6 +72,7 @@ class Pool:
         self.leases: dict[str, Lease] = {}
         self.deadlines = Deadlines()
         self.book = Book()
+        self.servers = Servers()
         self.idle: OrderedDict[Replica, None] = OrderedDict()
         self.generation = 0
         # the highest generation among leases of a former epoch; see `lease_reannounced`

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from cluster.ledger import policy
+from cluster.ledger import policy, server_turns
 from cluster.ledger.events import HolderDied, LeaseReannounced, LeaseReleased, RequestArrived, RequestCancelled
 from cluster.ledger.pool import Pool
 from cluster.ledger.queue import INFINITY, Waiter
@@ -74,6 +74,7 @@ def _turn_away(pool: Pool, event: RequestArrived, model: Model | None, now: floa
     """Refuse what can never be served, whatever the pool's state; the model if it can be, after all."""
     pool.cancelled.fade(now)
     pool.dead_holders.fade(now)
+    model = model or server_turns.expected(pool, event.model, now)
     if event.request in pool.cancelled or event.holder in pool.dead_holders:
         # Nobody waits for it: its cancellation, or its holder's death, was faster than the arrival itself.
         pool.reject(event.request, event.holder, "BackendUnavailable", "the request was cancelled before it arrived")
@@ -130,7 +131,8 @@ def _admit(pool: Pool, model: Model, event: RequestArrived, now: float) -> None:
             return
     full = len(pool.waiters) >= pool.spec.queue_max_size
     if full or (model.spec.max_queued is not None and model.queue.count >= model.spec.max_queued):
-        _queue_full(pool, waiter, model)
+        if not server_turns.squeeze_in(pool, waiter, now):
+            _queue_full(pool, waiter, model)
         return
     pool.enqueue(waiter, now)
     if model.counts[DRAINING] or model.hungry_key is not None or model.desired < model.spec.max_replicas:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cluster.ledger import policy
+from cluster.ledger import policy, servers
 from cluster.ledger.queue import INFINITY
 from cluster.ledger.states import ReplicaState
 
@@ -18,7 +18,7 @@ def take(pool: Pool) -> dict[str, Any]:
     return {
         "epoch": pool.epoch,
         "recovering": pool.is_recovering,
-        "leases": len(pool.leases),
+        "leases": len(pool.leases) + len(pool.servers.leases),
         "queued": len(pool.waiters),
         "submitted": pool.submitted,
         "finished": pool.finished,
@@ -35,15 +35,20 @@ def take(pool: Pool) -> dict[str, Any]:
             for model in pool.models.values()
             for replica in model.replicas
         ],
-        "models": {name: _model(model) for name, model in pool.models.items()},
+        "models": {name: _model(pool, model) for name, model in pool.models.items()},
+        "servers": servers.rows(pool),
     }
 
 
-def _model(model: Model) -> dict[str, Any]:
+def _model(pool: Pool, model: Model) -> dict[str, Any]:
+    best = state(model)
+    remote = pool.servers.state(model.name) if best in ("unloaded", "failed") else None
+    on_servers = sum(1 for lease in pool.servers.leases.values() if lease.model == model.name)
     return {
-        "state": state(model),
+        "state": remote or best,
+        "remote": servers.is_remote(model),
         "queued": model.queue.count,
-        "leases": sum(len(replica.leases) for replica in model.replicas),
+        "leases": model.leased + on_servers,
         "desired": model.desired,
         "ready": model.counts[ReplicaState.READY],
         "last_error": model.last_error,

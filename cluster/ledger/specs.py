@@ -53,6 +53,19 @@ class NodeSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ServerSpec:
+    """One external server, whose name is its URL. `api_key_env` names the variable that holds its key.
+
+    `just_in_time`: it keeps one model loaded and swaps when it is asked for another, cutting whatever still runs.
+    """
+
+    url: str
+    max_concurrent: int = 1
+    just_in_time: bool = True
+    api_key_env: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class PoolSpec:
     """Everything the ledger is told about the pool.
 
@@ -71,6 +84,7 @@ class PoolSpec:
     `load_prior_s`      the load time assumed of a model that was never loaded.
     `upscale_wait_s`    a model with a ready replica asks for another one when its oldest waiter waited this long, or
                         when a whole replica's worth of requests waits.
+    `server_batch_s`    how long requests for the model that a server has loaded may overtake those for its others.
     `backoff_s`         first and longest pause after a failed load; it doubles in between.
     `drain_timeout_s`   after this long a drain revokes what is still leased: far beyond the longest request allowed.
     """
@@ -90,3 +104,5 @@ class PoolSpec:
     upscale_wait_s: float = 2.0
     backoff_s: tuple[float, float] = (1.0, 60.0)
     node_memory_mib: int = 0
+    servers: tuple[ServerSpec, ...] = ()
+    server_batch_s: float = 5.0

@@ -16,6 +16,7 @@ from cluster.ledger.queue import INFINITY
 from cluster.ledger.records import Model
 from cluster.ledger.replicas import load_overdue
 from cluster.ledger.requests import expire_waiters, refuse_or_reroute, serve
+from cluster.ledger.servers import is_remote
 from cluster.ledger.states import Cause, ReplicaState
 
 if TYPE_CHECKING:
@@ -114,7 +115,8 @@ def _end_recovery(pool: Pool, now: float) -> None:
     pool.recovering_until = None
     pool.orphans.clear()
     for model in pool.models.values():
-        model.resend = True
+        # Serve knows nothing of a model that only servers offer.
+        model.resend = not is_remote(model)
         pool.changed[model] = None
         pool.touched[model] = None
         if model.queue.count:

@@ -24,6 +24,7 @@ _FIELDS: dict[type[Any], tuple[tuple[type[Any], ...], ...]] = {
     events.LoadRequested: (_TEXT, _COUNT),
     events.UnloadRequested: (_TEXT,),
     events.LeaseReannounced: (_TEXT, _TEXT, _TEXT, _TEXT, _COUNT, _COUNT),
+    events.ServerManifest: (_TEXT, (tuple, type(None)), (str, type(None))),
     events.Ticked: (),
 }
 
@@ -66,6 +67,8 @@ def _fault(event: Any) -> str | None:
         for name, spec in event.nodes.items():
             if not isinstance(name, str) or not isinstance(spec, NodeSpec):
                 return f"node {name!r} is {spec!r}"
+    if type(event) is events.ServerManifest and not all(isinstance(name, str) for name in event.models or ()):
+        return f"models is {event.models!r}"
     if type(event) is events.ReplicaReady and event.memory_mib is not None and event.memory_mib < 0:
         return f"memory_mib is {event.memory_mib!r}"
     return None
