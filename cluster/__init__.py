@@ -1,1 +1,36 @@
-"""Who may run: configuration, the error tree, the pure ledger with its policies, and the actor around it."""
+"""Who may run: configuration, the error tree, the pure ledger with its policies, and the actor around it.
+
+The scheduler for external servers is importable from here as a library. It is loaded when it is asked for, and never
+loads Ray: the pool's own processes import this package in the middle of a model swap.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cluster.server_pool import (
+        ConcurrentDispatcher,
+        DispatcherTimeoutError,
+        ModelNotAvailableError,
+        NoModelsAvailableError,
+        ServerConfig,
+        ServerPool,
+    )
+
+__all__ = [
+    "ConcurrentDispatcher",
+    "DispatcherTimeoutError",
+    "ModelNotAvailableError",
+    "NoModelsAvailableError",
+    "ServerConfig",
+    "ServerPool",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'cluster' has no attribute {name!r}")
+    from cluster import server_pool
+
+    return getattr(server_pool, name)

@@ -30,6 +30,7 @@ from cluster.ledger.events import (
     ReplicaStarted,
     RequestArrived,
     RequestCancelled,
+    ServerSuspected,
     SetDesired,
     Ticked,
 )
@@ -70,7 +71,12 @@ class LedgerActor:
         self._desired_changed = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         loop = asyncio.get_event_loop()
-        self._tasks = [loop.create_task(self._watch_deaths()), loop.create_task(self._watch_nodes())]
+        self._servers: Any = None
+        self._tasks = [
+            loop.create_task(self._watch_deaths()),
+            loop.create_task(self._watch_nodes()),
+            loop.create_task(self._follow_servers()),
+        ]
 
     # --- the request path ---------------------------------------------------------------------------------------
 
@@ -118,6 +124,7 @@ class LedgerActor:
         if state.spec != self._spec:
             self._spec = state.spec
             self._post(ConfigChanged(state.spec))
+            await self._follow_servers()
         for lease in state.leases:
             self._post(LeaseReannounced(lease.request, lease.holder, lease.model, lease.replica, lease.generation))
         await self._park_while_alive(state.actor_id)
@@ -135,6 +142,12 @@ class LedgerActor:
         """The engine of a replica could not be loaded."""
         self._progress.pop(replica, None)
         self._post(ReplicaFailed(replica, reason))
+
+    async def server_lost(self, url: str) -> None:
+        """A request lost its external server, before or in its answer: look at once whether it is still there."""
+        self._post(ServerSuspected(url))
+        if self._servers is not None:
+            self._servers.check_now(url)
 
     async def desired(self, seen_version: int, timeout_s: float = 30.0) -> tuple[int, dict[str, int]]:
         """The number of replicas wanted per model. Parks until it differs from `seen_version`, or `timeout_s`."""
@@ -229,6 +242,16 @@ class LedgerActor:
                 for actor_id in [*self._replica_of_actor, *self._holder_of_actor]:
                     if await effects.is_dead(actor_id):
                         self._bury(actor_id)
+
+    async def _follow_servers(self) -> None:
+        """Read the manifests of the configured external servers from now on."""
+        if self._servers is None and self._spec.servers:
+            # Imports an HTTP client, which a pool without servers does without.
+            from cluster.servers import ManifestWatch
+
+            self._servers = ManifestWatch(self._post)
+        if self._servers is not None:
+            self._servers.follow(self._spec.servers)
 
     async def _watch_nodes(self) -> None:
         seen: dict[str, Any] = {}

@@ -96,7 +96,7 @@ class LedgerClient:
         return await self._actor.check.remote()  # type: ignore[no-any-return]
 
     def tell(self, method: str, *args: Any) -> None:
-        """A one-way message: `replica_progress`, `replica_ready` or `replica_failed`."""
+        """A one-way message: `replica_progress`, `replica_ready`, `replica_failed` or `server_lost`."""
         getattr(self._actor, method).remote(*args)
 
     async def stay_attached(self, method: str, state: Callable[[], Any]) -> None:
@@ -114,4 +114,8 @@ class LedgerClient:
 def as_error(reject: Reject) -> errors.PoolError:
     """The exception that a refusal of the ledger stands for."""
     kind: type[errors.PoolError] = getattr(errors, reject.error, errors.PoolError)
-    return kind(reject.message, **reject.extras)
+    extras = reject.extras
+    if kind is errors.ModelNotFound:
+        # The ledger knows nothing of HTTP's fields and routes.
+        extras = {"param": "model", "install_endpoint": "/v1/models/install", **extras}
+    return kind(reject.message, **extras)

@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from cluster.ledger.specs import ModelSpec, PoolSpec
+from cluster.ledger.specs import ModelSpec, PoolSpec, ServerSpec
+from cluster.server_types import base_url, loads_just_in_time
 
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
 FlashAttention = Literal["on", "off", "auto"]
@@ -100,12 +101,32 @@ class ModelConfig(BaseModel):
         return "fake" if self.backend == "fake" else "gguf"
 
 
+class ServerEntry(BaseModel):
+    """One external OpenAI-compatible server. `api_key_env` names the environment variable that holds its key.
+
+    `server_type` is what it runs (`lmstudio`, `ollama`, `vllm`, `llama_server`, …); an unknown type is taken to load
+    models just in time and never gets two models at once.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: Annotated[str, Field(pattern=r"^https?://[^/\s]+")]
+    max_concurrent: Annotated[int, Field(ge=1, le=4096)] = 1
+    api_key_env: str | None = None
+    server_type: str | None = None
+
+    def spec(self) -> ServerSpec:
+        """The server as the ledger sees it."""
+        return ServerSpec(self.url, self.max_concurrent, loads_just_in_time(self.server_type), self.api_key_env)
+
+
 class PoolConfig(BaseModel):
     """The whole pool: its models and the keys that hold for all of them."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     models: dict[str, ModelConfig] = Field(default_factory=dict)
+    servers: tuple[ServerEntry, ...] = ()
     default_model: str | None = None
     capacity: Annotated[int, Field(ge=0)] = 0
     mem_budget_mb: Annotated[int, Field(ge=0)] = 0
@@ -124,19 +145,38 @@ class PoolConfig(BaseModel):
                 if alias in seen:
                     raise ValueError(f"models.{name}.aliases: {alias!r} is already {seen[alias]}")
                 seen[alias] = f"an alias of {name!r}"
-        if self.default_model is not None and self.default_model not in seen:
+        if self.default_model is not None and self.default_model not in seen and not self.servers:
             raise ValueError(f"default_model: {self.default_model!r} is not a configured model")
         return self
 
+    @model_validator(mode="after")
+    def _servers_are_unique(self) -> PoolConfig:
+        seen = set()
+        for server in self.servers:
+            base = base_url(server.url)
+            if base in seen:
+                raise ValueError(f"servers: {server.url} stands there twice")
+            seen.add(base)
+        return self
+
+    def server(self, url: str) -> ServerEntry | None:
+        """The external server with this URL; None when there is none."""
+        return next((server for server in self.servers if server.url == url), None)
+
     def resolve(self, name: str) -> str | None:
-        """The id of the model that a client calls `name` (an id or an alias); None when there is none."""
+        """The id of the model that a client calls `name` (an id or an alias); None when there is none.
+
+        With external servers any other name may be a model of theirs: only the ledger knows.
+        """
         if name in self.models:
             return name
-        return next((model_id for model_id, model in self.models.items() if name in model.aliases), None)
+        other = name if self.servers else None
+        return next((model_id for model_id, model in self.models.items() if name in model.aliases), other)
 
     def request_timeout_s(self, model_id: str) -> float:
         """The longest that one request of a model may take, queue and load included, in seconds."""
-        return self.models[model_id].request_timeout or self.request_timeout_seconds
+        model = self.models.get(model_id)
+        return (model and model.request_timeout) or self.request_timeout_seconds
 
     def longest_request_s(self) -> float:
         """The bound on every request's life; Serve's own grace period must lie above it."""
@@ -150,6 +190,7 @@ class PoolConfig(BaseModel):
             queue_max_size=self.queue_max_size,
             drain_timeout_s=self.longest_request_s(),
             node_memory_mib=self.mem_budget_mb,
+            servers=tuple(server.spec() for server in self.servers),
         )
 
     def _model_spec(self, name: str, model: ModelConfig) -> ModelSpec:
@@ -226,5 +267,7 @@ def _explain(source: str, item: Any) -> str:
 def _known_keys(location: list[str]) -> list[str]:
     if "engine_kwargs" in location:
         return [*FakeFaults.model_fields, *LlamaCppKwargs.model_fields]
+    if location[0] == "servers" and len(location) > 2:
+        return [*ServerEntry.model_fields]
     fields = ModelConfig.model_fields if location[0] == "models" and len(location) > 2 else PoolConfig.model_fields
     return [*fields, *(field.alias for field in fields.values() if field.alias)]

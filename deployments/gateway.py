@@ -15,7 +15,7 @@ import uuid
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import RayServeException
@@ -23,11 +23,14 @@ from ray.serve.exceptions import RayServeException
 from cluster import effects, errors
 from cluster.announcements import HolderState
 from cluster.client import LedgerClient
-from cluster.config import PoolConfig
+from cluster.config import PoolConfig, ServerEntry
 from cluster.ledger.events import Grant
 from deployments.direct import call_directly
 from deployments.engines.protocol import Call
 from deployments.sse import comment, error_event
+
+if TYPE_CHECKING:
+    from deployments.engines.openai_upstream import Upstreams
 
 logger = logging.getLogger("slotpool.gateway")
 
@@ -58,6 +61,7 @@ class Gateway:
         self.ledger = LedgerClient(config.spec())
         self._handles = handles
         self._pinned: dict[str, Any] = {}
+        self._upstreams: Upstreams | None = None
         self._holder = uuid.uuid4().hex
         self._leases: dict[str, Grant] = {}
         self._actor_id, _ = effects.this_actor()
@@ -130,11 +134,35 @@ class Gateway:
             load_wait_ms=lease.load_wait_s * 1e3,
             pool_elapsed_ms=(time.monotonic() - arrived) * 1e3,
         )
+        server = self.config.server(lease.replica)
+        if server is not None:
+            async with contextlib.aclosing(self._on_server(server, ask, call, self._left(ask, arrived))) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+            return
         socket = effects.socket_path(lease.replica)
         way = call_directly if socket.exists() else self._through_serve
         async with contextlib.aclosing(way(socket, lease, call, self._left(ask, arrived))) as chunks:
             async for chunk in chunks:
                 yield chunk
+
+    async def _on_server(
+        self, server: ServerEntry, ask: Ask, call: Call, timeout_s: float
+    ) -> AsyncGenerator[bytes, None]:
+        """The way to an external server. One that is lost is looked at before it gets anything else."""
+        if self._upstreams is None:
+            # Imports an HTTP client, which a pool without servers does without.
+            from deployments.engines.openai_upstream import Upstreams
+
+            self._upstreams = Upstreams()
+        hold_s = self.config.default_idle_timeout if ask.keep_alive_s is None else ask.keep_alive_s
+        try:
+            async with contextlib.aclosing(self._upstreams.generate(server, call, hold_s, timeout_s)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except errors.ReplicaGone:
+            self.ledger.tell("server_lost", server.url)
+            raise
 
     async def _through_serve(self, _: Path, lease: Grant, call: Call, timeout_s: float) -> AsyncGenerator[bytes, None]:
         """The way to a replica on another machine: its Serve handle, pinned."""

@@ -93,7 +93,10 @@ def parse_priority(value: Any) -> int:
 
 
 def resolve_model(config: PoolConfig, name: str | None) -> str:
-    """The model's id for the name in a request. Raises `ModelRequired` or `ModelNotFound`."""
+    """The model's id for the name in a request. Raises `ModelRequired` or `ModelNotFound`.
+
+    In a pool with external servers the ledger has the last word on names that are not configured.
+    """
     name = name or config.default_model
     if not name:
         raise errors.ModelRequired(
@@ -101,13 +104,18 @@ def resolve_model(config: PoolConfig, name: str | None) -> str:
         )
     model = config.resolve(name)
     if model is None:
-        raise errors.ModelNotFound(
-            f"the model {name!r} does not exist",
-            param="model",
-            available_models=list(config.models),
-            install_endpoint="/v1/models/install",
-        )
+        raise unknown_model(name, list(config.models))
     return model
+
+
+def unknown_model(name: str, available: list[str]) -> errors.ModelNotFound:
+    """The contract's answer to a model that nobody knows."""
+    return errors.ModelNotFound(
+        f"the model {name!r} does not exist",
+        param="model",
+        available_models=available,
+        install_endpoint="/v1/models/install",
+    )
 
 
 def parse_ask(

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from cluster import errors
 from cluster.config import ModelConfig, PoolConfig
 from deployments.gateway import Gateway
-from deployments.requests import CHAT, COMPLETIONS, parse_ask, resolve_model
+from deployments.requests import CHAT, COMPLETIONS, parse_ask, resolve_model, unknown_model
 
 router = APIRouter(tags=["openai"])
 
@@ -98,8 +98,9 @@ async def list_models(request: Request, model: str | None = None) -> Response:
     if model is not None:
         return await show_model(request, model)
     gateway: Gateway = request.app.state.gateway
-    states = (await gateway.ledger.status())["models"]
-    rows = [_row(gateway.config, name, states) for name in gateway.config.models]
+    ledger = await gateway.ledger.status()
+    rows = [_row(gateway.config, name, ledger["models"]) for name in gateway.config.models]
+    rows += [remote_row(name, ledger) for name in remote_models(gateway.config, ledger)]
     loaded = [row["id"] for row in rows if row["status"] == "loaded"]
     return JSONResponse({"object": "list", "data": rows, "models": loaded})
 
@@ -109,7 +110,43 @@ async def show_model(request: Request, model: str) -> Response:
     """One model, by its id or an alias."""
     gateway: Gateway = request.app.state.gateway
     name = resolve_model(gateway.config, model)
-    return JSONResponse(_row(gateway.config, name, (await gateway.ledger.status())["models"]))
+    ledger = await gateway.ledger.status()
+    if name in gateway.config.models:
+        return JSONResponse(_row(gateway.config, name, ledger["models"]))
+    known = remote_models(gateway.config, ledger)
+    if name not in known:
+        raise unknown_model(name, [*gateway.config.models, *known])
+    return JSONResponse(remote_row(name, ledger))
+
+
+def remote_models(config: PoolConfig, ledger: dict[str, Any]) -> list[str]:
+    """The models that only external servers offer, by the ledger's snapshot."""
+    offered = dict.fromkeys(name for server in ledger["servers"] for name in server["available_models"])
+    kept = [name for name, model in ledger["models"].items() if model["remote"] and name not in offered]
+    # One whose server is away is still listed, as failed, until a server says that it is gone.
+    return [name for name in [*offered, *kept] if name not in config.models]
+
+
+def remote_row(name: str, ledger: dict[str, Any]) -> dict[str, Any]:
+    """A model of external servers, in the words of a configured one."""
+    servers = [server for server in ledger["servers"] if name in server["available_models"]]
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "server",
+        "type": "llm",
+        "execution_mode": "remote",
+        "backend": "server",
+        "format": None,
+        "status": ledger["models"].get(name, {}).get("state", "unloaded"),
+        "aliases": [],
+        "context_length": None,
+        "slots": sum(server["max_concurrent"] for server in servers),
+        "min_replicas": 0,
+        "max_replicas": 0,
+        "servers": [server["url"] for server in servers],
+    }
 
 
 def _row(config: PoolConfig, name: str, states: dict[str, Any]) -> dict[str, Any]:

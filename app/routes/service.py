@@ -55,6 +55,16 @@ async def status(request: Request) -> dict[str, Any]:
         for name in gateway.config.models
         if name in models
     }
+    for server in ledger["servers"]:
+        backends[server["url"]] = {
+            "is_running": server["is_up"],
+            "is_healthy": server["is_up"],
+            "pid": None,
+            "url": server["url"],
+            "uptime": None,
+            "last_request_time": None,
+            "error": server["last_refresh_error"],
+        }
     return {"execution_mode": _mode(gateway), "backends": backends, "ledger": ledger}
 
 

@@ -123,6 +123,12 @@ class ServerManifest(NamedTuple):
     error: str | None = None
 
 
+class ServerSuspected(NamedTuple):
+    """A request lost its external server: it gets no new one until its next `ServerManifest`, for which all wait."""
+
+    server: str
+
+
 class Ticked(NamedTuple):
     """Time passed; the caller sends it when `Ledger.next_deadline()` has come."""
 
@@ -196,6 +202,7 @@ Event = (
     | UnloadRequested
     | LeaseReannounced
     | ServerManifest
+    | ServerSuspected
     | Ticked
 )
 Command = Grant | Reject | SetDesired | Quiesce | Reopen | LoadRefused

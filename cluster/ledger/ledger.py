@@ -37,6 +37,7 @@ from cluster.ledger.events import (
     RequestArrived,
     RequestCancelled,
     ServerManifest,
+    ServerSuspected,
     Ticked,
     UnloadRequested,
 )
@@ -67,6 +68,7 @@ _HANDLERS: dict[type[Any], Callable[[Pool, Any, float], None]] = {
     LoadRequested: operators.load_requested,
     UnloadRequested: operators.unload_requested,
     ServerManifest: server_events.server_manifest,
+    ServerSuspected: server_events.server_suspected,
     Ticked: _ticked,
 }
 # In a pool with external servers an event may be about a lease on one of them.

@@ -67,7 +67,7 @@ def unavailable(pool: Pool, model: Model, now: float) -> Refusal | None:
 def unreachable(pool: Pool, model: Model) -> Refusal:
     """A model that only servers offer, and none of them can be reached."""
     message = f"no server that offers {model.name!r} can be reached: {pool.servers.error(model.name)}"
-    return Refusal("BackendUnavailable", message, {"retry_after": 1.0})
+    return Refusal("BackendUnavailable", message, {"status": 502, "code": "upstream_connection_error"})
 
 
 def unloading(model: Model) -> Refusal:

@@ -16,6 +16,7 @@ from cluster.ledger.events import (
     RequestArrived,
     RequestCancelled,
     ServerManifest,
+    ServerSuspected,
 )
 from cluster.ledger.pool import Pool
 from cluster.ledger.records import Model
@@ -42,6 +43,15 @@ def server_manifest(pool: Pool, event: ServerManifest, now: float) -> None:
         server.models = tuple(dict.fromkeys(event.models))[:MAX_MODELS]
     if was != (True, server.is_up, server.models):
         _offers_changed(pool, now)
+
+
+def server_suspected(pool: Pool, event: ServerSuspected, now: float) -> None:
+    """As if the server were new: whether it is there, and with what, its next manifest says."""
+    server = pool.servers.known.get(event.server)
+    if server is None or not server.is_up:
+        log.info("suspicion against server %s ignored: unknown, or not up", event.server)
+        return
+    server.heard = server.is_up = False
 
 
 def configure(pool: Pool, specs: tuple[ServerSpec, ...], now: float) -> None:

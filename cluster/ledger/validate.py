@@ -25,6 +25,7 @@ _FIELDS: dict[type[Any], tuple[tuple[type[Any], ...], ...]] = {
     events.UnloadRequested: (_TEXT,),
     events.LeaseReannounced: (_TEXT, _TEXT, _TEXT, _TEXT, _COUNT, _COUNT),
     events.ServerManifest: (_TEXT, (tuple, type(None)), (str, type(None))),
+    events.ServerSuspected: (_TEXT,),
     events.Ticked: (),
 }
 

@@ -9,6 +9,7 @@ import yaml
 
 from app.cli import lay_over
 from cluster.config import ConfigError, FakeFaults, load_config
+from cluster.ledger.specs import ServerSpec
 
 FAKE = {"backend": "fake"}
 
@@ -37,6 +38,10 @@ def test_the_shipped_file_is_valid():
         ({"models": {"a": {**FAKE, "aliases": ["b"]}, "b": FAKE}}, "'b' is already a model id"),
         ({"default_model": "x"}, "default_model: 'x' is not a configured model"),
         ({"queue_max_size": -1}, "queue_max_size"),
+        ({"servers": [{"url": "http://h:1", "max_concurent": 1}]}, "did you mean 'max_concurrent'?"),
+        ({"servers": [{"url": "h:1"}]}, r"servers\.0\.url"),
+        ({"servers": [{"url": "http://h:1", "max_concurrent": 0}]}, r"servers\.0\.max_concurrent"),
+        ({"servers": [{"url": "http://h:1"}, {"url": "http://h:1/v1"}]}, "http://h:1/v1 stands there twice"),
         ({"config": "pool.yaml", "models": {}}, "'config' stands alone"),
         ({"config": "/nowhere/pool.yaml"}, "No such file"),
     ],
@@ -89,3 +94,22 @@ def test_the_command_line_lies_over_the_file(tmp_path, monkeypatch):
     assert lay_over(document, None, None)["http_options"]["port"] == 9001
     with pytest.raises(ConfigError, match="exactly one application"):
         lay_over({"applications": []}, None, None)
+
+
+def test_external_servers_become_slots():
+    entries = [
+        {"url": "http://one:1234", "max_concurrent": 2, "server_type": "lmstudio"},
+        {"url": "http://two:8000/v1", "server_type": "vLLM", "api_key_env": "KEY"},
+        {"url": "http://three:1"},
+    ]
+    config = load_config({"models": {"a": FAKE}, "servers": entries, "default_model": "theirs"}, environ={})
+    assert config.spec().servers == (
+        ServerSpec("http://one:1234", 2),
+        ServerSpec("http://two:8000/v1", 1, False, "KEY"),
+        ServerSpec("http://three:1"),
+    )
+    assert config.resolve("theirs") == "theirs"
+    assert config.request_timeout_s("theirs") == 600
+    assert config.server("http://three:1") == config.servers[2]
+    assert config.server("a-replica") is None
+    assert load_config({"models": {"a": FAKE}}, environ={}).resolve("theirs") is None

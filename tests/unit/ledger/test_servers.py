@@ -22,6 +22,7 @@ from cluster.ledger.events import (
     RequestArrived,
     RequestCancelled,
     ServerManifest,
+    ServerSuspected,
     SetDesired,
     Ticked,
 )
@@ -135,7 +136,7 @@ def test_a_server_that_cannot_be_read_serves_nothing_until_it_can():
     out = desk.hear(ONE, None, "timed out")
     assert refused(out) == {"r3": "BackendUnavailable"}
     assert "timed out" in out[0].message
-    assert out[0].extras == {"retry_after": 1.0}
+    assert out[0].extras == {"status": 502, "code": "upstream_connection_error"}
     assert refused(desk.ask("r5", "a")) == {"r5": "BackendUnavailable"}
     assert desk.server()["last_refresh_error"] == "timed out"
     assert desk.server()["available_models"] == []
@@ -159,6 +160,18 @@ def test_an_unreadable_manifest_without_a_reason_has_one_and_the_rest_is_ignored
         assert desk.post(ServerManifest(ONE, ["a"])) == []  # type: ignore[arg-type]
     assert desk.server()["is_up"] is False
     assert "http://nobody" in caplog.text
+
+
+def test_a_suspect_gets_nothing_new_until_its_manifest_clears_or_condemns_it():
+    desk = Desk(ServerSpec(ONE, 2), manifests={ONE: "a"})
+    desk.ask("r1", "a")
+    assert desk.post(ServerSuspected(ONE)) == []
+    assert desk.post(ServerSuspected(ONE)) == desk.post(ServerSuspected("http://nobody")) == []
+    assert desk.ask("r2", "a") == []
+    assert granted(desk.hear(ONE, "a")) == {"r2": ONE}
+    desk.post(ServerSuspected(ONE))
+    assert desk.ask("r3", "a") == []
+    assert refused(desk.hear(ONE, None, "gone")) == {"r3": "BackendUnavailable"}
 
 
 def test_a_model_that_a_server_offers_no_more_is_gone():

@@ -1,0 +1,175 @@
+"""Requests to external servers over real HTTP: bytes through, faults translated, keys kept."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from cluster.config import ServerEntry
+from cluster.errors import PoolError, ReplicaGone
+from deployments.engines.openai_upstream import Upstreams
+from deployments.engines.protocol import Call
+from tests.upstream import Upstream
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture
+def upstream() -> Iterator[Upstream]:
+    with Upstream("m").listening() as upstream:
+        yield upstream
+
+
+def call(stream: bool = False, **fields: Any) -> Call:
+    messages = [{"role": "user", "content": "hi"}]
+    return Call(CHAT, {"model": "m", "messages": messages, "stream": stream, **fields}, "req-1")
+
+
+async def read(upstream: Upstream, asked: Call, timeout_s: float = 10.0, **entry: Any) -> list[bytes]:
+    server = ServerEntry(url=upstream.url, **entry)
+    chunks = []
+    async with contextlib.aclosing(Upstreams().generate(server, asked, 300.0, timeout_s)) as answer:
+        async for chunk in answer:
+            chunks.append(chunk)
+    return chunks
+
+
+def words(data: bytes) -> str:
+    events = [event[6:] for event in data.split(b"\n\n") if event.startswith(b"data: {")]
+    return "".join(json.loads(event)["choices"][0]["delta"]["content"] for event in events)
+
+
+async def test_a_body_and_a_stream_go_through(upstream):
+    (body,) = await read(upstream, call(temperature=0.5))
+    assert json.loads(body)["choices"][0]["message"]["content"] == "m:0 m:1 m:2 m:3 m:4 "
+    assert upstream.bodies == [call(temperature=0.5).body]
+    data = b"".join(await read(upstream, call(stream=True)))
+    assert words(data) == "m:0 m:1 m:2 m:3 m:4 "
+    assert data.endswith(b"data: [DONE]\n\n")
+
+
+async def test_events_leave_as_they_come(upstream):
+    upstream.gap_s = 0.1
+    chunks = await read(upstream, call(stream=True))
+    assert len(chunks) >= upstream.tokens
+    assert all(chunk.endswith(b"\n\n") for chunk in chunks)
+
+
+@pytest.mark.parametrize(("kind", "field"), [("ollama", "keep_alive"), ("lmstudio", "ttl")])
+async def test_a_server_is_told_to_keep_its_model(upstream, kind, field):
+    await read(upstream, call(), server_type=kind)
+    assert upstream.bodies[0][field] == 300
+
+
+async def test_closing_the_answer_ends_the_request_upstream(upstream):
+    upstream.gap_s = 0.05
+    upstream.tokens = 1000
+    server = ServerEntry(url=upstream.url)
+    async with contextlib.aclosing(Upstreams().generate(server, call(stream=True), 300.0, 60.0)) as answer:
+        assert await anext(answer)
+    async with asyncio.timeout(5):
+        while not upstream.aborted or +upstream.running:
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("fault", "status", "code"),
+    [
+        (400, 502, "upstream_invalid_request"),
+        (401, 502, "upstream_authentication_failure"),
+        (403, 502, "upstream_authentication_failure"),
+        (404, 502, "upstream_invalid_request"),
+        (408, 504, "upstream_timeout"),
+        (429, 429, "upstream_rate_limit"),
+        (500, 502, "upstream_server_error"),
+        (503, 502, "upstream_server_error"),
+        ("garbage", 502, "upstream_response_parse_failure"),
+    ],
+)
+async def test_what_a_server_refuses_has_its_code(upstream, fault, status, code, stream):
+    upstream.fault = fault
+    with pytest.raises(PoolError) as caught:
+        await read(upstream, call(stream))
+    assert (caught.value.status, caught.value.code) == (status, code)
+    if isinstance(fault, int):
+        assert f"upstream says {fault}" in caught.value.message
+    assert not isinstance(caught.value, ReplicaGone)
+
+
+async def test_a_key_goes_to_the_server_and_nowhere_else(upstream, monkeypatch):
+    with pytest.raises(PoolError) as caught:
+        await read(upstream, call(), api_key_env="UPSTREAM_KEY")
+    assert (caught.value.status, caught.value.code) == (500, "missing_api_key_env")
+    monkeypatch.setenv("UPSTREAM_KEY", "says")
+    await read(upstream, call(), api_key_env="UPSTREAM_KEY")
+    assert upstream.keys == ["Bearer says"]
+    upstream.fault = 401
+    with pytest.raises(PoolError, match=r"upstream \*\*\* 401"):
+        await read(upstream, call(), api_key_env="UPSTREAM_KEY")
+
+
+async def test_a_server_that_is_away_or_lost_is_gone_like_a_replica(upstream):
+    upstream.fault = "cut"
+    seen = []
+    server = ServerEntry(url=upstream.url)
+    with pytest.raises(ReplicaGone) as caught:
+        async with contextlib.aclosing(Upstreams().generate(server, call(stream=True), 300.0, 10.0)) as answer:
+            async for chunk in answer:
+                seen.append(chunk)
+    assert (caught.value.status, caught.value.code) == (502, "upstream_connection_error")
+    # Half an event was sent; only whole ones arrived.
+    assert words(b"".join(seen)) == "m:0 m:1 "
+    assert b"".join(seen).endswith(b"\n\n")
+    away = Upstream()
+    with away.listening():
+        pass
+    with pytest.raises(ReplicaGone):
+        await read(away, call())
+
+
+@pytest.mark.parametrize("fault", ["deaf", "hang"])
+async def test_a_server_that_hangs_ends_at_the_requests_deadline(upstream, fault):
+    upstream.fault = fault
+    with pytest.raises(PoolError) as caught:
+        await read(upstream, call(stream=True), timeout_s=0.3)
+    assert (caught.value.status, caught.value.extras) == (504, {"phase": "running"})
+    async with asyncio.timeout(5):
+        while not upstream.aborted:
+            await asyncio.sleep(0.01)
+
+
+async def test_odd_but_legal_answers():
+    """CRLF between events, no blank line at the end, an error without JSON."""
+    answers = [
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\ndata: {}\r\n\r\ndata: [DONE]",
+        b"HTTP/1.1 429 Slow\r\nRetry-After: 7\r\nConnection: close\r\n\r\nslow down",
+        b"HTTP/1.1 500 Bad\r\nConnection: close\r\n\r\n" + b"x" * 100_000,
+        b"HTTP/1.1 500 Bad\r\nConnection: close\r\n\r\n",
+    ]
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            writer.write(answers.pop(0))
+            await writer.drain()
+        writer.close()
+
+    listener = await asyncio.start_server(serve, "127.0.0.1", 0)
+    plain = Upstream()
+    plain.port = listener.sockets[0].getsockname()[1]
+    async with listener:
+        data = b"".join(await read(plain, call(stream=True)))
+        assert data == b"data: {}\r\n\r\ndata: [DONE]\n\n"
+        with pytest.raises(PoolError, match="slow down") as caught:
+            await read(plain, call())
+        assert caught.value.retry_after == 7.0
+        with pytest.raises(PoolError, match=r"x{500}$"):
+            await read(plain, call())
+        with pytest.raises(PoolError, match="nothing more"):
+            await read(plain, call())
