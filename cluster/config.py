@@ -110,7 +110,7 @@ class ServerEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    url: Annotated[str, Field(pattern=r"^https?://[^/\s]+")]
+    url: Annotated[str, Field(pattern=r"^https?://[^/\s@]+(/\S*)?$")]
     max_concurrent: Annotated[int, Field(ge=1, le=4096)] = 1
     api_key_env: str | None = None
     server_type: str | None = None

@@ -155,7 +155,8 @@ class Gateway:
             from deployments.engines.openai_upstream import Upstreams
 
             self._upstreams = Upstreams()
-        hold_s = self.config.default_idle_timeout if ask.keep_alive_s is None else ask.keep_alive_s
+        # An idle timeout of 0 means never; -1 is that in the servers' words.
+        hold_s = (self.config.default_idle_timeout or -1.0) if ask.keep_alive_s is None else ask.keep_alive_s
         try:
             async with contextlib.aclosing(self._upstreams.generate(server, call, hold_s, timeout_s)) as chunks:
                 async for chunk in chunks:

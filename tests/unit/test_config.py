@@ -40,6 +40,7 @@ def test_the_shipped_file_is_valid():
         ({"queue_max_size": -1}, "queue_max_size"),
         ({"servers": [{"url": "http://h:1", "max_concurent": 1}]}, "did you mean 'max_concurrent'?"),
         ({"servers": [{"url": "h:1"}]}, r"servers\.0\.url"),
+        ({"servers": [{"url": "http://user:secret@h:1"}]}, r"servers\.0\.url"),
         ({"servers": [{"url": "http://h:1", "max_concurrent": 0}]}, r"servers\.0\.max_concurrent"),
         ({"servers": [{"url": "http://h:1"}, {"url": "http://h:1/v1"}]}, "http://h:1/v1 stands there twice"),
         ({"config": "pool.yaml", "models": {}}, "'config' stands alone"),
