@@ -53,10 +53,11 @@ def unavailable(pool: Pool, model: Model, now: float) -> Refusal | None:
         return Refusal("ModelNotFound", f"the model {model.name!r} was removed", {})
     if model.unloading:
         return unloading(model)
-    if pool.servers.offers(model.name):
-        return None
-    if is_remote(model):
-        return None if pool.servers.undecided else unreachable(pool, model)
+    if pool.servers.known:
+        if pool.servers.offers(model.name):
+            return None
+        if is_remote(model):
+            return None if pool.servers.undecided else unreachable(pool, model)
     if model.spec.manual and not (model.replicas or model.order or model.queue.count):
         return Refusal("ModelNotLoaded", f"the model {model.name!r} is loaded by an operator only", {})
     if model.refusing and now < model.backoff_until and not model.serving:
