@@ -125,6 +125,7 @@ class ManifestWatch:
         while True:
             first, longest = BACKOFF_S
             read_at = clock()
+            suspected = nudge.is_set()
             nudge.clear()
             try:
                 models = await read_manifest(client, server)
@@ -132,8 +133,8 @@ class ManifestWatch:
                 self._post(ServerManifest(server.url, models))
             except ManifestError as error:
                 failures += 1
-                # A server that is busy may miss one reading; its streams must not be given up for that.
-                if not (was_up and failures == 1 and isinstance(error, ManifestTimeout)):
+                # A server that is busy may miss one reading, unless somebody has lost a request on it, too.
+                if suspected or not (was_up and failures == 1 and isinstance(error, ManifestTimeout)):
                     was_up = False
                     self._post(ServerManifest(server.url, None, str(error)))
             pause_s = min(longest, first * 2.0 ** min(failures - 1, 30)) if failures else PERIOD_S

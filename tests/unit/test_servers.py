@@ -70,6 +70,18 @@ async def test_one_slow_answer_of_a_busy_server_is_forgiven_and_the_second_is_no
             assert len(upstream.keys) >= count + 2
 
 
+async def test_a_suspect_is_forgiven_nothing(quick):
+    upstream = Upstream("m")
+    with upstream.listening():
+        async with watching(ServerSpec(upstream.url)) as (watch, heard):
+            await until(heard, ("m",))
+            upstream.manifest_fault = "deaf"
+            count = len(upstream.keys)
+            watch.check_now(upstream.url)
+            assert "in time" in (await until(heard, None)).error
+            assert len(upstream.keys) == count + 1
+
+
 async def test_a_nudge_reads_at_once_and_nobody_else_is_asked(monkeypatch):
     monkeypatch.setattr(servers, "BACKOFF_S", (0.01, 0.05))
     upstream = Upstream("m")
