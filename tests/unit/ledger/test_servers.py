@@ -544,8 +544,8 @@ def test_the_books_show_themselves():
     assert server_turns._rank(lonely) == float("inf")
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_random_events_never_break_the_guard_and_end_in_order(seed):
+def storm(seed: int) -> None:
+    """Hundreds of random events; the invariants are checked after each, and all that waits is served in the end."""
     rng = random.Random(seed)
     specs = tuple(ServerSpec(f"http://{n}", rng.randint(1, 3), rng.random() < 0.7) for n in range(3))
     desk = Desk(*specs, queue_max_size=30, bound_s=(1.0, 2.0, 4.0), server_batch_s=rng.choice((0.0, 0.5)))
@@ -581,3 +581,38 @@ def test_random_events_never_break_the_guard_and_end_in_order(seed):
     assert (snapshot["leases"], snapshot["queued"]) == (0, 0)
     assert snapshot["submitted"] == snapshot["finished"] + snapshot["rejected"]
     assert waits
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_events_never_break_the_guard_and_end_in_order(seed):
+    storm(seed)
+
+
+def _no_guard(pool, server, now):
+    return next((pool.models[name] for name in server.models if pool.models[name].queue.count), None)
+
+
+def _no_turns(pool, server, now):
+    waiting = (pool.models[name] for name in server.models if pool.models[name].queue.count)
+    return next((model for model in waiting if server.last in (None, model.name)), None)
+
+
+def _forgets_to_count(pool, lease):
+    lease.server.take(lease, 0)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "bug"),
+    [
+        (server_turns, "next_model", _no_guard),
+        (server_turns, "next_model", _no_turns),
+        (servers.Server, "is_busy", property(lambda self: False)),
+        (servers.Server, "is_up", property(lambda self: True, lambda self, value: None)),
+        (servers, "hold", _forgets_to_count),
+    ],
+)
+def test_the_random_events_find_planted_bugs(monkeypatch, where, name, bug):
+    monkeypatch.setattr(where, name, bug)
+    with pytest.raises((AssertionError, KeyError)):
+        for seed in range(10):
+            storm(seed)
