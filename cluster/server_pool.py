@@ -127,8 +127,8 @@ class ServerPool:
     """Servers with their slots and models. `servers` maps each URL, as it was given, to its `ServerConfig`.
 
     `patience_s` is how long requests for the model that a server runs may pass one that waits for another of its
-    models; then the server is left to run empty. With `batch_s`, the model that a server ran last is also preferred
-    when it is empty, for that long: fewer swaps, against first come, first served.
+    models; then the server is left to run empty. Until then an empty server goes to whoever came first. Where all
+    wait longer than that, a model keeps the server for `turn_s`: to swap for every request would serve nobody.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class ServerPool:
         *,
         max_concurrent: int = 1,
         patience_s: float = 1.0,
-        batch_s: float = 0.0,
+        turn_s: float = 10.0,
     ) -> None:
         self.servers: dict[str, ServerConfig] = {}
         for each in urls:
@@ -147,7 +147,8 @@ class ServerPool:
         self._spec = PoolSpec(
             queue_max_size=UNBOUNDED,
             bound_s=(patience_s, patience_s, patience_s),
-            server_batch_s=batch_s,
+            server_batch_s=0.0,
+            server_turn_s=turn_s,
             servers=tuple(server.spec() for server in self.servers.values()),
         )
         self._lock = threading.RLock()

@@ -66,10 +66,10 @@ def next_model(pool: Pool, server: Server, now: float) -> Model | None:
 
     * one of them waits for as long as its class may (`due_at`), or
     * one of them is of a higher class than whoever would be let past, or,
-    * where the server is empty, one of them has waited `server_batch_s`.
+    * where the server is empty, its first request since the swap ended `server_batch_s` ago.
 
-    Are the resident's own waiters due as well, it keeps its place for `server_batch_s` after a swap; after that the
-    longest due goes first. Nobody starves: whoever is due is passed only by those who are due still longer.
+    Are the resident's own waiters due as well, it keeps its place for `server_turn_s` after a swap; after that
+    the longest due goes first. Nobody starves: whoever is due is passed only by those who are due still longer.
     """
     waiting = [pool.models[name] for name in server.models if pool.models[name].queue.count]
     if not waiting:
@@ -83,11 +83,10 @@ def next_model(pool: Pool, server: Server, now: float) -> Model | None:
     if best is resident or resident not in waiting:
         return best if best is resident or server.current is None else None
     if overdue:
-        if resident in overdue and _is_fresh(pool, server, now):
+        if resident in overdue and _is_fresh(server, now, pool.spec.server_turn_s):
             return resident
     elif _class(best) >= _class(resident):
-        head = best.queue.head()
-        if server.current is not None or (head is not None and now < head.since + pool.spec.server_batch_s):
+        if server.current is not None or _is_fresh(server, now, pool.spec.server_batch_s):
             return resident
     return best if server.current is None else None
 
@@ -106,8 +105,9 @@ def due_at(pool: Pool, server: Server, model: Model) -> float:
     return first
 
 
-def _is_fresh(pool: Pool, server: Server, now: float) -> bool:
-    return server.settled_at is None or now < server.settled_at + pool.spec.server_batch_s
+def _is_fresh(server: Server, now: float, stay_s: float) -> bool:
+    """The last swap is not longer ago than that; the time until its first request was over, load included, is free."""
+    return server.settled_at is None or now < server.settled_at + stay_s
 
 
 def _rank(model: Model) -> float:

@@ -84,7 +84,9 @@ class PoolSpec:
     `load_prior_s`      the load time assumed of a model that was never loaded.
     `upscale_wait_s`    a model with a ready replica asks for another one when its oldest waiter waited this long, or
                         when a whole replica's worth of requests waits.
-    `server_batch_s`    how long requests for the model that a server has loaded may overtake those for its others.
+    `server_batch_s`    for how long after a swap an empty server goes on with its model though others came earlier.
+    `server_turn_s`     the same where everybody is overdue: about four times a load, so that no more than a fifth of
+                        the server's time goes into swaps.
     `backoff_s`         first and longest pause after a failed load; it doubles in between.
     `drain_timeout_s`   after this long a drain revokes what is still leased: far beyond the longest request allowed.
     """
@@ -105,4 +107,5 @@ class PoolSpec:
     backoff_s: tuple[float, float] = (1.0, 60.0)
     node_memory_mib: int = 0
     servers: tuple[ServerSpec, ...] = ()
-    server_batch_s: float = 5.0
+    server_batch_s: float = 20.0
+    server_turn_s: float = 20.0
