@@ -85,9 +85,10 @@ def next_model(pool: Pool, server: Server, now: float) -> Model | None:
     if overdue:
         if resident in overdue and _is_fresh(server, now, pool.spec.server_turn_s):
             return resident
-    elif _class(best) >= _class(resident):
-        if server.current is not None or _is_fresh(server, now, pool.spec.server_batch_s):
-            return resident
+    elif _class(best) >= _class(resident) and (
+        server.current is not None or _is_fresh(server, now, pool.spec.server_batch_s)
+    ):
+        return resident
     return best if server.current is None else None
 
 
