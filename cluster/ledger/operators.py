@@ -9,6 +9,7 @@ from cluster.ledger.events import ConfigChanged, LoadRefused, LoadRequested, Nod
 from cluster.ledger.pool import Pool
 from cluster.ledger.records import Model, Order
 from cluster.ledger.requests import refuse_or_reroute
+from cluster.ledger.servers import is_remote
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,10 @@ def load_requested(pool: Pool, event: LoadRequested, now: float) -> None:
     model = pool.models.get(event.model)
     if model is None or model.removed:
         pool.out.append(LoadRefused(event.model, "ModelNotFound", f"the model {event.model!r} does not exist", {}))
+        return
+    if is_remote(model):
+        message = f"the model {model.name!r} is loaded by its server, when it is asked for"
+        pool.out.append(LoadRefused(model.name, "InvalidRequest", message, {"code": "invalid_load_request"}))
         return
     if not 1 <= event.replicas <= model.spec.max_replicas:
         message = f"replicas must be between 1 and {model.spec.max_replicas}"

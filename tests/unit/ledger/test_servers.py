@@ -13,6 +13,7 @@ from cluster.ledger.events import (
     HolderDied,
     LeaseReannounced,
     LeaseReleased,
+    LoadRequested,
     ReplicaReady,
     ReplicaStarted,
     RequestCancelled,
@@ -56,6 +57,12 @@ def test_no_replica_is_ever_wanted_for_a_servers_model():
     for request in ("r1", "r2", "r3"):
         assert not [each for each in desk.ask(request, "a") if isinstance(each, SetDesired)]
     assert desk.ledger.desired == {"a": 0}
+
+
+def test_no_operator_loads_what_a_server_loads_by_itself():
+    desk = Desk(ServerSpec(ONE), manifests={ONE: "a"})
+    (refusal,) = desk.post(LoadRequested("a", 1))
+    assert (refusal.error, refusal.extras["code"]) == ("InvalidRequest", "invalid_load_request")
 
 
 def test_requests_before_the_first_manifest_wait_for_it():
