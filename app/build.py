@@ -48,7 +48,7 @@ def _replicas(config: PoolConfig, model: str) -> serve.Application:
         max_ongoing_requests=UNBOUNDED,
         graceful_shutdown_timeout_s=config.longest_request_s() + GRACE_S,
         graceful_shutdown_wait_loop_s=0.05,
-        health_check_period_s=10,
+        health_check_period_s=config.health_check_interval,
         autoscaling_config=AutoscalingConfig(
             min_replicas=0,
             initial_replicas=0,

@@ -17,7 +17,7 @@ router = APIRouter(tags=["service"])
 async def health(request: Request) -> dict[str, str]:
     """Whether this process lives; says nothing of models."""
     gateway: Gateway = request.app.state.gateway
-    return {"status": "healthy", "execution_mode": _mode(gateway), "version": request.app.version}
+    return {"status": "healthy", "execution_mode": gateway.config.mode, "version": request.app.version}
 
 
 @router.get("/ready")
@@ -55,8 +55,4 @@ async def status(request: Request) -> dict[str, Any]:
         for name in gateway.config.models
         if name in models
     }
-    return {"execution_mode": _mode(gateway), "backends": backends, "ledger": ledger}
-
-
-def _mode(gateway: Gateway) -> str:
-    return "gpu" if any(model.num_gpus for model in gateway.config.models.values()) else "cpu"
+    return {"execution_mode": gateway.config.mode, "backends": backends, "ledger": ledger}
