@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from cluster.ledger.specs import ModelSpec, PoolSpec
 from cluster.references import Names, check_references
@@ -192,10 +201,22 @@ class PoolConfig(BaseModel):
     admin_keys: tuple[str, ...] = ()
     max_body_mb: Annotated[float, Field(gt=0)] = 32.0
 
+    _estimates: dict[str, int] = PrivateAttr(default_factory=dict)
+
     @model_validator(mode="after")
     def _references_lead_somewhere(self) -> PoolConfig:
         check_references(self)
         return self
+
+    def with_estimates(self, estimates: Mapping[str, int]) -> PoolConfig:
+        """A copy that knows what its models will take: MiB by id, used where `memory_mib` is not configured."""
+        copy = self.model_copy()
+        copy._estimates = dict(estimates)
+        return copy
+
+    def estimate_mib(self, model_id: str) -> int | None:
+        """What a model's files say it will take; None where nothing is known of them."""
+        return self._estimates.get(model_id)
 
     @cached_property
     def names(self) -> Names:
@@ -248,7 +269,7 @@ class PoolConfig(BaseModel):
             slots=model.target_inflight,
             num_gpus=model.num_gpus,
             num_cpus=model.num_cpus,
-            memory_mib=model.memory_mib or 0,
+            memory_mib=model.memory_mib or self._estimates.get(name, 0),
             min_replicas=model.min_replicas,
             max_replicas=model.max_replicas,
             max_queued=model.max_queued,
