@@ -22,18 +22,30 @@ async def health(request: Request) -> dict[str, str]:
 
 @router.get("/ready")
 async def ready(request: Request) -> Response:
-    """200 once the ledger answers and every model that is preloaded at start is loaded, 503 until then."""
+    """200 once the ledger answers and every model that is preloaded at start is loaded, 503 until then.
+
+    503 as well while requests wait and nothing moves any more, with what is stuck (`cluster.watchdog`).
+    """
     gateway: Gateway = request.app.state.gateway
     try:
-        models = (await gateway.ledger.status())["models"]
+        ledger = await gateway.ledger.status()
     except errors.BackendUnavailable as error:
         return JSONResponse({"ready": False, "reason": error.message}, 503)
+    if ledger["stalled"]:
+        return JSONResponse({"ready": False, "reason": ledger["stalled"]}, 503)
+    models = ledger["models"]
     awaited = [name for name, model in gateway.config.models.items() if model.enabled or model.min_replicas]
-    missing = [name for name in awaited if models.get(name, {}).get("state") != "loaded"]
+    missing = [name for name in awaited if _is_missed(models.get(name))]
     if missing:
-        # A model that once was loaded and idles is not missed: the pool serves it on demand.
         return JSONResponse({"ready": False, "reason": f"not loaded yet: {', '.join(missing)}"}, 503)
     return JSONResponse({"ready": True})
+
+
+def _is_missed(row: dict[str, Any] | None) -> bool:
+    """A model that once was loaded and made room for another is not missed: the pool serves it on demand."""
+    if row is None or row["state"] == "failed":
+        return True
+    return row["state"] != "loaded" and row["load_s"] is None
 
 
 @router.get("/v1/status")
