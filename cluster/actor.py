@@ -185,8 +185,8 @@ class LedgerActor:
         for replica in snapshot["replicas"]:
             if replica["state"] == "STARTING" and replica["replica"] in self._progress:
                 replica["progress"] = round(self._progress[replica["replica"]], 3)
-        limit_s = watchdog.limit_s(self._spec)
-        snapshot["stalled"] = watchdog.stalled(snapshot, self._moved_at, time.monotonic(), limit_s)
+        snapshot["now"] = now = time.monotonic()
+        snapshot["stalled"] = watchdog.stalled(snapshot, self._moved_at, now, watchdog.limit_s(self._spec))
         return snapshot
 
     async def check(self) -> str | None:

@@ -15,12 +15,18 @@ from typing import Any
 import ray
 from ray._private.gcs_pubsub import GcsAioActorSubscriber
 from ray.core.generated.gcs_pb2 import ActorTableData
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.gpus import Gpu, read_gpus
 from cluster.ledger.specs import NodeSpec, PoolSpec
 
 APP_NAME = "slotpool"
 LEDGER_NAME = "slotpool-ledger"
 NAMESPACE = "slotpool"
+
+#: For how long a machine may take to say what its GPUs are, in seconds.
+NODE_ANSWER_S = 10.0
 
 _HEAD = "node:__internal_head__"
 
@@ -85,6 +91,36 @@ async def machines(memory_mib: int) -> dict[str, NodeSpec]:
         for node in nodes
         if node["Alive"]
     }
+
+
+async def gpus_of_all_nodes() -> tuple[list[tuple[str, Gpu]], str | None]:
+    """Every GPU of the cluster with its node's name, and why there are none, or not all of them.
+
+    Nodes that declare no GPU are not asked, except this one. Takes as long as the slowest node, at most
+    `NODE_ANSWER_S`.
+    """
+    here = str(ray.get_runtime_context().get_node_id())
+    nodes = [node for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
+    asked = [node for node in nodes if node["NodeID"] == here or node["Resources"].get("GPU", 0)]
+    answers = await asyncio.gather(*(_gpus_of(node["NodeID"], here) for node in asked))
+    found = [
+        (str(node["NodeManagerHostname"]), gpu) for node, (gpus, _) in zip(asked, answers, strict=True) for gpu in gpus
+    ]
+    # A node that declares none and has none is no fault as long as others have some.
+    wanted = [node["Resources"].get("GPU", 0) or not found for node in asked]
+    reasons = [reason for (_, reason), is_wanted in zip(answers, wanted, strict=True) if reason and is_wanted]
+    return found, reasons[0] if reasons else None
+
+
+async def _gpus_of(node: str, here: str) -> tuple[list[Gpu], str | None]:
+    if node == here:
+        return await asyncio.to_thread(read_gpus)
+    there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+    answer = ray.remote(read_gpus).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote()
+    try:
+        return await asyncio.wait_for(answer, NODE_ANSWER_S)
+    except (TimeoutError, RayError) as error:
+        return [], f"node {node} does not answer: {type(error).__name__}"
 
 
 async def dead_actors() -> AsyncIterator[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from cluster.ledger.specs import PoolSpec
 
 #: What is left to Serve for starting and stopping processes, in seconds, beyond the longest load.
-SLACK_S = 10.0
+SLACK_S = 5.0
 
 
 def limit_s(spec: PoolSpec) -> float:

@@ -51,7 +51,7 @@ def view(pool: Pool, name: str) -> ModelView | None:
 def take(pool: Pool) -> dict[str, Any]:
     """The whole state as plain data. Changes nothing; costs a pass over all models and replicas.
 
-    Times (`since`, `waiting_since`, `backoff_until`) are on the ledger's own clock.
+    Times (`since`, `waiting_since`, `last_arrival`, `backoff_until`) are on the ledger's own clock.
     """
     return {
         "epoch": pool.epoch,
@@ -83,6 +83,7 @@ def _model(model: Model) -> dict[str, Any]:
         "state": state(model),
         "queued": model.queue.count,
         "waiting_since": min((head.since for head in model.queue.heads()), default=None),
+        "last_arrival": model.last_arrival if model.last_arrival > -INFINITY else None,
         "leases": sum(len(replica.leases) for replica in model.replicas),
         "desired": model.desired,
         "ready": model.counts[ReplicaState.READY],

@@ -10,10 +10,10 @@ from cluster.ledger.specs import ModelSpec, NodeSpec, PoolSpec
 from cluster.watchdog import SLACK_S, limit_s, stalled
 
 SPEC = PoolSpec(
-    models={name: ModelSpec(name, num_gpus=1.0, load_timeout_s=20.0) for name in "ab"},
+    models={name: ModelSpec(name, num_gpus=1.0, load_timeout_s=25.0) for name in "ab"},
     nodes={"n": NodeSpec("n", gpus=1)},
 )
-LIMIT_S = 20.0 + SLACK_S
+LIMIT_S = 25.0 + SLACK_S
 
 
 @pytest.fixture
