@@ -275,12 +275,16 @@ class LedgerActor:
 
     async def _watch_nodes(self) -> None:
         seen: dict[str, Any] = {}
+        machines = effects.Machines()
         while True:
             try:
-                nodes = await effects.machines(self._spec.node_memory_mib)
+                nodes = await machines.read(self._spec.node_memory_mib)
                 if nodes != seen:
                     self._post(NodesChanged(nodes))
                     seen = nodes
+                # Only now, since a driver on another machine may take its time to answer.
+                if await machines.ask_devices():
+                    continue
             except Exception:
                 logger.exception("could not read the list of machines")
             await asyncio.sleep(NODES_PERIOD_S)

@@ -46,6 +46,8 @@ SPARE_OUTPUTS = 32
 #: llama.cpp's library and its tables of the vocabulary (measured with SmolLM2: 14 MiB, and 10 for 49,000 tokens).
 LLAMA_CPP_BASE = 16 * MIB
 BYTES_PER_TOKEN_OF_VOCABULARY = 256
+#: What a process takes on a device before it has loaded anything.
+CUDA_CONTEXT = 512 * MIB
 #: An engine that reads safetensors has a runtime of its own (PyTorch, CUDA context), and buffers in proportion.
 SAFETENSORS_BASE = 1024 * MIB
 SAFETENSORS_SHARE = 0.1
@@ -80,6 +82,7 @@ def kv_bytes_per_token(heads: int, key_length: int, value_length: int, type_k: s
 def estimate_mib(model: ModelConfig, path: Path) -> int | None:
     """What one replica will take, in MiB, from the file or folder at `path`; None if nothing can be told from it.
 
+    Of a model on a GPU it is the device's memory: of `gguf_n_gpu_layers` of its layers, where so many are configured.
     Blocks for milliseconds. A broken file is logged with what is wrong with it, and has no estimate.
     """
     try:
@@ -132,8 +135,17 @@ def _gguf_bytes(model: ModelConfig, header: GgufHeader) -> int:
     compute += min(n_batch, slots + SPARE_OUTPUTS) * vocabulary * 8
     if model.gguf_flash_attn == "off":
         compute += n_batch * heads * cells(context) * 4
+    if model.num_gpus:
+        return int((header.tensor_bytes + cache) * _offloaded(model, header)) + compute + CUDA_CONTEXT
     tables = LLAMA_CPP_BASE + vocabulary * BYTES_PER_TOKEN_OF_VOCABULARY
     return header.tensor_bytes + cache + compute + tables
+
+
+def _offloaded(model: ModelConfig, header: GgufHeader) -> float:
+    """The part of a model's layers that its device takes; llama.cpp counts the output as one more layer."""
+    if model.gguf_n_gpu_layers < 0:
+        return 1.0
+    return min(1.0, model.gguf_n_gpu_layers / (_number(header, "block_count", 0) + 1))
 
 
 def _kv_heads(header: GgufHeader, heads: int) -> int:

