@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from app.cli import lay_over
+from app.cli import declared_gpus, lay_over
 from cluster.config import ConfigError, FakeFaults, load_config
 
 FAKE = {"backend": "fake"}
@@ -198,3 +198,13 @@ def test_the_command_line_lies_over_the_file(tmp_path, monkeypatch):
     assert lay_over(document, None, None)["http_options"]["port"] == 9001
     with pytest.raises(ConfigError, match="exactly one application"):
         lay_over({"applications": []}, None, None)
+
+
+def test_the_environment_declares_gpus(monkeypatch):
+    monkeypatch.delenv("INFERENCE_GPU_COUNT", raising=False)
+    assert declared_gpus() is None
+    monkeypatch.setenv("INFERENCE_GPU_COUNT", "2")
+    assert declared_gpus() == 2
+    monkeypatch.setenv("INFERENCE_GPU_COUNT", "two")
+    with pytest.raises(ConfigError, match="INFERENCE_GPU_COUNT: 'two'"):
+        declared_gpus()
