@@ -14,6 +14,7 @@ from app.answers import error_response
 from app.auth import Doorman
 from app.routes.admin import LoadOptions
 from app.routes.admin_rows import admin_row, gpu_row, short_row
+from app.routes.service import _is_missed
 from cluster import errors
 from cluster.config import load_config
 from cluster.gpus import Gpu
@@ -111,6 +112,14 @@ def test_rows_tell_where_an_estimate_comes_from():
     assert row["definition"]["backend"] == "fake"
     short = short_row(config, "m", snapshot)
     assert short == {"id": "m", "status": "ready", "mem_bytes": 120 << 20, "last_used_secs_ago": 7, "inflight": 0}
+
+
+def test_ready_misses_only_what_never_came_or_has_failed():
+    def row(state: str, load_s: float | None) -> dict[str, Any]:
+        return {"state": state, "load_s": load_s}
+
+    assert [_is_missed(each) for each in (None, row("unloaded", None), row("failed", 1.0))] == [True] * 3
+    assert [_is_missed(each) for each in (row("loaded", None), row("unloaded", 1.0))] == [False] * 2
 
 
 def test_a_gpus_row():

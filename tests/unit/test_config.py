@@ -208,3 +208,10 @@ def test_the_environment_declares_gpus(monkeypatch):
     monkeypatch.setenv("INFERENCE_GPU_COUNT", "two")
     with pytest.raises(ConfigError, match="INFERENCE_GPU_COUNT: 'two'"):
         declared_gpus()
+
+
+def test_the_readmes_examples_are_valid(tmp_path):
+    blocks = [part.split("```")[0] for part in Path("README.md").read_text().split("```yaml\n")[1:]]
+    for block in blocks:
+        assert load_config(yaml.safe_load(block), environ={}).spec().models
+    assert len(blocks) == 2
