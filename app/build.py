@@ -14,8 +14,10 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from app.http import build_http
 from cluster import effects
 from cluster.config import ConfigError, PoolConfig, load_config
+from cluster.memory import estimate_mib
 from deployments.ingress import Ingress, handle_keys
 from deployments.replica import Replica
+from deployments.weights import weights_at_hand
 
 #: Calls that Serve lets through to one process. The ledger's slots are the bound, so this must never be one.
 UNBOUNDED = 100_000
@@ -25,7 +27,7 @@ GRACE_S = 60.0
 
 def build(args: dict[str, Any]) -> serve.Application:
     """The application for `args` of the Serve configuration. Raises `ConfigError` with a line per mistake."""
-    config = load_config(args)
+    config = estimated(load_config(args))
     names = [effects.deployment_name(model) for model in config.models]
     if len(set(names)) < len(names):
         raise ConfigError("two model ids differ only in characters that Ray Serve does not allow in a name")
@@ -41,6 +43,20 @@ def build(args: dict[str, Any]) -> serve.Application:
     return ingress.bind(config, build_http, **handles)
 
 
+def estimated(config: PoolConfig) -> PoolConfig:
+    """The configuration with the memory that its models will take, for those whose files are on this machine.
+
+    Read once, here, so that every process of the pool has the same figures. Blocks for milliseconds per model.
+    """
+    estimates = {}
+    for name, model in config.models.items():
+        path = weights_at_hand(model.model_path)
+        estimate = None if path is None else estimate_mib(model, path)
+        if estimate is not None:
+            estimates[name] = estimate
+    return config.with_estimates(estimates)
+
+
 def _replicas(config: PoolConfig, model: str) -> serve.Application:
     settings = config.models[model]
     deployment = serve.deployment(
@@ -48,7 +64,7 @@ def _replicas(config: PoolConfig, model: str) -> serve.Application:
         max_ongoing_requests=UNBOUNDED,
         graceful_shutdown_timeout_s=config.longest_request_s() + GRACE_S,
         graceful_shutdown_wait_loop_s=0.05,
-        health_check_period_s=10,
+        health_check_period_s=config.health_check_interval,
         autoscaling_config=AutoscalingConfig(
             min_replicas=0,
             initial_replicas=0,

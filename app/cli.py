@@ -49,9 +49,17 @@ def main(argv: list[str] | None = None) -> None:
     serve.add_argument("--gpus", type=int, help="logical GPUs that the local Ray declares (default: what is there)")
     options = parser.parse_args(argv)
     try:
-        run(options.file, options.config, options.port, options.gpus)
+        run(options.file, options.config, options.port, declared_gpus() if options.gpus is None else options.gpus)
     except ConfigError as error:
         sys.exit(f"slotpool: {error}")
+
+
+def declared_gpus() -> int | None:
+    """`INFERENCE_GPU_COUNT`, or None where it is not set. Raises `ConfigError` when it is not a number."""
+    value = os.environ.get("INFERENCE_GPU_COUNT")
+    if value is None or value.isdecimal():
+        return None if value is None else int(value)
+    raise ConfigError(f"INFERENCE_GPU_COUNT: {value!r} is not a number of GPUs")
 
 
 def run(file: Path, config: Path | None, port: int | None, gpus: int | None) -> None:

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from cluster import effects
+from cluster import effects, watchdog
 from cluster.announcements import HolderState, ReplicaState
 from cluster.ledger.events import (
     ConfigChanged,
@@ -22,6 +22,8 @@ from cluster.ledger.events import (
     HolderDied,
     LeaseReannounced,
     LeaseReleased,
+    LoadRefused,
+    LoadRequested,
     NodesChanged,
     Reject,
     ReplicaFailed,
@@ -33,9 +35,11 @@ from cluster.ledger.events import (
     ServerSuspected,
     SetDesired,
     Ticked,
+    UnloadRequested,
 )
 from cluster.ledger.ledger import Ledger
 from cluster.ledger.specs import PoolSpec
+from cluster.operator_calls import OperatorCalls, Outcome, refuse_unload
 
 logger = logging.getLogger("slotpool.ledger")
 
@@ -44,6 +48,10 @@ logger = logging.getLogger("slotpool.ledger")
 RECOVERY_S = 2.0
 #: How often the list of machines is read, in seconds; nothing but the arrival of a new machine waits for it.
 NODES_PERIOD_S = 5.0
+
+
+#: Events that are progress by themselves, whatever the ledger decides about them.
+_PROGRESS = (LeaseReleased, ReplicaStarted, ReplicaReady, ReplicaFailed, ReplicaGone)
 
 
 class _Parked(NamedTuple):
@@ -66,6 +74,8 @@ class LedgerActor:
         self._replica_of_actor: dict[str, str] = {}
         self._holder_of_actor: dict[str, str] = {}
         self._progress: dict[str, float] = {}
+        self._operators = OperatorCalls(self._ledger)
+        self._moved_at = now
         self._desired: dict[str, int] = {}
         self._desired_version = 0
         self._desired_changed = asyncio.Event()
@@ -156,6 +166,30 @@ class LedgerActor:
                 await asyncio.wait_for(self._desired_changed.wait(), timeout_s)
         return self._desired_version, dict(self._desired)
 
+    # --- operators ----------------------------------------------------------------------------------------------
+
+    async def load(self, model: str, replicas: int) -> Outcome:
+        """Load so many replicas, all or none. Parks until they are ready, refused, or have failed and are gone."""
+        await self._recovered()
+        for command in self._post(LoadRequested(model, replicas)):
+            if isinstance(command, LoadRefused) and command.model == model:
+                return command
+        return await self._operators.until(model, replicas)
+
+    async def unload(self, model: str) -> Outcome:
+        """Unload a model: its queue is refused, its streams finish. Parks until it is gone; refused while it loads."""
+        await self._recovered()
+        refusal = refuse_unload(model, self._ledger.model(model))
+        if refusal is not None:
+            return refusal
+        self._post(UnloadRequested(model))
+        return await self._operators.until(model, 0)
+
+    async def _recovered(self) -> None:
+        """Wait until this life of the ledger knows what the former one left; it tells by itself when that is."""
+        while self._ledger.is_recovering:
+            await self._desired_changed.wait()
+
     # --- for people ---------------------------------------------------------------------------------------------
 
     async def status(self) -> dict[str, Any]:
@@ -164,6 +198,8 @@ class LedgerActor:
         for replica in snapshot["replicas"]:
             if replica["state"] == "STARTING" and replica["replica"] in self._progress:
                 replica["progress"] = round(self._progress[replica["replica"]], 3)
+        snapshot["now"] = now = time.monotonic()
+        snapshot["stalled"] = watchdog.stalled(snapshot, self._moved_at, now, watchdog.limit_s(self._spec))
         return snapshot
 
     async def check(self) -> str | None:
@@ -176,9 +212,16 @@ class LedgerActor:
 
     # --- inside -------------------------------------------------------------------------------------------------
 
-    def _post(self, event: Any) -> None:
-        self._carry_out(self._ledger.decide(event, time.monotonic()))
+    def _post(self, event: Any) -> list[Any]:
+        now = time.monotonic()
+        commands = self._ledger.decide(event, now)
+        if isinstance(event, _PROGRESS) or any(type(command) is not Reject for command in commands):
+            self._moved_at = now
+        self._carry_out(commands)
         self._arm_timer()
+        # What a new order is told concerns its own caller alone.
+        self._operators.review(() if isinstance(event, LoadRequested) else commands)
+        return commands
 
     def _carry_out(self, commands: Sequence[Any]) -> None:
         rescaled = False
@@ -255,12 +298,16 @@ class LedgerActor:
 
     async def _watch_nodes(self) -> None:
         seen: dict[str, Any] = {}
+        machines = effects.Machines()
         while True:
             try:
-                nodes = await effects.machines(self._spec.node_memory_mib)
+                nodes = await machines.read(self._spec.node_memory_mib)
                 if nodes != seen:
                     self._post(NodesChanged(nodes))
                     seen = nodes
+                # Only now, since a driver on another machine may take its time to answer.
+                if await machines.ask_devices():
+                    continue
             except Exception:
                 logger.exception("could not read the list of machines")
             await asyncio.sleep(NODES_PERIOD_S)

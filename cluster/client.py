@@ -14,11 +14,13 @@ from typing import Any
 from ray.exceptions import RayActorError
 
 from cluster import effects, errors
-from cluster.ledger.events import Grant, Reject
+from cluster.ledger.events import Grant, LoadRefused, Reject
 from cluster.ledger.specs import PoolSpec
 
 #: Pause between two attempts to reach a ledger that is being restarted, in seconds.
 RETRY_S = 0.1
+#: For how long an operator's call looks for a ledger, in seconds.
+OPERATOR_PATIENCE_S = 30.0
 
 
 class LedgerClient:
@@ -91,6 +93,35 @@ class LedgerClient:
         except RayActorError:
             raise errors.BackendUnavailable("the scheduler is being restarted", retry_after=1) from None
 
+    async def load(self, model: str, replicas: int) -> int:
+        """Load so many replicas, all or none, and wait until they serve; the number that does.
+
+        Raises the `PoolError` that stands for a refusal or a failed load, and `BackendUnavailable` without a ledger.
+        """
+        return await self._operate("load", model, replicas)
+
+    async def unload(self, model: str) -> None:
+        """Unload a model and wait until it is gone. Raises the `PoolError` that stands for a refusal."""
+        await self._operate("unload", model)
+
+    async def _operate(self, method: str, *args: Any) -> int:
+        """Both orders may be given twice, so a ledger that died meanwhile is asked again once it is back."""
+        lost = 0
+        while True:
+            asked_at = time.monotonic()
+            try:
+                outcome = await getattr(self._actor, method).remote(*args)
+            except RayActorError:
+                # A call that was parked for a while had found a ledger: the search begins anew.
+                lost = lost + 1 if time.monotonic() - asked_at < 1.0 else 1
+                if lost * RETRY_S > OPERATOR_PATIENCE_S:
+                    raise errors.BackendUnavailable("the scheduler could not be reached", retry_after=1) from None
+                await asyncio.sleep(RETRY_S)
+                continue
+            if isinstance(outcome, LoadRefused):
+                raise as_error(outcome)
+            return int(outcome.replicas)
+
     async def check(self) -> str | None:
         """The first broken invariant of the ledger in words, or None."""
         return await self._actor.check.remote()  # type: ignore[no-any-return]
@@ -111,7 +142,7 @@ class LedgerClient:
                 self._actor = await asyncio.to_thread(effects.get_or_create_ledger, self._spec)
 
 
-def as_error(reject: Reject) -> errors.PoolError:
+def as_error(reject: Reject | LoadRefused) -> errors.PoolError:
     """The exception that a refusal of the ledger stands for."""
     kind: type[errors.PoolError] = getattr(errors, reject.error, errors.PoolError)
     extras = reject.extras

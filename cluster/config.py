@@ -8,15 +8,28 @@ that is silently ignored costs a user an evening. `serve_config.yaml` carries th
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import os
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from cluster.ledger.specs import ModelSpec, PoolSpec, ServerSpec
+from cluster.references import Names, check_references
 from cluster.server_types import base_url, loads_just_in_time
 
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
@@ -50,8 +63,30 @@ class LlamaCppKwargs(BaseModel):
     n_batch: Annotated[int, Field(ge=32)] | None = None
 
 
+class Group(BaseModel):
+    """Models that are placed with an eye on each other; all members of a group say the same about `devices`.
+
+    `separate`: no two models of the group stand on one device. `shared`: they go where another of the group already
+    is, so that (say) a model and its draft or embedding model meet. `group: NAME` is short for
+    `group: {name: NAME, devices: separate}`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(min_length=1)]
+    devices: Literal["separate", "shared"] = "separate"
+
+
 class ModelConfig(BaseModel):
-    """One model, under its public id. Times in seconds, memory in MiB; both spellings of the replica keys are read."""
+    """One model, under its public id. Times in seconds, memory in MiB; both spellings of the replica keys are read.
+
+    `cpu_offload_model` takes the requests that find `offload_queue_threshold` of them waiting here, `fallbacks` in
+    their order those that come while this model cannot serve at all (it fails to load, or is being unloaded). Both
+    name other models by id or alias.
+
+    `weight` makes the model a variant: models that share an alias are variants of that one public name, which is
+    then answered by each in proportion to its weight. An alias may be shared by models with a weight only.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
 
@@ -72,6 +107,10 @@ class ModelConfig(BaseModel):
     idle_timeout: Annotated[float, Field(ge=0)] | None = None
     load_timeout: Annotated[float, Field(gt=0)] | None = None
     request_timeout: Annotated[float, Field(gt=0)] | None = None
+    cpu_offload_model: str | None = None
+    fallbacks: tuple[str, ...] = ()
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    group: Group | None = None
     gguf_n_ctx: Annotated[int, Field(ge=1)] | None = None
     gguf_flash_attn: FlashAttention = "auto"
     gguf_type_k: CacheType | None = None
@@ -86,6 +125,11 @@ class ModelConfig(BaseModel):
         schema = FakeFaults if info.data.get("backend") == "fake" else LlamaCppKwargs
         return schema.model_validate(value or {})
 
+    @field_validator("group", mode="before")
+    @classmethod
+    def _short_group(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _consistent(self) -> ModelConfig:
         if self.min_replicas > self.max_replicas:
@@ -94,11 +138,40 @@ class ModelConfig(BaseModel):
             raise ValueError(f"model_path is required for backend {self.backend}")
         if self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
             raise ValueError("num_gpus above 1 must be a whole number of devices")
+        if self.weight is not None and not self.aliases:
+            raise ValueError("weight needs an alias: the public name that the variants share")
         return self
 
     @property
     def format(self) -> str:
         return "fake" if self.backend == "fake" else "gguf"
+
+    @property
+    def revision(self) -> str:
+        """A digest of everything that a running engine was started with: if it changes, the replica is out of date."""
+        engine = self.model_dump(mode="json", exclude=set(SCHEDULING_KEYS))
+        return hashlib.sha256(json.dumps(engine, sort_keys=True).encode()).hexdigest()[:16]
+
+
+#: Keys that tell the ledger what to do with a model and its engine nothing: a change of these drains no replica. A
+#: key that is not listed here does; that is the safe side for one that is forgotten.
+SCHEDULING_KEYS = (
+    "aliases",
+    "enabled",
+    "activation",
+    "pinned",
+    "memory_mib",
+    "min_replicas",
+    "max_replicas",
+    "max_queued",
+    "idle_timeout",
+    "load_timeout",
+    "request_timeout",
+    "cpu_offload_model",
+    "fallbacks",
+    "weight",
+    "group",
+)
 
 
 class ServerEntry(BaseModel):
@@ -121,7 +194,14 @@ class ServerEntry(BaseModel):
 
 
 class PoolConfig(BaseModel):
-    """The whole pool: its models and the keys that hold for all of them."""
+    """The whole pool: its models and the keys that hold for all of them.
+
+    `execution_mode: cpu` runs every model on CPUs, whatever its `num_gpus`; by default the pool is in gpu mode if any
+    model wants a GPU. `enable_cpu_offload` turns the rule of `offload_queue_threshold` on (requests beyond it go to
+    the model's `cpu_offload_model`, and are refused with 429 where there is none) or off; unset, it is on when the
+    configuration names a `cpu_offload_model` or a threshold. It holds in gpu mode, for models on GPUs.
+    `health_check_interval` is the time between two of Serve's health checks of a replica, in seconds.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -134,19 +214,19 @@ class PoolConfig(BaseModel):
     request_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
     startup_timeout: Annotated[float, Field(gt=0)] = 120.0
     default_idle_timeout: Annotated[float, Field(ge=0)] = 300.0
+    execution_mode: Literal["gpu", "cpu"] | None = None
+    enable_cpu_offload: bool | None = None
+    offload_queue_threshold: Annotated[int, Field(ge=0)] = 3
+    health_check_interval: Annotated[float, Field(gt=0)] = 10.0
     api_keys: tuple[str, ...] = ()
+    admin_keys: tuple[str, ...] = ()
     max_body_mb: Annotated[float, Field(gt=0)] = 32.0
 
+    _estimates: dict[str, int] = PrivateAttr(default_factory=dict)
+
     @model_validator(mode="after")
-    def _names_are_unique(self) -> PoolConfig:
-        seen = dict.fromkeys(self.models, "a model id")
-        for name, model in self.models.items():
-            for alias in model.aliases:
-                if alias in seen:
-                    raise ValueError(f"models.{name}.aliases: {alias!r} is already {seen[alias]}")
-                seen[alias] = f"an alias of {name!r}"
-        if self.default_model is not None and self.default_model not in seen and not self.servers:
-            raise ValueError(f"default_model: {self.default_model!r} is not a configured model")
+    def _references_lead_somewhere(self) -> PoolConfig:
+        check_references(self)
         return self
 
     @model_validator(mode="after")
@@ -163,20 +243,39 @@ class PoolConfig(BaseModel):
         """The external server with this URL; None when there is none."""
         return next((server for server in self.servers if server.url == url), None)
 
-    def resolve(self, name: str) -> str | None:
-        """The id of the model that a client calls `name` (an id or an alias); None when there is none.
+    def with_estimates(self, estimates: Mapping[str, int]) -> PoolConfig:
+        """A copy that knows what its models will take: MiB by id, used where `memory_mib` is not configured."""
+        copy = self.model_copy()
+        copy._estimates = dict(estimates)
+        return copy
 
+    def estimate_mib(self, model_id: str) -> int | None:
+        """What a model's files say it will take; None where nothing is known of them."""
+        return self._estimates.get(model_id)
+
+    @cached_property
+    def names(self) -> Names:
+        """Every name that a client may use: ids, aliases, and the public names of variants."""
+        return Names.of(self.models)
+
+    @property
+    def mode(self) -> str:
+        """`gpu` or `cpu`, as configured or as the models have it."""
+        return self.execution_mode or ("gpu" if any(model.num_gpus for model in self.models.values()) else "cpu")
+
+    def resolve(self, name: str) -> str | None:
+        """What the ledger calls the model that a client calls `name`; None when there is none.
+
+        An id or an alias gives the id; a public name of several variants is handed on, for the ledger takes turns.
         With external servers any other name may be a model of theirs: only the ledger knows.
         """
-        if name in self.models:
-            return name
-        other = name if self.servers else None
-        return next((model_id for model_id, model in self.models.items() if name in model.aliases), other)
+        return self.names.targets.get(name, name if self.servers else None)
 
-    def request_timeout_s(self, model_id: str) -> float:
-        """The longest that one request of a model may take, queue and load included, in seconds."""
-        model = self.models.get(model_id)
-        return (model and model.request_timeout) or self.request_timeout_seconds
+    def request_timeout_s(self, name: str) -> float:
+        """The longest that one request of a model (or of a public name) may take, queue and load included, in s."""
+        members = [model for model, _ in self.names.variants.get(name, ((name, 1.0),))]
+        models = [self.models.get(member) for member in members]
+        return max((model and model.request_timeout) or self.request_timeout_seconds for model in models)
 
     def longest_request_s(self) -> float:
         """The bound on every request's life; Serve's own grace period must lie above it."""
@@ -188,10 +287,19 @@ class PoolConfig(BaseModel):
             models={name: self._model_spec(name, model) for name, model in self.models.items()},
             capacity=self.capacity,
             queue_max_size=self.queue_max_size,
+            offload_queue_threshold=self._offload_threshold(),
+            variants=self.names.variants,
             drain_timeout_s=self.longest_request_s(),
             node_memory_mib=self.mem_budget_mb,
             servers=tuple(server.spec() for server in self.servers),
         )
+
+    def _offload_threshold(self) -> int:
+        enabled = self.enable_cpu_offload
+        if enabled is None:
+            named = any(model.cpu_offload_model for model in self.models.values())
+            enabled = named or "offload_queue_threshold" in self.model_fields_set
+        return self.offload_queue_threshold if enabled and self.mode == "gpu" else 0
 
     def _model_spec(self, name: str, model: ModelConfig) -> ModelSpec:
         return ModelSpec(
@@ -199,7 +307,7 @@ class PoolConfig(BaseModel):
             slots=model.target_inflight,
             num_gpus=model.num_gpus,
             num_cpus=model.num_cpus,
-            memory_mib=model.memory_mib or 0,
+            memory_mib=model.memory_mib or self._estimates.get(name, 0),
             min_replicas=model.min_replicas,
             max_replicas=model.max_replicas,
             max_queued=model.max_queued,
@@ -208,6 +316,11 @@ class PoolConfig(BaseModel):
             pinned=model.pinned,
             preload=model.enabled,
             manual=model.activation == "manual",
+            cpu_offload_model=self.resolve(model.cpu_offload_model) if model.cpu_offload_model else None,
+            fallbacks=tuple(self.names.targets[name] for name in model.fallbacks),
+            group=model.group.name if model.group else None,
+            group_share=model.group is not None and model.group.devices == "shared",
+            revision=model.revision,
         )
 
 
@@ -217,6 +330,10 @@ ENVIRONMENT = {
     "INFERENCE_REQUEST_TIMEOUT_SECONDS": "request_timeout_seconds",
     "DEFAULT_IDLE_TIMEOUT": "default_idle_timeout",
     "STARTUP_TIMEOUT": "startup_timeout",
+    "EXECUTION_MODE": "execution_mode",
+    "ENABLE_CPU_OFFLOAD": "enable_cpu_offload",
+    "OFFLOAD_QUEUE_THRESHOLD": "offload_queue_threshold",
+    "HEALTH_CHECK_INTERVAL": "health_check_interval",
 }
 
 
@@ -236,9 +353,15 @@ def load_config(args: Mapping[str, Any] | None, environ: Mapping[str, str] = os.
         if variable in environ:
             data[key] = environ[variable]
     try:
-        return PoolConfig.model_validate(data)
+        config = PoolConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(source, item) for item in error.errors())) from None
+    return _without_gpus(config) if config.execution_mode == "cpu" else config
+
+
+def _without_gpus(config: PoolConfig) -> PoolConfig:
+    models = {name: model.model_copy(update={"num_gpus": 0.0}) for name, model in config.models.items()}
+    return config.model_copy(update={"models": models})
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -259,7 +382,8 @@ def _explain(source: str, item: Any) -> str:
     location = [str(part) for part in item["loc"]]
     path = ".".join(location)
     if item["type"] != "extra_forbidden":
-        return f"{source}: {path or 'config'}: {item['msg']}"
+        message = item["msg"].removeprefix("Value error, ")
+        return f"{source}: {path}: {message}" if path else f"{source}: {message}"
     near = difflib.get_close_matches(location[-1], _known_keys(location), n=1)
     return f"{source}: {path}: unknown key" + (f", did you mean {near[0]!r}?" if near else "")
 
@@ -269,5 +393,7 @@ def _known_keys(location: list[str]) -> list[str]:
         return [*FakeFaults.model_fields, *LlamaCppKwargs.model_fields]
     if location[0] == "servers" and len(location) > 2:
         return [*ServerEntry.model_fields]
+    if "group" in location[2:-1]:
+        return [*Group.model_fields]
     fields = ModelConfig.model_fields if location[0] == "models" and len(location) > 2 else PoolConfig.model_fields
     return [*fields, *(field.alias for field in fields.values() if field.alias)]

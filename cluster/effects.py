@@ -15,12 +15,18 @@ from typing import Any
 import ray
 from ray._private.gcs_pubsub import GcsAioActorSubscriber
 from ray.core.generated.gcs_pb2 import ActorTableData
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.gpus import Gpu, read_gpus
 from cluster.ledger.specs import NodeSpec, PoolSpec
 
 APP_NAME = "slotpool"
 LEDGER_NAME = "slotpool-ledger"
 NAMESPACE = "slotpool"
+
+#: For how long a machine may take to say what its GPUs are, in seconds.
+NODE_ANSWER_S = 10.0
 
 _HEAD = "node:__internal_head__"
 
@@ -72,19 +78,71 @@ def socket_path(replica: str) -> Path:
     return Path(ray._private.worker._global_node.get_sockets_dir_path()) / f"slotpool-{replica}.sock"
 
 
-async def machines(memory_mib: int) -> dict[str, NodeSpec]:
-    """The cluster's live nodes with what they declare. `memory_mib` is the configured budget of each (0 = none)."""
-    nodes = await asyncio.to_thread(ray.nodes)
-    return {
-        node["NodeID"]: NodeSpec(
-            name=node["NodeID"],
-            gpus=int(node["Resources"].get("GPU", 0)),
-            cpus=float(node["Resources"].get("CPU", 0)),
-            memory_mib=memory_mib,
-        )
-        for node in nodes
-        if node["Alive"]
-    }
+class Machines:
+    """The cluster's live nodes with what they declare, and with the memory of their GPUs once that is known."""
+
+    def __init__(self) -> None:
+        self._device_mib: dict[str, int] = {}
+
+    async def read(self, memory_mib: int) -> dict[str, NodeSpec]:
+        """The nodes as they are now. `memory_mib` is the configured budget of each (0 = none).
+
+        The budget of a device is the smallest one's memory on its node, and 0 (no limit) as long as the driver there
+        was not asked, or has no answer.
+        """
+        nodes = await _live_nodes()
+        return {
+            node["NodeID"]: NodeSpec(
+                name=node["NodeID"],
+                gpus=int(node["Resources"].get("GPU", 0)),
+                cpus=float(node["Resources"].get("CPU", 0)),
+                memory_mib=memory_mib,
+                device_memory_mib=self._device_mib.get(node["NodeID"], 0),
+            )
+            for node in nodes
+        }
+
+    async def ask_devices(self) -> bool:
+        """Ask the drivers of all nodes with GPUs that were not asked yet; whether there is news. May take seconds."""
+        nodes = [node["NodeID"] for node in await _live_nodes() if node["Resources"].get("GPU", 0)]
+        unknown = [node for node in nodes if node not in self._device_mib]
+        answers = await asyncio.gather(*(_gpus_of(node) for node in unknown))
+        for node, (gpus, _) in zip(unknown, answers, strict=True):
+            self._device_mib[node] = min((gpu.total_mib for gpu in gpus), default=0)
+        return any(gpus for gpus, _ in answers)
+
+
+async def _live_nodes() -> list[dict[str, Any]]:
+    return [node for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
+
+
+async def gpus_of_all_nodes() -> tuple[list[tuple[str, Gpu]], str | None]:
+    """Every GPU of the cluster with its node's name, and why there are none, or not all of them.
+
+    Nodes that declare no GPU are not asked, except this one. Takes as long as the slowest node, at most
+    `NODE_ANSWER_S`.
+    """
+    here = str(ray.get_runtime_context().get_node_id())
+    asked = [node for node in await _live_nodes() if node["NodeID"] == here or node["Resources"].get("GPU", 0)]
+    answers = await asyncio.gather(*(_gpus_of(node["NodeID"]) for node in asked))
+    found = [
+        (str(node["NodeManagerHostname"]), gpu) for node, (gpus, _) in zip(asked, answers, strict=True) for gpu in gpus
+    ]
+    # A node that declares none and has none is no fault as long as others have some.
+    wanted = [node["Resources"].get("GPU", 0) or not found for node in asked]
+    reasons = [reason for (_, reason), is_wanted in zip(answers, wanted, strict=True) if reason and is_wanted]
+    return found, reasons[0] if reasons else None
+
+
+async def _gpus_of(node: str) -> tuple[list[Gpu], str | None]:
+    if node == ray.get_runtime_context().get_node_id():
+        return await asyncio.to_thread(read_gpus)
+    there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+    answer = ray.remote(read_gpus).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote()
+    try:
+        return await asyncio.wait_for(answer, NODE_ANSWER_S)
+    except (TimeoutError, RayError) as error:
+        return [], f"node {node} does not answer: {type(error).__name__}"
 
 
 async def dead_actors() -> AsyncIterator[str]:

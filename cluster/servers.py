@@ -85,7 +85,7 @@ def _ids(body: bytes) -> tuple[str, ...]:
 class ManifestWatch:
     """Keeps somebody posted about a changing set of servers; lives on one event loop."""
 
-    def __init__(self, post: Callable[[ServerManifest], None]) -> None:
+    def __init__(self, post: Callable[[ServerManifest], object]) -> None:
         self._post = post
         self._client: httpx.AsyncClient | None = None
         self._tasks: dict[ServerSpec, asyncio.Task[None]] = {}

@@ -126,9 +126,11 @@ class Gateway:
                 self.ledger.release(lease)
 
     async def _run(self, ask: Ask, lease: Grant, arrived: float) -> AsyncGenerator[bytes, None]:
+        # The model that answers may be another than was asked for: a variant, a fallback, a CPU offload.
+        body = ask.body if lease.model == ask.model else {**ask.body, "model": lease.model}
         call = Call(
             path=ask.path,
-            body=ask.body,
+            body=body,
             request_id=ask.request_id,
             queue_wait_ms=lease.queue_wait_s * 1e3,
             load_wait_ms=lease.load_wait_s * 1e3,

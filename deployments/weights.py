@@ -27,6 +27,22 @@ def resolve_weights(model_path: str | None) -> str:
     return str(path)
 
 
+def weights_at_hand(model_path: str | None) -> Path | None:
+    """Where a model's file or folder lies already; None if it is not there (yet). Fetches nothing. Blocks."""
+    kind, _, rest = (model_path or "").partition(":")
+    if kind == "hf":
+        from huggingface_hub import try_to_load_from_cache
+
+        parts = rest.split("/")
+        cached = try_to_load_from_cache("/".join(parts[:2]), "/".join(parts[2:])) if len(parts) > 2 else None
+        return Path(cached) if isinstance(cached, str) else None
+    try:
+        path = _in_package(rest) if kind == "package" else Path(model_path or "").expanduser()
+    except ModelUnavailable:
+        return None
+    return path if model_path and path.exists() else None
+
+
 def _in_package(name: str) -> Path:
     package, _, file = name.partition("/")
     # find_spec does not run the package: some weight packages import a whole framework.

@@ -107,11 +107,11 @@ async def list_models(request: Request, model: str | None = None) -> Response:
 
 @router.get("/v1/models/{model:path}")
 async def show_model(request: Request, model: str) -> Response:
-    """One model, by its id or an alias."""
+    """One model, by its id or an alias, or the public name of several variants."""
     gateway: Gateway = request.app.state.gateway
     name = resolve_model(gateway.config, model)
     ledger = await gateway.ledger.status()
-    if name in gateway.config.models:
+    if name in gateway.config.names.targets:
         return JSONResponse(_row(gateway.config, name, ledger["models"]))
     known = remote_models(gateway.config, ledger)
     if name not in known:
@@ -150,6 +150,12 @@ def remote_row(name: str, ledger: dict[str, Any]) -> dict[str, Any]:
 
 
 def _row(config: PoolConfig, name: str, states: dict[str, Any]) -> dict[str, Any]:
+    variants = config.names.variants.get(name)
+    if variants is not None:
+        rows = [_row(config, variant, states) for variant, _ in variants]
+        shown = next((row for row in rows if row["status"] == "loaded"), rows[0])
+        weights = [{"model": variant, "weight": weight} for variant, weight in variants]
+        return {**shown, "id": name, "aliases": [], "variants": weights}
     model: ModelConfig = config.models[name]
     return {
         "id": name,

@@ -17,23 +17,35 @@ router = APIRouter(tags=["service"])
 async def health(request: Request) -> dict[str, str]:
     """Whether this process lives; says nothing of models."""
     gateway: Gateway = request.app.state.gateway
-    return {"status": "healthy", "execution_mode": _mode(gateway), "version": request.app.version}
+    return {"status": "healthy", "execution_mode": gateway.config.mode, "version": request.app.version}
 
 
 @router.get("/ready")
 async def ready(request: Request) -> Response:
-    """200 once the ledger answers and every model that is preloaded at start is loaded, 503 until then."""
+    """200 once the ledger answers and every model that is preloaded at start is loaded, 503 until then.
+
+    503 as well while requests wait and nothing moves any more, with what is stuck (`cluster.watchdog`).
+    """
     gateway: Gateway = request.app.state.gateway
     try:
-        models = (await gateway.ledger.status())["models"]
+        ledger = await gateway.ledger.status()
     except errors.BackendUnavailable as error:
         return JSONResponse({"ready": False, "reason": error.message}, 503)
+    if ledger["stalled"]:
+        return JSONResponse({"ready": False, "reason": ledger["stalled"]}, 503)
+    models = ledger["models"]
     awaited = [name for name, model in gateway.config.models.items() if model.enabled or model.min_replicas]
-    missing = [name for name in awaited if models.get(name, {}).get("state") != "loaded"]
+    missing = [name for name in awaited if _is_missed(models.get(name))]
     if missing:
-        # A model that once was loaded and idles is not missed: the pool serves it on demand.
         return JSONResponse({"ready": False, "reason": f"not loaded yet: {', '.join(missing)}"}, 503)
     return JSONResponse({"ready": True})
+
+
+def _is_missed(row: dict[str, Any] | None) -> bool:
+    """A model that once was loaded and made room for another is not missed: the pool serves it on demand."""
+    if row is None or row["state"] == "failed":
+        return True
+    return row["state"] != "loaded" and row["load_s"] is None
 
 
 @router.get("/v1/status")
@@ -65,8 +77,4 @@ async def status(request: Request) -> dict[str, Any]:
             "last_request_time": None,
             "error": server["last_refresh_error"],
         }
-    return {"execution_mode": _mode(gateway), "backends": backends, "ledger": ledger}
-
-
-def _mode(gateway: Gateway) -> str:
-    return "gpu" if any(model.num_gpus for model in gateway.config.models.values()) else "cpu"
+    return {"execution_mode": gateway.config.mode, "backends": backends, "ledger": ledger}

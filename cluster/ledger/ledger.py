@@ -151,6 +151,10 @@ class Ledger:
         """("queued", 1-based position), ("loading", model), or None if the request does not wait."""
         return snapshot.queue_position(self._pool, request)
 
+    def model(self, name: str) -> snapshot.ModelView | None:
+        """One model at a glance; None if there is none of that name. Cheap."""
+        return snapshot.view(self._pool, name)
+
     def snapshot(self) -> dict[str, Any]:
         """The whole state as plain data."""
         return snapshot.take(self._pool)

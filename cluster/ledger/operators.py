@@ -10,6 +10,7 @@ from cluster.ledger.pool import Pool
 from cluster.ledger.records import Model, Order
 from cluster.ledger.requests import refuse_or_reroute
 from cluster.ledger.servers import is_remote
+from cluster.ledger.states import ReplicaState
 
 log = logging.getLogger(__name__)
 
@@ -82,8 +83,11 @@ def load_requested(pool: Pool, event: LoadRequested, now: float) -> None:
     model.held_down = False
     model.backoff_until = now
     model.refusing = False
-    if model.serving < event.replicas:
+    before = model.order
+    if model.counts[ReplicaState.READY] < event.replicas and (before is None or before.replicas < event.replicas):
         model.order = Order(event.replicas, now + model.spec.load_timeout_s)
+        if before is not None:
+            model.order.batch.update(before.batch)
     pool.touched[model] = None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cluster.ledger import policy, servers
 from cluster.ledger.queue import INFINITY
@@ -13,8 +13,46 @@ if TYPE_CHECKING:
     from cluster.ledger.records import Model
 
 
+class ModelView(NamedTuple):
+    """What an operator's call waits for, of one model. `ordered`: a load is under way as a whole.
+
+    `replicas` counts all records, down to those whose process is still to die; `leaving` only these last.
+    """
+
+    state: str
+    ready: int
+    replicas: int
+    leaving: int
+    ordered: bool
+    unloading: bool
+    held_down: bool
+    failures: int
+    last_error: str | None
+
+
+def view(pool: Pool, name: str) -> ModelView | None:
+    """One model at a glance; None if there is none of that name."""
+    model = pool.models.get(name)
+    if model is None:
+        return None
+    return ModelView(
+        state=state(model),
+        ready=model.counts[ReplicaState.READY],
+        replicas=len(model.replicas),
+        leaving=model.leaving,
+        ordered=model.order is not None,
+        unloading=model.unloading,
+        held_down=model.held_down,
+        failures=model.failures,
+        last_error=model.last_error,
+    )
+
+
 def take(pool: Pool) -> dict[str, Any]:
-    """The whole state as plain data. Changes nothing; costs a pass over all models and replicas."""
+    """The whole state as plain data. Changes nothing; costs a pass over all models and replicas.
+
+    Times (`since`, `waiting_since`, `last_arrival`, `backoff_until`) are on the ledger's own clock.
+    """
     return {
         "epoch": pool.epoch,
         "recovering": pool.is_recovering,
@@ -31,6 +69,7 @@ def take(pool: Pool) -> dict[str, Any]:
                 "slots": replica.slots,
                 "leases": len(replica.leases),
                 "node": replica.place.node,
+                "since": replica.since,
             }
             for model in pool.models.values()
             for replica in model.replicas
@@ -49,6 +88,8 @@ def _model(pool: Pool, model: Model) -> dict[str, Any]:
         "remote": servers.is_remote(model),
         "queued": model.queue.count,
         "leases": model.leased + on_servers,
+        "waiting_since": min((head.since for head in model.queue.heads()), default=None),
+        "last_arrival": model.last_arrival if model.last_arrival > -INFINITY else None,
         "desired": model.desired,
         "ready": model.counts[ReplicaState.READY],
         "last_error": model.last_error,

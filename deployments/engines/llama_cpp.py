@@ -18,14 +18,16 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from cluster.errors import BackendUnavailable, ModelUnavailable
+from cluster.memory import DEFAULT_BATCH
 from deployments.engines.chat.template import ChatTemplate, choose_template
 from deployments.engines.chat.utf8 import TextAssembler
 from deployments.engines.llama_cpp_answer import Answer
 from deployments.engines.llama_cpp_generation import Generation, Mailbox
 from deployments.engines.llama_cpp_loop import DecodeLoop
 from deployments.engines.llama_cpp_requests import PATHS, Prepared, Preparer
-from deployments.engines.llama_cpp_runtime import FLASH_ATTENTION, KV_TYPES, Runtime, RuntimeOptions
+from deployments.engines.llama_cpp_runtime import FLASH_ATTENTION, KV_TYPES, Runtime, RuntimeOptions, load_library
 from deployments.engines.llama_cpp_sampling import Sampler
+from deployments.engines.load_meter import LoadMeter
 from deployments.engines.protocol import Call, EngineInfo, Progress
 
 #: Prompt tokens that one step may evaluate beside the running streams. On a CPU a step of 63 delays them by one
@@ -58,7 +60,7 @@ class LlamaCppEngine:
         flash_attn: str = "auto",
         type_k: str | None = None,
         type_v: str | None = None,
-        n_batch: int = 512,
+        n_batch: int = DEFAULT_BATCH,
         n_ubatch: int | None = None,
         prefill_chunk: int | None = None,
         prompt_format: str | None = None,
@@ -84,15 +86,16 @@ class LlamaCppEngine:
         self._prompt_format = prompt_format
         self._prefill_chunk = prefill_chunk
         self._runtime: Runtime | None = None
+        self._memory_mib: int | None = None
         self._loop: DecodeLoop | None = None
         self._preparer: Preparer | None = None
         self._preparing: set[asyncio.Future[tuple[Prepared, list[Generation]]]] = set()
 
     async def load(self, progress: Progress) -> None:
         """Load the model in a thread. Raises `ModelUnavailable` and leaves nothing behind."""
-        loading = asyncio.ensure_future(asyncio.to_thread(Runtime.load, self._options, progress))
+        loading = asyncio.ensure_future(asyncio.to_thread(_load_and_measure, self._options, progress))
         try:
-            runtime = await asyncio.shield(loading)
+            runtime, memory_mib = await asyncio.shield(loading)
         except asyncio.CancelledError:
             loading.add_done_callback(_close_loaded)
             raise
@@ -103,6 +106,7 @@ class LlamaCppEngine:
             raise
         chunk = self._prefill_chunk or (GPU_PREFILL_CHUNK if runtime.offloads else CPU_PREFILL_CHUNK)
         self._runtime = runtime
+        self._memory_mib = memory_mib
         self._preparer = Preparer(runtime, template)
         self._loop = DecodeLoop(runtime, self._options.slots, chunk)
         self._loop.start()
@@ -111,9 +115,7 @@ class LlamaCppEngine:
         runtime = self._runtime
         if runtime is None:
             return EngineInfo(paths=PATHS, format="gguf")
-        return EngineInfo(
-            context_length=runtime.n_ctx, paths=PATHS, format="gguf", memory_mib=runtime.memory_bytes >> 20
-        )
+        return EngineInfo(context_length=runtime.n_ctx, paths=PATHS, format="gguf", memory_mib=self._memory_mib)
 
     async def generate(self, call: Call) -> AsyncIterator[bytes]:
         answer = Answer(call, self._model_id)
@@ -168,10 +170,26 @@ class LlamaCppEngine:
         return ChatTemplate(source, bos_token=runtime.bos_text(), eos_token=runtime.eos_text())
 
 
-def _close_loaded(loading: asyncio.Future[Runtime]) -> None:
+def _load_and_measure(options: RuntimeOptions, progress: Progress) -> tuple[Runtime, int]:
+    """The loaded model, and the memory that it was seen to take, in MiB.
+
+    Never less than weights and cache: mapped weights that the system has dropped from RAM again will be back.
+    """
+    meter = LoadMeter(on_gpu=False)
+    if options.n_gpu_layers != 0 and load_library().llama_supports_gpu_offload():
+        meter = LoadMeter(on_gpu=True)
+    runtime = Runtime.load(options, progress)
+    floor = runtime.memory_bytes >> 20
+    # Some layers on the device, some on the host: then what the device holds is less than the whole, and true.
+    partly = runtime.offloads and options.n_gpu_layers > 0
+    grown = meter.grown_mib()
+    return runtime, floor if grown is None else grown if partly else max(grown, floor)
+
+
+def _close_loaded(loading: asyncio.Future[tuple[Runtime, int]]) -> None:
     """Free a model whose load nobody waits for any more."""
     if not loading.cancelled() and loading.exception() is None:
-        loading.result().close()
+        loading.result()[0].close()
 
 
 def _generations(prepared: Prepared, runtime: Runtime, mailbox: Mailbox) -> list[Generation]:

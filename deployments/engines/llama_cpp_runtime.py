@@ -19,29 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from cluster.errors import InvalidRequest, ModelUnavailable
+from cluster.memory import SPARE_OUTPUTS, cells, context_per_slot, kv_bytes_per_token
 
 log = logging.getLogger(__name__)
 
 #: ggml's type numbers of the KV cache types that can be configured.
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
-#: Bytes of one element of those types, blocks' scales included.
-KV_TYPE_BYTES = {
-    "f32": 4.0,
-    "f16": 2.0,
-    "bf16": 2.0,
-    "q8_0": 34 / 32,
-    "q5_1": 24 / 32,
-    "q5_0": 22 / 32,
-    "q4_1": 20 / 32,
-    "q4_0": 18 / 32,
-    "iq4_nl": 18 / 32,
-}
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
-
-#: The KV cache that is reserved by default stays below this, or below the weights' own size where they are larger.
-DEFAULT_KV_BYTES = 1 << 30
-DEFAULT_CONTEXT = 8192
-LEAST_CONTEXT = 2048
 
 Logits = npt.NDArray[np.float32]
 
@@ -76,7 +60,7 @@ class Runtime:
         self.n_ctx = self._context_per_slot(options)
         self.n_batch = max(options.n_batch, options.slots)
         #: Outputs of one llama_decode; bounds the logits buffer (n_outputs x vocabulary x 4 bytes).
-        self.max_outputs = min(self.n_batch, options.slots + 32)
+        self.max_outputs = min(self.n_batch, options.slots + SPARE_OUTPUTS)
         self.offloads = options.n_gpu_layers != 0 and bool(lib.llama_supports_gpu_offload())
         self._new_context(options)
         self._batch = _Batch(lib, self.n_batch)
@@ -234,21 +218,15 @@ class Runtime:
         return self.piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
 
     def _context_per_slot(self, options: RuntimeOptions) -> int:
-        """The configured context, or the largest of 8192, 4096, 2048 tokens whose KV cache is not out of proportion.
-
-        An 8192-token default for 16 slots of a 135M model would take 3 GB for a model of 98 MB.
-        """
         per_token = self._kv_bytes_per_token(options)
-        if options.n_ctx is not None:
-            chosen = options.n_ctx
-        else:
-            chosen = min(self.n_ctx_train, DEFAULT_CONTEXT)
-            limit = max(DEFAULT_KV_BYTES, int(self._lib.llama_model_size(self._model)))
-            while chosen > LEAST_CONTEXT and chosen * options.slots * per_token > limit:
-                chosen //= 2
-        # llama.cpp rounds a sequence's share up to whole blocks of 256 cells.
-        chosen = -(-chosen // 256) * 256 if options.n_ctx is None else chosen
-        self._kv_bytes = int(-(-chosen // 256) * 256 * options.slots * per_token)
+        chosen = context_per_slot(
+            options.n_ctx,
+            trained=self.n_ctx_train,
+            slots=options.slots,
+            kv_bytes_per_token=per_token,
+            weight_bytes=int(self._lib.llama_model_size(self._model)),
+        )
+        self._kv_bytes = int(cells(chosen) * options.slots * per_token)
         return chosen
 
     def _kv_bytes_per_token(self, options: RuntimeOptions) -> float:
@@ -257,15 +235,13 @@ class Runtime:
         head = int(lib.llama_model_n_embd(model)) // max(1, int(lib.llama_model_n_head(model)))
         keys = int(self.metadata(f"{arch}.attention.key_length") or head)
         values = int(self.metadata(f"{arch}.attention.value_length") or head)
-        cells = int(lib.llama_model_n_layer(model)) * int(lib.llama_model_n_head_kv(model))
-        bytes_k = KV_TYPE_BYTES[options.type_k or "f16"]
-        bytes_v = KV_TYPE_BYTES[options.type_v or "f16"]
-        return cells * (keys * bytes_k + values * bytes_v)
+        heads = int(lib.llama_model_n_layer(model)) * int(lib.llama_model_n_head_kv(model))
+        return kv_bytes_per_token(heads, keys, values, options.type_k, options.type_v)
 
     def _new_context(self, options: RuntimeOptions) -> None:
         params = self._lib.llama_context_default_params()
         params.n_seq_max = options.slots
-        params.n_ctx = -(-self.n_ctx // 256) * 256 * options.slots
+        params.n_ctx = cells(self.n_ctx) * options.slots
         params.n_batch = self.n_batch
         params.n_ubatch = min(options.n_ubatch, self.n_batch)
         params.n_outputs_max = self.max_outputs

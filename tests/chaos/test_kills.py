@@ -15,6 +15,7 @@ from tests.pool import Pool, fake, running_pool
 MODELS = {
     "calm": {**fake(tokens_per_s=20, tokens=100), "target_inflight": 8, "min_replicas": 1},
     "doomed": {**fake(tokens_per_s=20, tokens=100), "target_inflight": 8, "min_replicas": 1},
+    "ordered": fake(load_s=2, tokens=5),
 }
 
 
@@ -59,7 +60,9 @@ def kill_replica(model: str, unique_id: str) -> None:
 
 async def test_a_replica_killed_in_mid_stream_loses_only_its_own_streams(pool: Pool):
     begun = [asyncio.Event(), asyncio.Event()]
-    streams = [asyncio.create_task(read(pool, model, event)) for model, event in zip(MODELS, begun, strict=True)]
+    streams = [
+        asyncio.create_task(read(pool, model, event)) for model, event in zip(("calm", "doomed"), begun, strict=True)
+    ]
     await asyncio.gather(*(event.wait() for event in begun))
     before = await asyncio.to_thread(pool.ledger)
     victim = replica_of(before, "doomed")
@@ -96,6 +99,24 @@ async def test_the_ledger_dies_and_comes_back_with_every_lease(pool: Pool):
     healed = await asyncio.to_thread(pool.wait, lambda ledger: ledger["leases"] == 0 and not ledger["recovering"])
     assert replica_of(healed, "calm")["replica"] == replica_of(before, "calm")["replica"]
     assert healed["models"]["calm"]["desired"] == 1
+
+
+async def test_an_operators_load_survives_the_ledger(pool: Pool):
+    import httpx
+    import ray
+
+    from cluster import effects
+
+    url = f"{pool.url}/v1/admin/models/ordered/load"
+    loading = asyncio.create_task(asyncio.to_thread(httpx.post, url, timeout=60))
+    before = await asyncio.to_thread(pool.wait, lambda ledger: ledger["models"]["ordered"]["state"] == "loading")
+    with contextlib.suppress(ray.exceptions.RayActorError):
+        ray.kill(effects.find_ledger(), no_restart=False)
+    answer = await loading
+    assert (answer.status_code, answer.json()["loaded_replicas"]) == (200, 1)
+    after = await asyncio.to_thread(pool.wait, lambda ledger: not ledger["recovering"])
+    assert after["epoch"] != before["epoch"]
+    assert after["models"]["ordered"]["desired"] == 1
 
 
 async def test_an_ingress_that_dies_gives_its_leases_back(pool: Pool):

@@ -30,6 +30,19 @@ def pool(port: int) -> Iterator[Pool]:
         pool.check()
 
 
+def test_the_rows_tell_what_a_load_took_and_what_another_will_take(pool: Pool):
+    with pool.http() as http:
+        rows = {row["name"]: row for row in http.get("/v1/admin/models").json()["models"]}
+    first, second = rows["first"], rows["second"]
+    assert (first["vram_estimate_source"], second["vram_estimate_source"]) == (
+        "observed_load_delta",
+        "model_artifact_size",
+    )
+    # 92 MiB of weights, 180 and 22 MiB of cache; the second's estimate counts on a device.
+    assert 280 < first["vram_estimate_mib"] < 400
+    assert 114 < second["vram_estimate_mib"] < 114 + 600
+
+
 async def text(client: openai.AsyncOpenAI, model: str, prompt: str, tokens: int = 24) -> str:
     stream = await client.chat.completions.create(
         model=model,

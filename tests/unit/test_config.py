@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from app.cli import lay_over
+from app.cli import declared_gpus, lay_over
 from cluster.config import ConfigError, FakeFaults, load_config
 from cluster.ledger.specs import ServerSpec
 
@@ -35,8 +35,34 @@ def test_the_shipped_file_is_valid():
         ({"models": {"a": {**FAKE, "replicas": 3}}}, r"replicas \(3\) is larger than replica_max \(1\)"),
         ({"models": {"a": {}}}, "models.a: .*model_path is required for backend llama_cpp"),
         ({"models": {"a": {**FAKE, "num_gpus": 1.5}}}, "whole number of devices"),
-        ({"models": {"a": {**FAKE, "aliases": ["b"]}, "b": FAKE}}, "'b' is already a model id"),
-        ({"default_model": "x"}, "default_model: 'x' is not a configured model"),
+        ({"models": {"a": {**FAKE, "aliases": ["b"]}, "b": FAKE}}, "models.a.aliases: 'b' is already a model id"),
+        ({"default_model": "x"}, "args: default_model: 'x' is not a configured model"),
+        (
+            {"models": {"a": {**FAKE, "aliases": ["x"], "weight": 1}, "b": {**FAKE, "aliases": ["x"]}}},
+            "models.b.aliases: 'x' is already an alias of 'a'; .* each need a weight",
+        ),
+        ({"models": {"a": {**FAKE, "weight": 1}}}, "models.a: weight needs an alias"),
+        ({"models": {"a": {**FAKE, "weight": 0, "aliases": ["x"]}}}, "models.a.weight: "),
+        (
+            {"models": {"big": {**FAKE, "fallbacks": ["smal"]}, "small": FAKE}},
+            "args: models.big.fallbacks: 'smal' is not a configured model, did you mean 'small'?",
+        ),
+        ({"models": {"a": {**FAKE, "fallbacks": ["a"]}}}, "models.a.fallbacks: 'a' is the model itself"),
+        (
+            {"models": {"big": {**FAKE, "cpu_offload_model": "smal"}, "small": FAKE}},
+            "models.big.cpu_offload_model: 'smal' is not a configured model, did you mean 'small'?",
+        ),
+        (
+            {"models": {"a": {**FAKE, "cpu_offload_model": "b"}, "b": {**FAKE, "num_gpus": 1}}},
+            "models.a.cpu_offload_model: 'b' runs on a GPU itself",
+        ),
+        ({"models": {"a": {**FAKE, "group": {"nme": "g"}}}}, "models.a.group.nme: unknown key, did you mean 'name'?"),
+        (
+            {"models": {"a": {**FAKE, "group": "g"}, "b": {**FAKE, "group": {"name": "g", "devices": "shared"}}}},
+            "models.b.group: 'g' is 'separate' in models.a and 'shared' here",
+        ),
+        ({"offload_queue_treshold": 2}, "did you mean 'offload_queue_threshold'?"),
+        ({"execution_mode": "tpu"}, "execution_mode: "),
         ({"queue_max_size": -1}, "queue_max_size"),
         ({"servers": [{"url": "http://h:1", "max_concurent": 1}]}, "did you mean 'max_concurrent'?"),
         ({"servers": [{"url": "h:1"}]}, r"servers\.0\.url"),
@@ -81,6 +107,89 @@ def test_idle_timeout_zero_means_never_and_is_not_the_default():
     assert spec.models["b"].idle_timeout_s == 300
 
 
+def test_the_policys_keys_reach_the_ledger():
+    config = load_config(
+        {
+            "models": {
+                "big": {**FAKE, "num_gpus": 1, "cpu_offload_model": "little", "fallbacks": ["spare"], "group": "g"},
+                "small": {**FAKE, "aliases": ["little"], "group": {"name": "rag", "devices": "shared"}},
+                "spare": FAKE,
+            }
+        },
+        environ={},
+    )
+    spec = config.spec()
+    assert spec.models["big"].cpu_offload_model == "small"
+    assert spec.models["big"].fallbacks == ("spare",)
+    assert (spec.models["big"].group, spec.models["big"].group_share) == ("g", False)
+    assert (spec.models["small"].group, spec.models["small"].group_share) == ("rag", True)
+    assert spec.offload_queue_threshold == 3
+
+
+def test_variants_share_an_alias_and_the_ledger_gets_the_public_name():
+    config = load_config(
+        {
+            "models": {
+                "old": {**FAKE, "aliases": ["chat", "stable"], "weight": 3, "request_timeout": 5},
+                "new": {**FAKE, "aliases": ["chat"], "weight": 1, "request_timeout": 9},
+            },
+            "default_model": "chat",
+        },
+        environ={},
+    )
+    assert config.spec().variants == {"chat": (("old", 3.0), ("new", 1.0))}
+    assert [config.resolve(name) for name in ("chat", "stable", "new", "nope")] == ["chat", "old", "new", None]
+    assert config.request_timeout_s("chat") == 9
+    assert config.request_timeout_s("old") == 5
+
+
+@pytest.mark.parametrize(
+    ("keys", "threshold"),
+    [
+        ({}, 0),
+        ({"offload_queue_threshold": 2}, 2),
+        ({"enable_cpu_offload": True}, 3),
+        ({"enable_cpu_offload": False, "offload_queue_threshold": 2}, 0),
+        ({"enable_cpu_offload": True, "execution_mode": "cpu"}, 0),
+    ],
+)
+def test_when_cpu_offload_is_on(keys, threshold):
+    config = load_config({"models": {"a": {**FAKE, "num_gpus": 1}}, **keys}, environ={})
+    assert config.spec().offload_queue_threshold == threshold
+
+
+def test_cpu_mode_takes_no_gpus():
+    config = load_config({"models": {"a": {**FAKE, "num_gpus": 1}}}, environ={"EXECUTION_MODE": "cpu"})
+    assert config.mode == "cpu"
+    assert config.spec().models["a"].num_gpus == 0
+    assert load_config({"models": {"a": {**FAKE, "num_gpus": 1}}}, environ={}).mode == "gpu"
+    assert load_config({"models": {"a": FAKE}}, environ={}).mode == "cpu"
+
+
+def test_the_policys_environment():
+    environ = {"ENABLE_CPU_OFFLOAD": "true", "OFFLOAD_QUEUE_THRESHOLD": "5", "HEALTH_CHECK_INTERVAL": "4"}
+    config = load_config({"models": {"a": {**FAKE, "num_gpus": 1}}}, environ)
+    assert (config.spec().offload_queue_threshold, config.health_check_interval) == (5, 4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "drains"),
+    [
+        ({"idle_timeout": 7, "aliases": ["x"], "max_queued": 1, "pinned": True, "memory_mib": 5}, False),
+        ({"max_replicas": 4, "load_timeout": 9, "enabled": True, "fallbacks": ["b"], "group": "g"}, False),
+        ({"prompt_format": "chatml"}, True),
+        ({"engine_kwargs": {"tokens": 3}}, True),
+        ({"num_gpus": 1}, True),
+    ],
+)
+def test_only_what_the_engine_sees_changes_its_revision(changed, drains):
+    def revision(fields):
+        config = load_config({"models": {"a": {**FAKE, **fields}, "b": FAKE}}, environ={})
+        return config.spec().models["a"].revision
+
+    assert (revision({}) != revision(changed)) is drains
+
+
 def test_the_grace_period_covers_the_longest_request():
     config = load_config({"models": {"a": {**FAKE, "request_timeout": 5000}}}, environ={})
     assert config.longest_request_s() == 5000
@@ -114,3 +223,21 @@ def test_external_servers_become_slots():
     assert config.server("http://three:1") == config.servers[2]
     assert config.server("a-replica") is None
     assert load_config({"models": {"a": FAKE}}, environ={}).resolve("theirs") is None
+
+
+def test_the_environment_declares_gpus(monkeypatch):
+    monkeypatch.delenv("INFERENCE_GPU_COUNT", raising=False)
+    assert declared_gpus() is None
+    monkeypatch.setenv("INFERENCE_GPU_COUNT", "2")
+    assert declared_gpus() == 2
+    monkeypatch.setenv("INFERENCE_GPU_COUNT", "two")
+    with pytest.raises(ConfigError, match="INFERENCE_GPU_COUNT: 'two'"):
+        declared_gpus()
+
+
+def test_the_readmes_examples_are_valid():
+    blocks = [part.split("```")[0] for part in Path("README.md").read_text().split("```yaml\n")[1:]]
+    for block in blocks:
+        spec = load_config(yaml.safe_load(block), environ={}).spec()
+        assert spec.models or spec.servers
+    assert len(blocks) == 3
