@@ -11,6 +11,8 @@ Measured with 8 greedy streams of SmolLM2 on two cores: all that is done outside
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import threading
 import time
 from collections import deque
@@ -27,6 +29,11 @@ log = logging.getLogger(__name__)
 
 #: Copying another slot's whole cache pays when it saves this many prompt tokens (20 ms against 4 ms a token here).
 COPY_GAIN = 64
+
+#: Niceness of the threads that decode. Tokens on their way out to a client go before the computing of the next ones:
+#: on two cores that both decode, 8 streams over HTTP ran at 0.87 to 0.93 of the engine's own speed without it and at
+#: 0.92 to 1.05 with it, and the first token arrived some milliseconds earlier.
+COMPUTE_NICE = 5
 
 
 @dataclass(slots=True, eq=False)
@@ -89,6 +96,9 @@ class DecodeLoop:
     # --- the thread
 
     def _run(self) -> None:
+        if sys.platform == "linux":
+            # There a niceness is a thread's own, and the library's threads inherit it from this one.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), COMPUTE_NICE)
         try:
             while self._wait_for_work():
                 try:

@@ -7,6 +7,10 @@ process, `http` the pool over Ray Serve on loopback, `Llama` the high-level obje
 after another, and `llama-server` llama.cpp's own server where a binary is given. Same file, threads, slots and
 context. Every request is a chat of about 45 prompt tokens whose words are drawn at random, so that no cache helps
 beyond the template's own beginning, and makes 64 new tokens, greedy, past any end-of-sequence token.
+
+What an idle pool adds to the time to first token is some milliseconds beside a prefill ten times as long, so it is
+measured apart: short answers of the engine and of the pool in turn, one at a time, over a connection that is kept as
+OpenAI's clients keep theirs; the difference of the medians.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ from deployments.weights import resolve_weights
 from tests.pool import SMOLLM2, free_port, local_serve, running_pool, smollm2
 
 NEW_TOKENS = 64
+IDLE_PAIRS = 40
 SLOTS = 16
 CONTEXT = 1024
 WORDS = str.split(
@@ -63,12 +68,12 @@ class Row:
         return self.tokens / self.seconds
 
 
-def chat_body(rng: random.Random, *, stream: bool) -> dict[str, Any]:
+def chat_body(rng: random.Random, *, stream: bool, tokens: int = NEW_TOKENS) -> dict[str, Any]:
     """A fresh chat request of about 45 prompt tokens, SmolLM2's own system text included."""
     words = " ".join(rng.choices(WORDS, k=10))
     return {
         "messages": [{"role": "user", "content": f"Tell a story with: {words}"}],
-        "max_tokens": NEW_TOKENS,
+        "max_tokens": tokens,
         "temperature": 0,
         "ignore_eos": True,
         "stream": stream,
@@ -111,6 +116,24 @@ async def measure(name: str, target: Target, concurrency: int, requests: int, se
     await asyncio.gather(*(client() for _ in range(concurrency)))
     seconds = time.perf_counter() - started
     return Row(name, concurrency, requests, tokens, seconds, statistics.median(firsts) * 1e3)
+
+
+async def measure_idle(targets: dict[str, Target], seed: int) -> dict[str, float]:
+    """The median time to first token in milliseconds of each target, one request at a time, the targets in turn."""
+    rng = random.Random(f"{seed} idle")
+    firsts: dict[str, list[float]] = {name: [] for name in targets}
+    for number in range(IDLE_PAIRS * len(targets)):
+        # Neither has always the same one before it.
+        turn = number % len(targets) if number // len(targets) % 2 else -1 - number % len(targets)
+        name = list(targets)[turn]
+        began = time.perf_counter()
+        first = None
+        async for chunk in targets[name](chat_body(rng, stream=True, tokens=8)):
+            if first is None and TEXT.search(chunk):
+                first = time.perf_counter() - began
+        assert first is not None, "an answer without text"
+        firsts[name].append(first)
+    return {name: statistics.median(times) * 1e3 for name, times in firsts.items()}
 
 
 def in_process(engine: LlamaCppEngine) -> Target:
@@ -180,7 +203,9 @@ def llama_server(binary: str, model: str, threads: int, slots: int) -> Iterator[
         process.wait()
 
 
-async def compare(arguments: argparse.Namespace, urls: dict[str, str], threads: int) -> list[Row]:
+async def compare(
+    arguments: argparse.Namespace, urls: dict[str, str], threads: int
+) -> tuple[list[Row], dict[str, float]]:
     from llama_cpp import Llama
 
     model = resolve_weights(SMOLLM2)
@@ -202,11 +227,14 @@ async def compare(arguments: argparse.Namespace, urls: dict[str, str], threads: 
                     show(rows[-1])
             rows.append(measure_llama(llama, 4, arguments.seed + number))
             show(rows[-1])
+    async with aiohttp.ClientSession() as kept:
+        both = {"engine": in_process(engine), "http": over_http(kept, urls["http"])}
+        idle = await measure_idle(both, arguments.seed)
     await engine.unload()
-    return rows
+    return rows, idle
 
 
-def run(arguments: argparse.Namespace) -> list[Row]:
+def run(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, float]]:
     threads = arguments.threads or len(os.sched_getaffinity(0))
     kwargs = {"engine_kwargs": {"n_threads": threads}, "target_inflight": SLOTS, "gguf_n_ctx": CONTEXT, "enabled": True}
     binary = arguments.llama_server or shutil.which("llama-server")
@@ -223,7 +251,7 @@ def show(row: Row) -> None:
     print(f"{row.name:<14}{row.concurrency:>4}{row.tokens_per_s:>10.1f} tok/s{row.ttft_ms:>9.1f} ms TTFT", flush=True)
 
 
-def summarize(rows: list[Row]) -> dict[str, Any]:
+def summarize(rows: list[Row], idle: dict[str, float]) -> dict[str, Any]:
     """Medians over the rounds, printed as a table, with the ratios that matter."""
     groups: dict[tuple[str, int], list[Row]] = {}
     for row in rows:
@@ -242,8 +270,8 @@ def summarize(rows: list[Row]) -> dict[str, Any]:
     if ("engine", 8) in speed:
         figures["engine_8_over_llama"] = speed["engine", 8] / speed["Llama", 1]
         figures["http_8_over_engine_8"] = speed["http", 8] / speed["engine", 8]
-    if ("engine", 1) in ttft:
-        figures["http_ttft_minus_engine_ttft_ms"] = ttft["http", 1] - ttft["engine", 1]
+    figures["http_ttft_minus_engine_ttft_ms"] = idle["http"] - idle["engine"]
+    print("idle TTFT: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in idle.items()))
     for name, value in figures.items():
         print(f"{name} = {value:.2f}")
     return figures
@@ -258,11 +286,11 @@ def main() -> None:
     parser.add_argument("--llama-server", help="llama.cpp's server binary; default: the one on the PATH, if any")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    rows = run(arguments)
-    figures = summarize(rows)
+    rows, idle = run(arguments)
+    figures = summarize(rows, idle)
     if arguments.json:
         table = [{**asdict(row), "tokens_per_s": row.tokens_per_s} for row in rows]
-        arguments.json.write_text(json.dumps({**figures, "table": table}, indent=1))
+        arguments.json.write_text(json.dumps({**figures, "idle_ttft_ms": idle, "table": table}, indent=1))
 
 
 if __name__ == "__main__":
