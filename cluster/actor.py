@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from cluster import effects, watchdog
-from cluster.announcements import HolderState, ReplicaState
+from cluster.announcements import Asked, HolderState, ReplicaState
 from cluster.ledger.events import (
     ConfigChanged,
     Grant,
@@ -94,12 +94,21 @@ class LedgerActor:
         self, request: str, holder: str, model: str, priority: int, timeout_s: float, keep_alive_s: float | None
     ) -> Grant | Reject:
         """Wait for a slot. Parks until the request is granted, refused or out of time; idempotent by `request`."""
-        parked = self._parked.get(request)
-        if parked is None:
-            parked = self._parked[request] = _Parked(holder, asyncio.get_running_loop().create_future())
-        now = time.monotonic()
-        self._post(RequestArrived(request, holder, model, priority, now + timeout_s, keep_alive_s))
-        return await asyncio.shield(parked.answer)
+        answer = await asyncio.shield(self._arrive(request, holder, model, priority, timeout_s, keep_alive_s))
+        self._parked.pop(request, None)
+        return answer
+
+    async def acquire_now(self, asked: list[Asked]) -> list[Grant | Reject | None]:
+        """Many arrivals in one message. What is decided at once is answered, None stands for a request that waits.
+
+        Its answer is kept until the caller takes it with `acquire` under the same id, or gives up with `settle`.
+        """
+        answers = [self._arrive(*each) for each in asked]
+        decided = [answer.result() if answer.done() else None for answer in answers]
+        for each, answer in zip(asked, decided, strict=True):
+            if answer is not None:
+                self._parked.pop(each.request, None)
+        return decided
 
     async def settle(self, settled: list[tuple[str, int | None]]) -> None:
         """Give leases back, each by its request and generation; with None the client has left, wherever it stood."""
@@ -212,6 +221,17 @@ class LedgerActor:
 
     # --- inside -------------------------------------------------------------------------------------------------
 
+    def _arrive(
+        self, request: str, holder: str, model: str, priority: int, timeout_s: float, keep_alive_s: float | None
+    ) -> asyncio.Future[Grant | Reject]:
+        """The answer to a request, which has arrived now or before."""
+        parked = self._parked.get(request)
+        if parked is None:
+            parked = self._parked[request] = _Parked(holder, asyncio.get_running_loop().create_future())
+            deadline = time.monotonic() + timeout_s
+            self._post(RequestArrived(request, holder, model, priority, deadline, keep_alive_s))
+        return parked.answer
+
     def _post(self, event: Any) -> list[Any]:
         now = time.monotonic()
         commands = self._ledger.decide(event, now)
@@ -235,7 +255,7 @@ class LedgerActor:
             self._publish_desired()
 
     def _answer(self, answer: Grant | Reject) -> None:
-        parked = self._parked.pop(answer.request, None)
+        parked = self._parked.get(answer.request)
         if parked is not None and not parked.answer.done():
             parked.answer.set_result(answer)
         elif isinstance(answer, Grant):

@@ -1,4 +1,4 @@
-"""What replicas and ingresses say of themselves to each life of the ledger, complete each time."""
+"""What the ledger actor is told: requests, and what replicas and ingresses say of themselves, complete each time."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ from typing import NamedTuple
 
 from cluster.ledger.events import Grant
 from cluster.ledger.specs import PoolSpec
+
+
+class Asked(NamedTuple):
+    """One request of an ingress for a slot, as it travels to the ledger. `timeout_s` counts from its arrival there."""
+
+    request: str
+    holder: str
+    model: str
+    priority: int
+    timeout_s: float
+    keep_alive_s: float | None = None
 
 
 class ReplicaState(NamedTuple):

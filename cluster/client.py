@@ -14,6 +14,7 @@ from typing import Any
 from ray.exceptions import RayActorError
 
 from cluster import effects, errors
+from cluster.announcements import Asked
 from cluster.ledger.events import Grant, LoadRefused, Reject
 from cluster.ledger.specs import PoolSpec
 
@@ -29,9 +30,11 @@ class LedgerClient:
     def __init__(self, spec: PoolSpec) -> None:
         self._spec = spec
         self._actor: Any = effects.get_or_create_ledger(spec)
+        self._asked: list[tuple[Asked, asyncio.Future[Grant | Reject | None]]] = []
+        self._unasked = asyncio.Event()
         self._settled: list[tuple[str, int | None]] = []
         self._unsent = asyncio.Event()
-        self._sender = asyncio.create_task(self._send_settled())
+        self._senders = [asyncio.create_task(self._send_asked()), asyncio.create_task(self._send_settled())]
 
     async def acquire(
         self, request: str, holder: str, model: str, priority: int, timeout_s: float, keep_alive_s: float | None = None
@@ -43,8 +46,11 @@ class LedgerClient:
         deadline = time.monotonic() + timeout_s
         while True:
             left = deadline - time.monotonic()
+            asked = Asked(request, holder, model, priority, left, keep_alive_s)
             try:
-                answer = await self._actor.acquire.remote(request, holder, model, priority, left, keep_alive_s)
+                answer = await self._ask(asked)
+                if answer is None:
+                    answer = await self._actor.acquire.remote(*asked)
             except RayActorError:
                 if left <= 0:
                     raise errors.BackendTimeout("the scheduler could not be reached", phase="queued") from None
@@ -57,7 +63,37 @@ class LedgerClient:
                 raise
             if isinstance(answer, Reject):
                 raise as_error(answer)
-            return answer  # type: ignore[no-any-return]
+            return answer
+
+    async def _ask(self, asked: Asked) -> Grant | Reject | None:
+        answer: asyncio.Future[Grant | Reject | None] = asyncio.get_running_loop().create_future()
+        self._asked.append((asked, answer))
+        self._unasked.set()
+        return await answer
+
+    async def _send_asked(self) -> None:
+        """Send the requests that arrived while the ones before them were on their way: a burst costs few round trips.
+
+        One alone goes at once. A request that is cancelled before it is sent never is; afterwards, what was settled
+        follows it, for calls to an actor keep their order.
+        """
+        while True:
+            await self._unasked.wait()
+            self._unasked.clear()
+            batch = [each for each in self._asked if not each[1].done()]
+            self._asked.clear()
+            if not batch:
+                continue
+            try:
+                answers = await self._actor.acquire_now.remote([asked for asked, _ in batch])
+            except RayActorError as error:
+                for _, waiting in batch:
+                    if not waiting.done():
+                        waiting.set_exception(error)
+                continue
+            for (_, waiting), answer in zip(batch, answers, strict=True):
+                if not waiting.done():
+                    waiting.set_result(answer)
 
     def release(self, lease: Grant) -> None:
         """Give a lease back; does not wait."""
