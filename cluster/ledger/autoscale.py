@@ -54,14 +54,15 @@ def floor_missing(model: Model, now: float) -> int:
 
 def idle_due(model: Model) -> float:
     """When the longest idle replica will have been idle for the model's timeout; infinite if none may go."""
-    if not model.buckets[0] or model.queue.count or model.counts[READY] <= model.floor:
+    # Beside one that starts nothing is closed: Serve would stop the newer one, and that would look like a failed load.
+    if not model.buckets[0] or model.queue.count or model.counts[STARTING] or model.counts[READY] <= model.floor:
         return INFINITY
     return next(iter(model.buckets[0])).idle_since + model.idle_timeout_s
 
 
 def surplus_due(model: Model) -> float:
     """When the present window of slot use ends; only models with more than one replica have one."""
-    if model.counts[READY] <= max(1, model.floor):
+    if model.counts[STARTING] or model.counts[READY] <= max(1, model.floor):
         return INFINITY
     return model.peak_since + model.idle_timeout_s
 

@@ -226,6 +226,12 @@ class Pool:
 
     # --- replicas ----------------------------------------------------------------------------------------------
 
+    def rest(self, replica: Replica, now: float) -> None:
+        """The idle time of an idle replica begins now."""
+        replica.idle_since = now
+        self.idle.move_to_end(replica)
+        replica.model.buckets[0].move_to_end(replica)
+
     def place(self, model: Model, place: Place, now: float) -> Replica:
         """Make a record in STARTING on a place; it waits for a process to announce itself."""
         self.serial += 1

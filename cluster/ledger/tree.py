@@ -248,6 +248,9 @@ def _stop_idle(pool: Pool, model: Model, now: float) -> None:
     while now >= autoscale.idle_due(model):
         replica = model.newest_ready()
         assert replica is not None, "an idle replica is READY"
+        if replica.leases or now < replica.idle_since + model.idle_timeout_s:
+            # It goes in the stead of an older one, which takes over its part: its idleness begins anew.
+            pool.rest(next(iter(model.buckets[0])), now)
         pool.quiesce(replica, now)
     if now >= autoscale.surplus_due(model):
         replica = autoscale.close_surplus(model, now)

@@ -107,7 +107,8 @@ class Outside:
         taken = {self.sent[each].grant.slot for each in seen.leases}  # type: ignore[union-attr]
         assert grant.slot not in taken, f"slot {grant.slot} of {seen} is leased twice"
         assert len(seen.leases) < MODELS[seen.model].slots, f"{seen} is full"
-        if sent.model == seen.model:
+        # Who was sent to a fallback waits in another line.
+        if sent.model == seen.model and not MODELS[sent.model].fallbacks:
             for other in self.waiting(sent.model):
                 same = other.priority == sent.priority
                 assert not (same and other.number < sent.number), f"{sent.name} overtook {other.name} of its class"
