@@ -128,12 +128,6 @@ class Pool:
         self.rejected += 1
         self.out.append(Reject(request, holder, error, message, extras))
 
-    def refuse(self, waiter: Waiter, error: str, message: str, **extras: Any) -> None:
-        """Reject one that waits."""
-        self.dequeue(waiter)
-        self.touched[waiter.model] = None
-        self.reject(waiter.request, waiter.holder, error, message, **extras)
-
     # --- leases ------------------------------------------------------------------------------------------------
 
     def lease(
@@ -278,6 +272,7 @@ class Pool:
         del model.replicas[replica]
         if not model.replicas:
             del self.resident[model]
+            self.capacity_was = min(self.capacity_was, len(self.resident))
         if replica.uid is not None:
             del self.replicas[replica.uid]
             self.orphans.pop(replica.uid, None)
