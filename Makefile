@@ -13,7 +13,9 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 serve: $(VENV)/.installed
 	@exec $(BIN)/slotpool serve --port $(PORT) $(if $(CONFIG),--config $(CONFIG)) $(if $(GPUS),--gpus $(GPUS))
 
+# The pure ledger is proven line by line and branch by branch before anything else runs.
 test: check
+	$(BIN)/pytest tests/unit/ledger --cov --cov-report=term:skip-covered -q
 	$(BIN)/pytest tests $(ARGS)
 
 check: $(VENV)/.installed-dev

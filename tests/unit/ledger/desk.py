@@ -113,6 +113,10 @@ class Desk:
         known = {each["replica"]: each["state"] for each in self.ledger.snapshot()["replicas"]}
         return known.get(replica)
 
+    def out_words(self) -> list[str]:
+        """What the last events led to."""
+        return [word(each) for each in self.out]
+
     def extras(self) -> dict[str, Any]:
         """What stands beside the last refusal."""
         last = self.out[-1]
