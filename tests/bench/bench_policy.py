@@ -345,10 +345,9 @@ def main() -> None:
         row = measure(trace)
         rows.append(row)
         for policy, figure in row["policies"].items():  # type: ignore[attr-defined]
-            print(
-                f"{trace.name:18} {policy:12} {figure['mean_wait_s']:8.2f} {figure['p95_wait_s']:8.2f} "
-                f"{figure['max_wait_s']:8.2f} {figure['swaps']:6d} {figure['makespan_s']:9.1f}   ({trace.bound_s:g}) {trace.late.get(policy, 0):5d}"
-            )
+            waits = f"{figure['mean_wait_s']:8.2f} {figure['p95_wait_s']:8.2f} {figure['max_wait_s']:8.2f}"
+            rest = f"{figure['swaps']:6d} {figure['makespan_s']:9.1f}   ({trace.bound_s:g})"
+            print(f"{trace.name:18} {policy:12} {waits} {rest} {trace.late.get(policy, 0):5d}")
     if args.json:
         Path(args.json).write_text(json.dumps({"traces": rows}, indent=1))
 
