@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 STARTING, READY, DRAINING = ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING
 
+# A `keep_alive` of 0 ends idleness at once; the use of slots is still judged over some time.
+SHORTEST_WINDOW_S = 1.0
+
 
 def missing(pool: Pool, model: Model, now: float) -> int:
     """How many replicas demand asks for beyond those that serve or start; at once one, or an order's rest."""
@@ -54,16 +57,17 @@ def floor_missing(model: Model, now: float) -> int:
 
 def idle_due(model: Model) -> float:
     """When the longest idle replica will have been idle for the model's timeout; infinite if none may go."""
-    if not model.buckets[0] or model.queue.count or model.counts[READY] <= model.floor:
+    # Beside one that starts nothing is closed: Serve would stop the newer one, and that would look like a failed load.
+    if not model.buckets[0] or model.queue.count or model.counts[STARTING] or model.counts[READY] <= model.floor:
         return INFINITY
     return next(iter(model.buckets[0])).idle_since + model.idle_timeout_s
 
 
 def surplus_due(model: Model) -> float:
     """When the present window of slot use ends; only models with more than one replica have one."""
-    if model.counts[READY] <= max(1, model.floor):
+    if model.counts[STARTING] or model.counts[READY] <= max(1, model.floor):
         return INFINITY
-    return model.peak_since + model.idle_timeout_s
+    return model.peak_since + max(SHORTEST_WINDOW_S, model.idle_timeout_s)
 
 
 def close_surplus(model: Model, now: float) -> Replica | None:

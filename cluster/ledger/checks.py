@@ -31,7 +31,6 @@ def check(pool: Pool) -> None:
     if pool.spec.capacity:
         resident = {replica.model.name for replica in replicas}
         forced = any(replica.adopted for replica in replicas)
-        # A capacity that was lowered is reached again by drains, never by cutting.
         assert len(resident) <= max(pool.spec.capacity, pool.capacity_was) or forced, (
             f"{len(resident)} resident models, capacity {pool.spec.capacity}"
         )

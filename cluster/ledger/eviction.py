@@ -95,7 +95,7 @@ def find(
     best: Plan | None = None
     crowd: list[Replica] = []
     if pool.spec.capacity and not model.replicas:
-        found = _make_capacity(pool, model, rights, now, bound)
+        found = _make_capacity(pool, model, now, bound)
         if found is None:
             return None
         crowd = found
@@ -115,7 +115,7 @@ def _nodes(pool: Pool) -> list[Node]:
     return (nodes + nodes)[start : start + MAX_NODES]
 
 
-def _make_capacity(pool: Pool, model: Model, rights: Tier, now: float, bound: bool) -> list[Replica] | None:
+def _make_capacity(pool: Pool, model: Model, now: float, bound: bool) -> list[Replica] | None:
     """All replicas of the models that must leave so that one more may come; None if that cannot be."""
     promised = sum(1 for each in pool.claims if not each.replicas)
     leaving = sum(1 for each in pool.resident if _is_leaving(each))
@@ -134,8 +134,7 @@ def _make_capacity(pool: Pool, model: Model, rights: Tier, now: float, bound: bo
         worst = max(one[0] for one in standings if one is not None)
         if worst is Tier.SURPLUS:
             worst = Tier.BUSY
-        if worst <= rights:
-            ranked.append((worst, sum(one[1] for one in standings if one is not None), index, each))
+        ranked.append((worst, sum(one[1] for one in standings if one is not None), index, each))
     if len(ranked) < surplus:
         return None
     for _, _, _, each in sorted(ranked, key=lambda one: one[:3])[:surplus]:

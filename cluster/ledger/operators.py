@@ -33,6 +33,8 @@ def nodes_changed(pool: Pool, event: NodesChanged, now: float) -> None:
 def config_changed(pool: Pool, event: ConfigChanged, now: float) -> None:
     """Take a new configuration; only what changed drains, and nothing that runs is cut."""
     pool.spec = event.spec
+    # A capacity that was lowered is reached again as models come and go, never by cutting.
+    pool.capacity_was = len(pool.resident)
     for name, model in list(pool.models.items()):
         spec = event.spec.models.get(name)
         if spec is None:

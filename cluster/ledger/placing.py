@@ -39,6 +39,8 @@ def place(pool: Pool, touched: list[Model], now: float) -> None:
         floors = list(pool.understaffed)[:MAX_TRIES]
     else:
         hungry.sort(key=lambda model: model.hungry_key or 0.0)
+    # A second replica is no need: it takes what those who have none leave.
+    hungry.sort(key=lambda model: model.serving > 0)
     for model in hungry:
         while needed := autoscale.missing(pool, model, now):
             places = _free_places(pool, model, needed)

@@ -214,7 +214,8 @@ def standing(pool: Pool, replica: Replica, waiting: Model, now: float, bound: bo
     model = replica.model
     if replica.claim is None and (replica.state.is_leaving or replica.state is DRAINING):
         return Tier.LEAVING, 0.0
-    if replica.state is not READY or model is waiting or model.is_pinned:
+    # While a newer one of its model starts, Serve would stop that one in its stead.
+    if replica.state is not READY or model is waiting or model.is_pinned or model.counts[STARTING]:
         return None
     spare = model.counts[READY] > model.floor
     if not replica.leases and not model.queue.count and spare:

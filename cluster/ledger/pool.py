@@ -130,12 +130,6 @@ class Pool:
         self.rejected += 1
         self.out.append(Reject(request, holder, error, message, extras))
 
-    def refuse(self, waiter: Waiter, error: str, message: str, **extras: Any) -> None:
-        """Reject one that waits."""
-        self.dequeue(waiter)
-        self.touched[waiter.model] = None
-        self.reject(waiter.request, waiter.holder, error, message, **extras)
-
     # --- leases ------------------------------------------------------------------------------------------------
 
     def lease(
@@ -228,6 +222,12 @@ class Pool:
 
     # --- replicas ----------------------------------------------------------------------------------------------
 
+    def rest(self, replica: Replica, now: float) -> None:
+        """The idle time of an idle replica begins now."""
+        replica.idle_since = now
+        self.idle.move_to_end(replica)
+        replica.model.buckets[0].move_to_end(replica)
+
     def place(self, model: Model, place: Place, now: float) -> Replica:
         """Make a record in STARTING on a place; it waits for a process to announce itself."""
         self.serial += 1
@@ -274,6 +274,7 @@ class Pool:
         del model.replicas[replica]
         if not model.replicas:
             del self.resident[model]
+            self.capacity_was = min(self.capacity_was, len(self.resident))
         if replica.uid is not None:
             del self.replicas[replica.uid]
             self.orphans.pop(replica.uid, None)

@@ -8,6 +8,7 @@ touched any more; each round moves replicas along the table of `states.py`, so i
 from __future__ import annotations
 
 import heapq
+import logging
 from typing import TYPE_CHECKING
 
 from cluster.ledger import autoscale, placing, policy
@@ -22,6 +23,11 @@ from cluster.ledger.states import Cause, ReplicaState
 if TYPE_CHECKING:
     from cluster.ledger.pool import Pool
 
+log = logging.getLogger(__name__)
+
+# Each round moves replicas forward, so a few are enough; a mistake must not hang the pool's one scheduler.
+MAX_ROUNDS = 1000
+
 STARTING, READY, DRAINING = ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING
 
 
@@ -29,7 +35,9 @@ def settle(pool: Pool, now: float) -> None:
     """Do all that can be done now. Mutates the pool; the commands are in `pool.out`."""
     if pool.is_recovering:
         return
-    while pool.touched or pool.went_idle:
+    for _ in range(MAX_ROUNDS):
+        if not pool.touched and not pool.went_idle:
+            break
         touched = list(pool.touched)
         pool.touched.clear()
         for model in touched:
@@ -42,6 +50,8 @@ def settle(pool: Pool, now: float) -> None:
         for model in touched:
             _stop_idle(pool, model, now)
             pool.arm(model, due(pool, model))
+    else:
+        log.error("no decision after %d rounds, %d models left for the next event", MAX_ROUNDS, len(pool.touched))
     pool.flush_desired()
 
 
@@ -240,6 +250,9 @@ def _stop_idle(pool: Pool, model: Model, now: float) -> None:
     while now >= autoscale.idle_due(model):
         replica = model.newest_ready()
         assert replica is not None, "an idle replica is READY"
+        if replica.leases or now < replica.idle_since + model.idle_timeout_s:
+            # It goes in the stead of an older one, which takes over its part: its idleness begins anew.
+            pool.rest(next(iter(model.buckets[0])), now)
         pool.quiesce(replica, now)
     if now >= autoscale.surplus_due(model):
         replica = autoscale.close_surplus(model, now)

@@ -1,0 +1,333 @@
+"""The ledger beside a small model of the world, driven by Hypothesis.
+
+Chance alone seldom closes a door while somebody is inside and somebody else comes, and just there are the bugs. So a
+rule of its own (`lead`) walks a model's replica along the ledger's own transition table to a state that was drawn, and
+the other rules do what they like from there. Illegal events have rules of their own, which demand that nothing happens.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from typing import Any
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from cluster.ledger.events import (
+    ConfigChanged,
+    Event,
+    HolderDied,
+    LeaseReannounced,
+    LeaseReleased,
+    NodesChanged,
+    Reject,
+    ReplicaFailed,
+    ReplicaReady,
+    ReplicaStarted,
+    RequestArrived,
+    RequestCancelled,
+    Ticked,
+    UnloadRequested,
+)
+from cluster.ledger.states import TRANSITIONS, Cause, ReplicaState
+from tests.stateful.outside import GPUS, MODELS, SPEC, STARTING, Outside, Seen
+
+# What a process can do by itself, and the event by which the ledger hears of it.
+BY_ITSELF = (Cause.LOADED, Cause.FAILED, Cause.GONE)
+PAUSES = (0.0, 0.0, 0.1, 1.0, 4.0, 15.0)
+SHORT = PAUSES[:4]
+
+
+def path(begin: ReplicaState, end: ReplicaState) -> list[Cause]:
+    """The shortest way through the transition table."""
+    ways: deque[tuple[ReplicaState, list[Cause]]] = deque([(begin, [])])
+    while True:
+        state, way = ways.popleft()
+        if state is end:
+            return way
+        ways.extend((after, [*way, cause]) for (before, cause), after in TRANSITIONS.items() if before is state)
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Legal events in any order, illegal ones in between, and everything that must be true after each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        logging.disable(logging.CRITICAL)
+        self.out = Outside()
+
+    def teardown(self) -> None:
+        logging.disable(logging.NOTSET)
+
+    # --- requests -----------------------------------------------------------------------------------------------
+
+    @rule(
+        model=st.sampled_from([*MODELS, "nobody"]),
+        priority=st.integers(1, 3),
+        holder=st.sampled_from(["h1", "h2", "h3"]),
+        timeout=st.sampled_from([3.0, 30.0, 300.0]),
+        keep_alive=st.sampled_from([None, None, None, 0.0, 2.0]),
+        count=st.sampled_from([1, 1, 1, 4]),
+        pause=st.sampled_from(PAUSES),
+    )
+    def arrive(
+        self, model: str, priority: int, holder: str, timeout: float, keep_alive: float | None, count: int, pause: float
+    ) -> None:
+        self.out.pass_time(pause)
+        for _ in range(count):
+            commands = self.out.send(model, priority, holder, timeout, keep_alive)
+            if model == "nobody" or holder in self.out.dead:
+                assert [type(each) for each in commands] == [Reject], f"not refused at once: {commands}"
+
+    @rule(
+        model=st.sampled_from(["A", "B", "C"]),
+        classes=st.lists(st.integers(1, 3), min_size=3, max_size=4),
+        step=st.sampled_from([0.0, 0.5, 2.0]),
+    )
+    def line_up(self, model: str, classes: list[int], step: float) -> None:
+        """A line forms, and one place after the other is given back."""
+        for priority in classes:
+            self.out.pass_time(step)
+            self.out.send(model, priority)
+        for sent in [each for each in self.out.leased() if each.model == model]:
+            self.out.pass_time(step)
+            if not sent.answered:
+                self.out.release(sent)
+
+    @precondition(lambda self: self.out.waiting() or self.out.leased())
+    @rule(data=st.data())
+    def arrive_again(self, data: st.DataObject) -> None:
+        sent = data.draw(st.sampled_from(self.out.waiting() + self.out.leased()))
+        commands = self.out.tell(RequestArrived(sent.name, sent.holder, sent.model, sent.priority, sent.deadline))
+        if sent.grant is not None:
+            assert sent.grant in commands, "a lease was not told again"
+
+    @precondition(lambda self: self.out.leased())
+    @rule(data=st.data(), pause=st.sampled_from(PAUSES))
+    def release(self, data: st.DataObject, pause: float) -> None:
+        self.out.pass_time(pause)
+        self.out.release(data.draw(st.sampled_from(self.out.leased())))
+
+    @precondition(lambda self: self.out.waiting() or self.out.leased())
+    @rule(data=st.data(), pause=st.sampled_from(PAUSES))
+    def cancel(self, data: st.DataObject, pause: float) -> None:
+        # Its deadline may come at this very moment: then it is refused, and there is nothing to cancel.
+        sent = data.draw(st.sampled_from(self.out.waiting() + self.out.leased()))
+        self.out.pass_time(pause)
+        if not sent.answered:
+            self.out.cancel(sent)
+
+    @rule(holder=st.sampled_from(["h2", "h3"]))
+    def holder_dies(self, holder: str) -> None:
+        self.out.tell(Ticked())
+        self.out.dead.add(holder)
+        for sent in self.out.waiting() + self.out.leased():
+            if sent.holder == holder:
+                self.out.end(sent)
+        self.out.tell(HolderDied(holder))
+
+    # --- processes ----------------------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.out.missing())
+    @rule(data=st.data(), pause=st.sampled_from(PAUSES))
+    def serve_starts(self, data: st.DataObject, pause: float) -> None:
+        self.out.pass_time(pause)
+        if missing := self.out.missing():
+            self.out.announce(data.draw(st.sampled_from(missing)))
+
+    @precondition(lambda self: any(each.state is STARTING for each in self.out.seen.values()))
+    @rule(data=st.data(), pause=st.sampled_from(SHORT))
+    def loads(self, data: st.DataObject, pause: float) -> None:
+        """The usual course of things, drawn more often than by chance."""
+        self.out.pass_time(pause)
+        if loading := [each for each in self.out.seen.values() if each.state is STARTING]:
+            self.out.act(data.draw(st.sampled_from(loading)), Cause.LOADED)
+
+    @rule(pause=st.sampled_from(SHORT))
+    def serve_does_its_work(self, pause: float) -> None:
+        self.out.pass_time(pause)
+        self.out.serve_does_its_work()
+
+    @precondition(lambda self: self.out.seen)
+    @rule(data=st.data(), pause=st.sampled_from(PAUSES))
+    def acts(self, data: st.DataObject, pause: float) -> None:
+        """A process does anything that the transition table allows."""
+        self.out.pass_time(pause)
+        seen = data.draw(st.sampled_from(list(self.out.seen.values())))
+        legal = [cause for cause in BY_ITSELF if (self.out.inside(seen), cause) in TRANSITIONS]
+        self.out.act(seen, data.draw(st.sampled_from(legal)))
+
+    @precondition(lambda self: self.out.too_many())
+    @rule(data=st.data(), pause=st.sampled_from(PAUSES))
+    def serve_stops(self, data: st.DataObject, pause: float) -> None:
+        self.out.pass_time(pause)
+        if models := self.out.too_many():
+            self.out.stop_one(data.draw(st.sampled_from(models)))
+
+    @rule(model=st.sampled_from(["A", "B", "D"]))
+    def unasked_start(self, model: str) -> None:
+        self.out.unasked = True
+        self.out.announce(model)
+
+    # --- along the transition table -----------------------------------------------------------------------------
+
+    @rule(model=st.sampled_from(["A", "A", "B", "C"]), end=st.sampled_from([each for each in ReplicaState if each]))
+    def lead(self, model: str, end: ReplicaState) -> None:
+        """Bring a replica of a model into a state, as far as the pool lets us."""
+        alive = self.out.alive(model)
+        for cause in path(self.out.inside(alive[0]) if alive else ReplicaState.COLD, end):
+            self._bring_about(model, cause)
+
+    def _bring_about(self, model: str, cause: Cause) -> None:
+        """What the outside does so that the ledger makes this transition; it may have reasons not to."""
+        out = self.out
+        alive = out.alive(model)
+        if cause is Cause.PLACED:
+            out.send(model, 2)
+        elif cause is Cause.QUIESCED:
+            # Somebody is inside, somebody else waits for the room, and the bound is reached.
+            if not any(each.leases for each in alive):
+                out.send(model, 2)
+            out.send("A" if model == "C" else "C", 1)
+            out.pass_time(SPEC.bound_s[0])
+        elif cause is Cause.REOPENED:
+            for sent in [each for each in out.waiting() if each.model != model]:
+                out.cancel(sent)
+        elif cause is Cause.EMPTIED:
+            for sent in [each for each in out.leased() if each.grant and each.grant.replica.startswith(model)]:
+                if not sent.answered:
+                    out.release(sent)
+        elif cause is Cause.WITHDRAWN:
+            out.unload(model)
+        else:
+            self._by_itself(model, cause)
+
+    def _by_itself(self, model: str, cause: Cause) -> None:
+        if not self.out.alive(model) and model in self.out.missing():
+            self.out.announce(model)
+        able: list[Seen] = [each for each in self.out.alive(model) if (self.out.inside(each), cause) in TRANSITIONS]
+        if able:
+            self.out.act(able[0], cause)
+
+    # --- operators and time -------------------------------------------------------------------------------------
+
+    @rule(pause=st.sampled_from([0.1, 1.0, 5.0, 40.0]))
+    def tick(self, pause: float) -> None:
+        self.out.pass_time(pause)
+
+    @rule()
+    def tick_when_due(self) -> None:
+        due = self.out.ledger.next_deadline()
+        # Not as far as a drain's own timeout, an hour ahead: it ends leases without a word to the outside.
+        if due is not None and due < self.out.now + 1000.0:
+            self.out.pass_time(max(0.0, due - self.out.now))
+            later = self.out.ledger.next_deadline()
+            assert later is None or later > self.out.now, f"a tick at {self.out.now} leaves {later}"
+
+    @rule(model=st.sampled_from(sorted(MODELS)), replicas=st.integers(0, 2))
+    def load(self, model: str, replicas: int) -> None:
+        self.out.load(model, replicas)
+
+    @rule(model=st.sampled_from(sorted(MODELS)))
+    def unload(self, model: str) -> None:
+        self.out.unload(model)
+
+    @rule()
+    def all_goes_well_for_a_while(self) -> None:
+        """Liveness: when everybody does his part, everybody who waits is served within the bounds and a few loads."""
+        # The pinned one would keep half a device from C, which takes them all.
+        self.out.unload("P")
+        for _ in range(120):
+            if not self.out.waiting():
+                break
+            self.out.serve_does_its_work()
+            for sent in self.out.leased():
+                if not sent.answered:
+                    self.out.release(sent)
+            self.out.pass_time(0.5)
+        assert not self.out.waiting(), f"they wait for ever: {self.out.waiting()}"
+
+    # --- what must change nothing -------------------------------------------------------------------------------
+
+    @rule(
+        event=st.sampled_from(
+            [
+                RequestCancelled("unknown"),
+                LeaseReleased("unknown", 1),
+                ReplicaReady("dead"),
+                ReplicaFailed("unknown", "why"),
+                ReplicaStarted("nobody", "x#1", "n"),
+                UnloadRequested("nobody"),
+                HolderDied("nobody"),
+                RequestArrived("", "h1", "A", 7, 5.0),
+                RequestArrived("bad", "h1", "A", 1, float("nan")),
+                RequestArrived(["x"], "h1", "A", 1, 9.0),  # type: ignore[arg-type]
+                LeaseReannounced("bad", "h1", "A", "x#1", 1, 9),
+                ConfigChanged(None),  # type: ignore[arg-type]
+                NodesChanged({"n": 3}),  # type: ignore[dict-item]
+                LeaseReleased("unknown", "1"),  # type: ignore[arg-type]
+                object(),
+                None,
+            ]
+        )
+    )
+    def illegal(self, event: Any) -> None:
+        self._unchanged(event)
+
+    @precondition(lambda self: self.out.leased())
+    @rule(data=st.data(), shift=st.sampled_from([-1, 1, 1000]))
+    def stale_release(self, data: st.DataObject, shift: int) -> None:
+        sent = data.draw(st.sampled_from(self.out.leased()))
+        assert sent.grant is not None
+        self._unchanged(LeaseReleased(sent.name, sent.grant.generation + shift))
+
+    @precondition(lambda self: any(each.answered and each.grant for each in self.out.sent.values()))
+    @rule(data=st.data())
+    def release_twice(self, data: st.DataObject) -> None:
+        sent = data.draw(st.sampled_from([each for each in self.out.sent.values() if each.answered and each.grant]))
+        assert sent.grant is not None
+        self._unchanged(LeaseReleased(sent.name, sent.grant.generation))
+
+    def _unchanged(self, event: Event) -> None:
+        self.out.tell(Ticked())
+        before = self.out.ledger.snapshot()
+        assert self.out.tell(event) == [], f"{event!r} had an effect"
+        assert self.out.ledger.snapshot() == before, f"{event!r} changed something"
+
+    # --- after every step ---------------------------------------------------------------------------------------
+
+    @invariant()
+    def the_inside_is_sound(self) -> None:
+        self.out.ledger.check()
+
+    @invariant()
+    def both_sides_agree(self) -> None:
+        out = self.out
+        state, leased, waiting = out.ledger.snapshot(), len(out.leased()), len(out.waiting())
+        assert state["leases"] == leased, f"{state['leases']} leases inside, {leased} outside"
+        assert state["queued"] == waiting, f"{state['queued']} wait inside, {waiting} outside"
+        assert state["submitted"] == state["queued"] + state["leases"] + state["finished"] + state["rejected"]
+        assert {each["replica"] for each in state["replicas"]} - {None} == set(out.seen), "not the same processes"
+        assert out.ledger.desired == out.desired, f"{out.ledger.desired} inside, {out.desired} outside"
+
+    @invariant()
+    def every_wait_has_an_end(self) -> None:
+        if waiting := self.out.waiting():
+            first, due = min(each.deadline for each in waiting), self.out.ledger.next_deadline()
+            assert due is not None, f"a request gives up at {first}, and the ledger never wakes"
+            assert due <= first, f"a request gives up at {first}, the ledger wakes at {due}"
+            late = [each for each in waiting if each.deadline <= self.out.now]
+            assert not late, f"they wait beyond their deadline: {late}"
+
+    @invariant()
+    def devices_are_not_overcommitted(self) -> None:
+        out = self.out
+        if out.unasked:
+            return
+        used = 0.0
+        for model, spec in MODELS.items():
+            # Every process that lives takes its place, and every one that Serve has yet to start.
+            wanted = [each for each in out.alive(model) if out.inside(each).is_desired]
+            used += spec.num_gpus * (len(out.alive(model)) + max(0, out.desired[model] - len(wanted)))
+        assert used <= GPUS + 1e-9, f"{used} devices of {GPUS} are taken"

@@ -1,0 +1,271 @@
+"""What an outsider knows of a pool, and what it may demand of the ledger.
+
+Which requests were sent and answered, which processes exist, whose door was closed, what was asked of Serve: no more.
+Every command of the ledger is judged against that, and it can be driven: the usual acts of clients, processes and
+Serve are here; `machine.py` draws which of them happen, and when.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cluster.ledger.events import (
+    Command,
+    Event,
+    Grant,
+    LeaseReleased,
+    LoadRefused,
+    LoadRequested,
+    Quiesce,
+    Reject,
+    Reopen,
+    ReplicaFailed,
+    ReplicaGone,
+    ReplicaReady,
+    ReplicaStarted,
+    RequestArrived,
+    RequestCancelled,
+    SetDesired,
+    Ticked,
+    UnloadRequested,
+)
+from cluster.ledger.ledger import Ledger
+from cluster.ledger.specs import ModelSpec, NodeSpec, PoolSpec
+from cluster.ledger.states import Cause, ReplicaState
+
+GPUS = 2
+MODELS = {
+    "A": ModelSpec("A", slots=2, num_gpus=1.0, idle_timeout_s=5.0, load_timeout_s=20.0),
+    "B": ModelSpec("B", slots=1, num_gpus=1.0, max_replicas=2, idle_timeout_s=30.0, load_timeout_s=20.0),
+    "C": ModelSpec("C", slots=2, num_gpus=2.0, idle_timeout_s=0.0, load_timeout_s=20.0, fallbacks=("A",)),
+    "D": ModelSpec("D", slots=1, num_gpus=0.5, idle_timeout_s=0.0, max_queued=3, load_timeout_s=20.0),
+    "P": ModelSpec("P", slots=1, num_gpus=0.5, pinned=True, manual=True, load_timeout_s=20.0),
+}
+SPEC = PoolSpec(
+    models=MODELS, nodes={"n": NodeSpec("n", gpus=GPUS, cpus=4.0)}, queue_max_size=12, bound_s=(5.0, 8.0, 12.0)
+)
+STARTING, READY, DRAINING = ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING
+STOPPING, FAILED = ReplicaState.STOPPING, ReplicaState.FAILED
+
+
+@dataclass
+class Sent:
+    """A request as its client sees it."""
+
+    name: str
+    holder: str
+    model: str
+    priority: int
+    deadline: float
+    number: int
+    grant: Grant | None = None
+    answered: bool = False
+
+
+@dataclass
+class Seen:
+    """A process as an outsider sees it."""
+
+    uid: str
+    model: str
+    number: int
+    state: ReplicaState = STARTING
+    leases: set[str] = field(default_factory=set)
+
+
+class Outside:
+    """The world around one ledger."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.numbers = 0
+        self.sent: dict[str, Sent] = {}
+        self.seen: dict[str, Seen] = {}
+        self.desired: dict[str, int] = dict.fromkeys(MODELS, 0)
+        self.dead: set[str] = set()
+        self.unasked = False
+        self.unloaded: set[str] = set()
+        self.ledger = Ledger(SPEC, epoch="e1", now=0.0)
+
+    # --- what the ledger says is judged here --------------------------------------------------------------------
+
+    def tell(self, event: Event) -> list[Command]:
+        commands = self.ledger.decide(event, self.now)
+        for command in commands:
+            getattr(self, "_" + type(command).__name__.lower())(command)
+        return commands
+
+    def _grant(self, grant: Grant) -> None:
+        sent, seen = self.sent[grant.request], self.seen.get(grant.replica)
+        if sent.grant is not None:
+            assert grant == sent.grant, f"{grant} contradicts {sent.grant}"
+            return
+        assert seen is not None, f"{grant} goes to no process"
+        assert seen.state is READY, f"{grant} goes to {seen}"
+        assert not sent.answered, f"{grant} was answered before"
+        assert sent.holder not in self.dead, f"{grant} goes to a dead holder"
+        taken = {self.sent[each].grant.slot for each in seen.leases}  # type: ignore[union-attr]
+        assert grant.slot not in taken, f"slot {grant.slot} of {seen} is leased twice"
+        assert len(seen.leases) < MODELS[seen.model].slots, f"{seen} is full"
+        # Who was sent to a fallback waits in another line.
+        if sent.model == seen.model and not MODELS[sent.model].fallbacks:
+            for other in self.waiting(sent.model):
+                same = other.priority == sent.priority
+                assert not (same and other.number < sent.number), f"{sent.name} overtook {other.name} of its class"
+        sent.grant = grant
+        seen.leases.add(sent.name)
+
+    def _reject(self, reject: Reject) -> None:
+        sent = self.sent[reject.request]
+        assert sent.grant is None, f"{reject} of one that was granted"
+        assert not sent.answered, f"{reject} was answered before"
+        if reject.error == "BackendTimeout" and reject.extras["phase"] == "queued":
+            assert sent.deadline <= self.now, f"{reject} came too early"
+        sent.answered = True
+
+    def _setdesired(self, command: SetDesired) -> None:
+        model = command.model
+        assert 0 <= command.replicas <= MODELS[model].max_replicas or self.unasked, f"{command} is out of bounds"
+        alive, before = self.alive(model), self.desired[model]
+        if command.replicas > before:
+            leaving = [each for each in alive if each.state in (DRAINING, STOPPING, FAILED)]
+            assert not leaving, f"{command} rises beside {leaving}"
+        self.desired[model] = command.replicas
+        busy = [each for each in alive if each.leases]
+        assert command.replicas >= len(busy), f"{command} stops one of {busy}"
+        # From here on Serve may be killing what has run dry, the newest first: nobody may open it again.
+        empty = [each for each in reversed(alive) if each.state is DRAINING and not each.leases]
+        if not any(each.state is STARTING for each in alive):
+            for each in empty[: max(0, before - command.replicas)]:
+                each.state = STOPPING
+
+    def _quiesce(self, command: Quiesce) -> None:
+        seen = self.seen[command.replica]
+        assert seen.state is READY, f"{command} of {seen}"
+        assert seen.model != "P" or "P" in self.unloaded, f"{command}: a pinned model was chosen"
+        seen.state = DRAINING
+
+    def _reopen(self, command: Reopen) -> None:
+        seen = self.seen[command.replica]
+        assert seen.state is DRAINING, f"{command} of {seen}"
+        seen.state = READY
+
+    def _loadrefused(self, command: LoadRefused) -> None:
+        assert command.model in MODELS
+
+    # --- what there is ------------------------------------------------------------------------------------------
+
+    def waiting(self, model: str | None = None) -> list[Sent]:
+        return [
+            each
+            for each in self.sent.values()
+            if each.grant is None and not each.answered and model in (None, each.model)
+        ]
+
+    def leased(self) -> list[Sent]:
+        return [each for each in self.sent.values() if each.grant is not None and not each.answered]
+
+    def alive(self, model: str) -> list[Seen]:
+        """A model's processes, oldest first."""
+        return [each for each in self.seen.values() if each.model == model]
+
+    def missing(self) -> list[str]:
+        """Models of which Serve would start a process now."""
+        return [
+            model
+            for model, count in self.desired.items()
+            if count > sum(1 for each in self.alive(model) if each.state is not STOPPING)
+        ]
+
+    def too_many(self) -> list[str]:
+        """Models of which Serve would stop a process now."""
+        return [model for model in MODELS if len(self.alive(model)) > self.desired[model]]
+
+    def inside(self, seen: Seen) -> ReplicaState:
+        """The ledger's own view of a process, for what is legal."""
+        for each in self.ledger.snapshot()["replicas"]:
+            if each["replica"] == seen.uid:
+                return ReplicaState[each["state"]]
+        raise AssertionError(f"{seen} is not on the books")
+
+    # --- what everybody does ------------------------------------------------------------------------------------
+
+    def pass_time(self, pause: float) -> None:
+        self.now += pause
+        self.tell(Ticked())
+
+    def send(
+        self, model: str, priority: int, holder: str = "h1", timeout: float = 300.0, keep_alive: float | None = None
+    ) -> list[Command]:
+        self.numbers += 1
+        name = f"r{self.numbers}"
+        self.sent[name] = Sent(name, holder, model, priority, self.now + timeout, self.numbers)
+        self.unloaded.discard(model)
+        return self.tell(RequestArrived(name, holder, model, priority, self.now + timeout, keep_alive))
+
+    def end(self, sent: Sent) -> None:
+        """A request is over, as its client sees it."""
+        sent.answered = True
+        if sent.grant is not None and sent.grant.replica in self.seen:
+            self.seen[sent.grant.replica].leases.discard(sent.name)
+
+    def release(self, sent: Sent) -> None:
+        assert sent.grant is not None
+        self.end(sent)
+        self.tell(LeaseReleased(sent.name, sent.grant.generation))
+
+    def cancel(self, sent: Sent) -> None:
+        self.end(sent)
+        self.tell(RequestCancelled(sent.name))
+
+    def load(self, model: str, replicas: int) -> None:
+        self.unloaded.discard(model)
+        self.tell(LoadRequested(model, replicas))
+
+    def unload(self, model: str) -> None:
+        self.unloaded.add(model)
+        self.tell(UnloadRequested(model))
+        # Fallbacks may have taken some of them elsewhere.
+        if not MODELS[model].fallbacks:
+            assert not self.waiting(model), "somebody waits for a model that is being unloaded"
+
+    def announce(self, model: str) -> None:
+        self.numbers += 1
+        seen = Seen(f"{model}#{self.numbers}", model, self.numbers)
+        self.seen[seen.uid] = seen
+        self.tell(ReplicaStarted(model, seen.uid, "n"))
+        self.tell(ReplicaStarted(model, seen.uid, "n"))
+
+    def act(self, seen: Seen, cause: Cause) -> None:
+        """A process loads, fails or dies."""
+        if cause is Cause.LOADED:
+            if self.inside(seen) is STARTING:
+                seen.state = READY
+            self.tell(ReplicaReady(seen.uid))
+            return
+        for name in list(seen.leases):
+            self.end(self.sent[name])
+        if cause is Cause.FAILED:
+            seen.state = FAILED
+            self.tell(ReplicaFailed(seen.uid, "it says no"))
+        else:
+            del self.seen[seen.uid]
+            self.tell(ReplicaGone(seen.uid))
+
+    def stop_one(self, model: str) -> None:
+        """Serve stops a process: what does not serve first, then the newest."""
+        newest = max(self.alive(model), key=lambda each: (each.state is not READY, not each.leases, each.number))
+        assert not newest.leases, f"Serve must stop {newest}"
+        self.act(newest, Cause.GONE)
+
+    def serve_does_its_work(self) -> None:
+        """The usual course of things: what must start starts and loads, what must stop stops."""
+        for _ in range(4):
+            for model in self.too_many():
+                if len(self.alive(model)) > self.desired[model]:
+                    self.stop_one(model)
+            for model in self.missing():
+                self.announce(model)
+            for seen in [each for each in self.seen.values() if each.state is STARTING]:
+                if seen.uid in self.seen:
+                    self.act(seen, Cause.LOADED)

@@ -1,0 +1,208 @@
+"""Proof that the state machine would notice if the ledger were wrong.
+
+Each of these is a mistake that a real scheduler has made, as a patch of one function, and must be caught within 400
+examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import Phase
+
+from cluster.ledger import ledger as front
+from cluster.ledger import placing, pool, queue, records, replicas, requests, states
+from cluster.ledger.events import HolderDied, LeaseReleased, ReplicaReady, RequestArrived
+from cluster.ledger.placement import Node, Place, Shape
+from cluster.ledger.states import Cause, ReplicaState
+from tests.stateful.budget import run_machine
+
+
+def stale_releases_count(patch: pytest.MonkeyPatch) -> None:
+    """A slot can be given back twice, or by somebody with an old lease."""
+    right = requests.lease_released
+
+    def wrong(books: pool.Pool, event: LeaseReleased, now: float) -> None:
+        lease = books.leases.get(event.request)
+        right(books, event if lease is None else event._replace(generation=lease.generation), now)
+
+    patch.setitem(front._HANDLERS, LeaseReleased, wrong)
+
+
+def memory_is_credited_early(patch: pytest.MonkeyPatch) -> None:
+    """The next model is loaded while the previous one's memory is not yet free."""
+    right = pool.Pool.move
+
+    def wrong(books: pool.Pool, replica: records.Replica, cause: Cause, now: float) -> None:
+        right(books, replica, cause, now)
+        if cause in (Cause.EMPTIED, Cause.FAILED):
+            right(books, replica, Cause.GONE, now)
+
+    patch.setattr(pool.Pool, "move", wrong)
+
+
+def draining_replicas_get_requests(patch: pytest.MonkeyPatch) -> None:
+    """A victim is chosen, but newcomers still get in: it never runs dry."""
+    right = requests.request_arrived
+
+    def wrong(books: pool.Pool, event: RequestArrived, now: float) -> None:
+        right(books, event, now)
+        waiter = books.waiters.get(event.request)
+        if waiter is None:
+            return
+        for replica in waiter.model.in_state(ReplicaState.DRAINING):
+            if replica.free:
+                books.dequeue(waiter)
+                waiter.model.leased += 1
+                waiter.model.by_priority[waiter.priority - 1] += 1
+                books.generation += 1
+                lease = records.Lease(
+                    event.request,
+                    event.holder,
+                    replica,
+                    replica.free.pop(),
+                    books.generation,
+                    event.priority,
+                    now,
+                    (0, 0),
+                )
+                replica.leases[event.request] = books.leases[event.request] = lease
+                books.announce(lease)
+                return
+
+    patch.setitem(front._HANDLERS, RequestArrived, wrong)
+
+
+def eviction_does_not_wait(patch: pytest.MonkeyPatch) -> None:
+    """The victim is stopped at once, and its streams with it."""
+    right = pool.Pool.quiesce
+
+    def wrong(books: pool.Pool, replica: records.Replica, now: float) -> None:
+        right(books, replica, now)
+        books.revoke(replica, now)
+
+    patch.setattr(pool.Pool, "quiesce", wrong)
+
+
+def last_come_first_served(patch: pytest.MonkeyPatch) -> None:
+    """The queue is a stack."""
+
+    def wrong(self: queue.WaitQueue) -> queue.Waiter | None:
+        line = list(self)
+        return line[-1] if line else None
+
+    patch.setattr(queue.WaitQueue, "head", wrong)
+
+
+def holders_leases_leak(patch: pytest.MonkeyPatch) -> None:
+    """A dead ingress keeps its slots, and pins the memory under them for ever."""
+
+    def wrong(books: pool.Pool, event: HolderDied, now: float) -> None:
+        books.dead_holders.add(event.holder, now)
+        for waiter in [each for each in books.waiters.values() if each.holder == event.holder]:
+            books.dequeue(waiter)
+            books.finished += 1
+            books.touched[waiter.model] = None
+
+    patch.setitem(front._HANDLERS, HolderDied, wrong)
+
+
+def deadlines_are_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """Who waits, waits for ever."""
+    patch.setattr(queue.Deadlines, "first", lambda self: None)
+
+
+def pinned_models_are_victims(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(records.Model, "is_pinned", property(lambda self: False))
+
+
+def devices_are_overcommitted(patch: pytest.MonkeyPatch) -> None:
+    """A model is placed where there is no room for it."""
+
+    def wrong(self: Node, shape: Shape, hosts: Any) -> Place | None:
+        return Place(self.name, tuple(range(min(shape.devices, len(self.gpu)))), shape)
+
+    patch.setattr(Node, "fit", wrong)
+
+
+def loaded_for_nobody(patch: pytest.MonkeyPatch) -> None:
+    """A model that has just been loaded leaves again before its waiter holds a slot."""
+    right = replicas.replica_ready
+
+    def wrong(books: pool.Pool, event: ReplicaReady, now: float) -> None:
+        right(books, event, now)
+        replica = books.replicas.get(event.replica)
+        if replica is not None and replica.state is ReplicaState.READY and books.hungry_count:
+            books.quiesce(replica, now)
+
+    patch.setitem(front._HANDLERS, ReplicaReady, wrong)
+
+
+def waiters_are_lost_on_a_failed_load(patch: pytest.MonkeyPatch) -> None:
+    """After a failed load its waiters are dropped without an answer."""
+    right = requests.refuse_or_reroute
+
+    def wrong(books: pool.Pool, waiter: queue.Waiter, now: float, error: Any) -> None:
+        right(books, waiter, now, error)
+        if books.out:
+            books.out.pop()
+
+    patch.setattr(replicas, "refuse_or_reroute", wrong)
+
+
+def desired_rises_too_soon(patch: pytest.MonkeyPatch) -> None:
+    """A model is wanted again while its last process has not gone: Serve never stops the old one."""
+    patch.setattr(records.Model, "leaving", property(lambda self: 0))
+
+
+def stopping_victims_are_revived(patch: pytest.MonkeyPatch) -> None:
+    """A victim is taken back when Serve may be killing it already."""
+    right = requests.request_arrived
+    patch.setitem(states.TRANSITIONS, (ReplicaState.STOPPING, Cause.REOPENED), ReplicaState.READY)
+
+    def wrong(books: pool.Pool, event: RequestArrived, now: float) -> None:
+        right(books, event, now)
+        waiter = books.waiters.get(event.request)
+        stopping = list(waiter.model.in_state(ReplicaState.STOPPING)) if waiter is not None else []
+        if stopping:
+            books.reopen(stopping[0], now)
+
+    patch.setitem(front._HANDLERS, RequestArrived, wrong)
+
+
+def one_of_two_never_loads(patch: pytest.MonkeyPatch) -> None:
+    """A waiting model for which there was no room at first is not looked at again."""
+
+    def wrong(books: pool.Pool, model: records.Model, now: float, bound: bool) -> None:
+        model.look_at = queue.INFINITY
+
+    patch.setattr(placing, "_look_later", wrong)
+    patch.setattr(pool.Pool, "best_hungry", lambda self, limit: [])
+
+
+BUGS = [
+    stale_releases_count,
+    memory_is_credited_early,
+    draining_replicas_get_requests,
+    eviction_does_not_wait,
+    last_come_first_served,
+    holders_leases_leak,
+    deadlines_are_forgotten,
+    pinned_models_are_victims,
+    devices_are_overcommitted,
+    loaded_for_nobody,
+    waiters_are_lost_on_a_failed_load,
+    desired_rises_too_soon,
+    stopping_victims_are_revived,
+    one_of_two_never_loads,
+]
+
+
+@pytest.mark.parametrize("plant", BUGS, ids=lambda plant: plant.__name__)
+@pytest.mark.timeout(300)
+def test_a_planted_bug_is_caught(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    with pytest.raises((AssertionError, KeyError)):
+        run_machine(seed=1, examples=400, phases=[Phase.generate], report_multiple_bugs=False)
