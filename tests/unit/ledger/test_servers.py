@@ -111,7 +111,7 @@ def test_an_unreadable_manifest_without_a_reason_has_one_and_the_rest_is_ignored
     desk = Desk(ServerSpec(ONE), manifests={ONE: "a"})
     desk.hear(ONE, None)
     assert "cannot be read" in str(desk.server()["last_refresh_error"])
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "cluster.ledger"):
         assert desk.hear("http://nobody", "a") == []
         assert desk.post(ServerManifest(ONE, ("a", 7))) == []  # type: ignore[arg-type]
         assert desk.post(ServerManifest(ONE, ["a"])) == []  # type: ignore[arg-type]
