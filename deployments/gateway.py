@@ -27,7 +27,7 @@ from cluster.config import PoolConfig, ServerEntry
 from cluster.ledger.events import Grant
 from deployments.direct import call_directly
 from deployments.engines.protocol import Call
-from deployments.sse import comment, error_event
+from deployments.sse import DONE, comment, error_event
 
 if TYPE_CHECKING:
     from deployments.engines.openai_upstream import Upstreams
@@ -77,13 +77,21 @@ class Gateway:
         the first byte; later failures of a stream are an error event. Closing the generator frees the slot.
         """
         arrived = time.monotonic()
-        started = False
+        started = ended = False
         for attempt in range(RETRIES + 1):
+            whole = bytearray()
             try:
-                async with contextlib.aclosing(self._attempt(ask, arrived, started)) as chunks:
+                async with contextlib.aclosing(self._attempt(ask, arrived)) as chunks:
                     async for chunk in chunks:
+                        if not ask.body.get("stream"):
+                            # Kept until it is complete: a part of a body cannot be mended by an error behind it.
+                            whole += chunk
+                            continue
                         started = started or not chunk.startswith(b":")
+                        ended = chunk.endswith(DONE)
                         yield chunk
+                if whole:
+                    yield bytes(whole)
                 return
             except errors.ReplicaGone as error:
                 failure: errors.PoolError = error
@@ -91,12 +99,14 @@ class Gateway:
                     continue
             except errors.PoolError as error:
                 failure = error
+            if ended:
+                return  # The replica vanished behind its last word: the client has all of it.
             if started:
                 yield error_event(failure)
                 return
             raise failure
 
-    async def _attempt(self, ask: Ask, arrived: float, started: bool) -> AsyncGenerator[bytes, None]:
+    async def _attempt(self, ask: Ask, arrived: float) -> AsyncGenerator[bytes, None]:
         # Each attempt has an id of its own: the lease of a vanished replica may still be in the ledger's books.
         request = uuid.uuid4().hex
         waiting = asyncio.ensure_future(

@@ -15,6 +15,7 @@ from typing import Any
 from cluster.config import FakeFaults
 from cluster.errors import BackendUnavailable, ModelUnavailable, RateLimited
 from deployments.engines.protocol import Call, EngineInfo, Progress
+from deployments.sse import DONE
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _LOAD_STEPS = 10
@@ -61,7 +62,7 @@ class FakeEngine:
                 max(0.0, started + self._faults.ttft_s + (index + 1) / self._faults.tokens_per_s - time.monotonic())
             )
         yield self._chunk(call, "", "stop" if count == self._faults.tokens else "length", count)
-        yield b"data: [DONE]\n\n"
+        yield DONE
 
     async def unload(self) -> None:
         pass

@@ -12,10 +12,11 @@ from typing import Any
 from deployments.engines.chat.logprobs import TokenLogprob
 from deployments.engines.chat.metrics import Timing, metrics_object
 from deployments.engines.chat.tools import ToolDelta, ToolParser
-from deployments.engines.chat.wire import DONE, ChatWriter, Choice, CompletionWriter, usage_object
+from deployments.engines.chat.wire import ChatWriter, Choice, CompletionWriter, usage_object
 from deployments.engines.llama_cpp_generation import Delta, Generation
 from deployments.engines.llama_cpp_requests import Prepared
 from deployments.engines.protocol import Call
+from deployments.sse import DONE
 
 
 class Answer:

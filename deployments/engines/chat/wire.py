@@ -15,8 +15,6 @@ from typing import Any, Protocol
 from deployments.engines.chat.logprobs import TokenLogprob, chat_logprobs, completion_logprobs
 from deployments.engines.chat.tools import ToolCall, ToolDelta
 
-DONE = b"data: [DONE]\n\n"
-
 
 @dataclass(slots=True)
 class Choice:

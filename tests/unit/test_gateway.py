@@ -1,0 +1,70 @@
+"""What a client gets when the replica that answers it vanishes, by the moment in which it does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+
+import pytest
+
+from cluster.errors import PoolError, ReplicaGone
+from deployments.gateway import Ask, Gateway
+from deployments.sse import DONE
+
+GONE = ReplicaGone("the replica of m went away", retry_after=1)
+EVENT = b'data: {"choices":[]}\n\n'
+BODY = b'{"choices":[]}'
+
+
+class Scripted(Gateway):
+    """A gateway whose attempts go by a script: chunks, and how each attempt ends."""
+
+    def __init__(self, *attempts: list[bytes | PoolError]) -> None:
+        self.attempts = iter(attempts)
+
+    async def _attempt(self, ask: Ask, arrived: float) -> AsyncGenerator[bytes, None]:
+        for step in next(self.attempts):
+            if isinstance(step, PoolError):
+                raise step
+            yield step
+
+
+async def answer(gateway: Gateway, stream: bool) -> list[bytes]:
+    ask = Ask("m", "/v1/chat/completions", {"stream": stream}, "r")
+    return [chunk async for chunk in gateway.stream(ask)]
+
+
+async def test_a_whole_answer_whose_replica_vanished_behind_it_is_tried_again_and_sent_once():
+    assert await answer(Scripted([BODY, GONE], [BODY]), stream=False) == [BODY]
+
+
+async def test_a_whole_answer_that_never_comes_is_an_error_and_no_half_body():
+    with pytest.raises(ReplicaGone):
+        await answer(Scripted([BODY, GONE], [BODY[:5], GONE]), stream=False)
+
+
+async def test_a_whole_answer_in_parts_is_one_body():
+    assert await answer(Scripted([BODY[:5], BODY[5:]]), stream=False) == [BODY]
+
+
+async def test_a_stream_is_tried_again_while_only_comments_were_sent():
+    assert await answer(Scripted([b": queued\n\n", GONE], [EVENT, DONE]), stream=True) == [
+        b": queued\n\n",
+        EVENT,
+        DONE,
+    ]
+
+
+async def test_a_stream_cut_in_the_middle_ends_with_an_error_event():
+    *sent, last = await answer(Scripted([EVENT, GONE], [EVENT, DONE]), stream=True)
+    assert sent == [EVENT]
+    assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == GONE.code
+
+
+async def test_a_stream_that_has_said_its_last_word_gets_no_error_behind_it():
+    assert await answer(Scripted([EVENT, EVENT + DONE, GONE]), stream=True) == [EVENT, EVENT + DONE]
+
+
+async def test_a_refusal_before_the_first_byte_is_raised():
+    with pytest.raises(ReplicaGone):
+        await answer(Scripted([GONE], [GONE]), stream=True)
