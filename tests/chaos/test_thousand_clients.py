@@ -115,9 +115,9 @@ async def watch(pool: Pool, done: asyncio.Event) -> list[dict[str, Any]]:
             snapshot = await asyncio.to_thread(pool.ledger)
         except Exception:
             continue
-        resident = sum(1 for row in snapshot["replicas"] if row["model"] != "steady")
+        # One without a name is only asked for: Serve may still hold the GPU with a replica that it revived by itself.
+        resident = sum(1 for row in snapshot["replicas"] if row["model"] != "steady" and row["replica"])
         if any(row["leases"] > row["slots"] for row in snapshot["replicas"]) or resident > 1:
-            print(snapshot["replicas"])
             wrong.append(snapshot)
     return wrong
 
