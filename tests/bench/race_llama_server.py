@@ -1,0 +1,248 @@
+"""A race on one GPU: two models that take turns, in Slotpool and in llama-server's own router, on the same requests.
+
+    python tests/bench/race_llama_server.py [--llama-server PATH] [--seconds 30] [--rate 2.0] [--json FILE]
+
+Slotpool runs as a user's pool does, over Ray Serve on loopback, with one logical GPU and two models that want all of
+it. llama-server runs in router mode with `--models-max 1`. Both have the same two files (SmolLM2-135M as it comes, and
+requantised to Q8_0 in a temporary folder), threads, slots and context. One after the other, since they would share the
+same cores, each answers the same seeded list: requests that arrive when they arrive, however late the earlier ones are
+(an open loop), about 93 % of them for `often` with streams that overlap, the others for the visitor `rare`. Every
+request streams a chat of about 45 prompt tokens and makes 32 new ones, greedy, past any end-of-sequence token.
+
+The time to first token counts from the moment at which the request should have been sent, so waiting for a swap is in
+it. A request fails when it is answered with an error, or when its stream ends before its time. The makespan reaches
+from the first arrival to the last answer's end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import httpx
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from deployments.weights import resolve_weights
+from tests.bench.bench_llama_cpp import TEXT, chat_body
+from tests.pool import SMOLLM2, free_port, local_serve, running_pool
+
+NEW_TOKENS = 32
+SLOTS = 8
+CONTEXT = 1024
+OFTEN, RARE = "often", "rare"
+#: Of all requests, those for the visitor.
+RARE_SHARE = 0.07
+#: What a single request may take before it counts as failed, in seconds.
+PATIENCE_S = 60.0
+Q8_0 = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request of the workload, and when it is sent."""
+
+    at_s: float
+    model: str
+    body: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What became of a request; `ttft_s` is None where no text came, `error` where nothing went wrong."""
+
+    model: str
+    at_s: float
+    ttft_s: float | None
+    end_s: float
+    error: str | None
+
+
+def workload(seed: int, seconds: float, rate: float) -> list[Arrival]:
+    """Poisson arrivals, the same for the same seed. The visitors are spread, or the seed decides who wins."""
+    rng = random.Random(seed)
+    count = max(2, round(seconds * rate))
+    visits = max(1, round(count * RARE_SHARE))
+    visitors = {round((number + rng.uniform(0.2, 0.8)) * count / visits) for number in range(visits)}
+    arrivals = []
+    at_s = 0.0
+    for number in range(count):
+        model = RARE if number in visitors else OFTEN
+        body = chat_body(rng, stream=True, tokens=NEW_TOKENS)
+        arrivals.append(Arrival(at_s, model, {"model": model, **body}))
+        at_s += rng.expovariate(rate)
+    return arrivals
+
+
+async def request(session: aiohttp.ClientSession, url: str, arrival: Arrival, started: float) -> Result:
+    """Send one request at its time and read its stream to the end."""
+    await asyncio.sleep(max(0.0, started + arrival.at_s - time.perf_counter()))
+    first = error = None
+    tail = b""
+    try:
+        async with session.post(f"{url}/v1/chat/completions", json=arrival.body) as answer:
+            async for chunk in answer.content.iter_any():
+                tail = (tail + chunk)[-4000:]
+                if first is None and TEXT.search(tail):
+                    first = time.perf_counter() - started - arrival.at_s
+        if answer.status != 200:
+            error = f"{answer.status}: {tail.decode(errors='replace')}"
+        elif b"[DONE]" not in tail or first is None or b'"error"' in tail:
+            error = f"the stream broke off: {tail[-200:].decode(errors='replace')}"
+    except (aiohttp.ClientError, TimeoutError) as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    return Result(arrival.model, arrival.at_s, first, time.perf_counter() - started, error)
+
+
+async def race(url: str, arrivals: list[Arrival]) -> list[Result]:
+    """All answers. Both models answer once before the race, so that their files are in memory; `often` is loaded."""
+    timeout = aiohttp.ClientTimeout(total=PATIENCE_S)
+    # llama-server closes idle connections under the feet of a client that would use them again.
+    connector = aiohttp.TCPConnector(force_close=True, limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        for model in (OFTEN, RARE, OFTEN):
+            body = {"model": model, **chat_body(random.Random(model), stream=True, tokens=2)}
+            warm = await request(session, url, Arrival(0.0, model, body), time.perf_counter())
+            assert warm.error is None, f"{model} does not answer: {warm.error}"
+        started = time.perf_counter()
+        return await asyncio.gather(*(request(session, url, arrival, started) for arrival in arrivals))
+
+
+@contextlib.contextmanager
+def slotpool(files: dict[str, str], threads: int) -> Iterator[str]:
+    common = {"num_gpus": 1, "target_inflight": SLOTS, "gguf_n_ctx": CONTEXT, "engine_kwargs": {"n_threads": threads}}
+    models = {name: {"model_path": path, **common} for name, path in files.items()}
+    with local_serve(gpus=1) as port, running_pool(port, {"models": models}) as pool:
+        yield pool.url
+
+
+@contextlib.contextmanager
+def llama_router(binary: str, files: dict[str, str], threads: int) -> Iterator[str]:
+    """llama-server as a router over the files, with room for one of them."""
+    port = free_port()
+    command = [binary, "--host", "127.0.0.1", "--port", str(port), "--models-max", "1", "--no-webui"]
+    with tempfile.TemporaryDirectory(prefix="sp-race-") as folder:
+        sections = [
+            f"[{name}]\nmodel = {path}\nparallel = {SLOTS}\nctx-size = {SLOTS * CONTEXT}\n"
+            f"threads = {threads}\nthreads-batch = {threads}\n"
+            for name, path in files.items()
+        ]
+        preset = Path(folder, "models.ini")
+        preset.write_text("version = 1\n\n" + "\n".join(sections))
+        with Path(folder, "log").open("w") as log:
+            process = subprocess.Popen([*command, "--models-preset", str(preset)], stdout=log, stderr=log)
+        url = f"http://127.0.0.1:{port}"
+        try:
+            deadline = time.monotonic() + 60
+            while True:
+                with contextlib.suppress(httpx.HTTPError):
+                    if httpx.get(f"{url}/health").status_code == 200:
+                        break
+                assert time.monotonic() < deadline, "llama-server did not start"
+                time.sleep(0.1)
+            yield url
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def requantised(folder: str) -> str:
+    """The same model in another format, so that there are two of the same speed class and no second download."""
+    import llama_cpp
+
+    target = Path(folder, "SmolLM2-135M-Instruct.Q8_0.gguf")
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = Q8_0
+    params.allow_requantize = True
+    quiet = llama_cpp.llama_log_callback(lambda level, text, user: None)
+    llama_cpp.llama_log_set(quiet, None)
+    status = llama_cpp.llama_model_quantize(resolve_weights(SMOLLM2).encode(), str(target).encode(), params)
+    assert status == 0, f"llama_model_quantize answered {status}"
+    return str(target)
+
+
+def quantile(values: list[float], share: float) -> float | None:
+    """The smallest value that at least `share` of all do not exceed."""
+    return sorted(values)[math.ceil(share * len(values)) - 1] if values else None
+
+
+def figures(results: list[Result]) -> dict[str, Any]:
+    """What the table shows of one contender."""
+    firsts = [result.ttft_s for result in results if result.ttft_s is not None]
+    rare = [result.ttft_s for result in results if result.ttft_s is not None and result.model == RARE]
+    return {
+        "makespan_s": max(result.end_s for result in results),
+        "failed": sum(result.error is not None for result in results),
+        "ttft_p50_s": quantile(firsts, 0.5),
+        "ttft_p95_s": quantile(firsts, 0.95),
+        "rare_ttft_p50_s": quantile(rare, 0.5),
+        "rare_ttft_p95_s": quantile(rare, 0.95),
+    }
+
+
+def show(table: dict[str, dict[str, Any]]) -> None:
+    columns = list(next(iter(table.values())))
+    print(f"{'':<14}" + "".join(f"{column:>17}" for column in columns))
+    for name, row in table.items():
+        cells = [
+            "-" if value is None else f"{value:.2f}" if isinstance(value, float) else value for value in row.values()
+        ]
+        print(f"{name:<14}" + "".join(f"{cell:>17}" for cell in cells), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llama-server", help="llama.cpp's server binary; default: the one on the PATH")
+    parser.add_argument("--seconds", type=float, default=30.0, help="how long requests arrive")
+    parser.add_argument("--rate", type=float, default=2.0, help="requests per second")
+    parser.add_argument("--threads", type=int, help="of either engine; default: all cores")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", choices=["slotpool", "llama_server"], help="one contender alone")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    binary = arguments.llama_server or shutil.which("llama-server")
+    if not binary and arguments.only != "slotpool":
+        sys.exit("llama-server is not on the PATH: give --llama-server PATH")
+    threads = arguments.threads or len(os.sched_getaffinity(0))
+    arrivals = workload(arguments.seed, arguments.seconds, arguments.rate)
+    visits = sum(arrival.model == RARE for arrival in arrivals)
+    print(f"{len(arrivals)} requests, {visits} of them for {RARE}, in {arrivals[-1].at_s:.1f} s", flush=True)
+    results: dict[str, list[Result]] = {}
+    with tempfile.TemporaryDirectory(prefix="sp-weights-") as folder:
+        files = {OFTEN: resolve_weights(SMOLLM2), RARE: requantised(folder)}
+        contenders = {
+            "llama_server": lambda: llama_router(str(binary), files, threads),
+            "slotpool": lambda: slotpool(files, threads),
+        }
+        for name, contender in contenders.items():
+            if arguments.only in (None, name):
+                with contender() as url:
+                    results[name] = asyncio.run(race(url, arrivals))
+    for name, answers in results.items():
+        for result in answers:
+            if result.error is not None:
+                print(f"{name}: {result.model} at {result.at_s:.1f} s failed: {result.error}"[:300])
+    table = {name: figures(answers) for name, answers in results.items()}
+    show(table)
+    if arguments.json:
+        requests = {name: [asdict(result) for result in answers] for name, answers in results.items()}
+        arguments.json.write_text(json.dumps({**table, "requests": requests}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
