@@ -193,6 +193,20 @@ class ServerEntry(BaseModel):
         return ServerSpec(self.url, self.max_concurrent, loads_just_in_time(self.server_type), self.api_key_env)
 
 
+class MaxWait(BaseModel):
+    """The longest wait for a place, in seconds, that the pool strives for in each priority class.
+
+    When it is about to pass, the door of a resident model closes, its streams end, and the waiter's model loads. Longer
+    bounds mean fewer swaps. A crowd that the GPUs cannot serve in that time waits longer, whatever is chosen.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    high: Annotated[float, Field(gt=0)] = 30.0
+    medium: Annotated[float, Field(gt=0)] = 60.0
+    low: Annotated[float, Field(gt=0)] = 120.0
+
+
 class PoolConfig(BaseModel):
     """The whole pool: its models and the keys that hold for all of them.
 
@@ -211,6 +225,7 @@ class PoolConfig(BaseModel):
     capacity: Annotated[int, Field(ge=0)] = 0
     mem_budget_mb: Annotated[int, Field(ge=0)] = 0
     queue_max_size: Annotated[int, Field(ge=0)] = 100
+    max_wait_s: MaxWait = MaxWait()
     request_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
     startup_timeout: Annotated[float, Field(gt=0)] = 120.0
     default_idle_timeout: Annotated[float, Field(ge=0)] = 300.0
@@ -287,6 +302,7 @@ class PoolConfig(BaseModel):
             models={name: self._model_spec(name, model) for name, model in self.models.items()},
             capacity=self.capacity,
             queue_max_size=self.queue_max_size,
+            bound_s=(self.max_wait_s.high, self.max_wait_s.medium, self.max_wait_s.low),
             offload_queue_threshold=self._offload_threshold(),
             variants=self.names.variants,
             drain_timeout_s=self.longest_request_s(),

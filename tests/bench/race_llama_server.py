@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from deployments.weights import resolve_weights
 from tests.bench.bench_llama_cpp import TEXT, chat_body
-from tests.pool import SMOLLM2, free_port, local_serve, running_pool
+from tests.pool import SMOLLM2, free_port, local_serve, requantised, running_pool
 
 NEW_TOKENS = 32
 SLOTS = 8
@@ -50,7 +50,6 @@ OFTEN, RARE = "often", "rare"
 RARE_SHARE = 0.07
 #: What a single request may take before it counts as failed, in seconds.
 PATIENCE_S = 60.0
-Q8_0 = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,21 +158,6 @@ def llama_router(binary: str, files: dict[str, str], threads: int) -> Iterator[s
         finally:
             process.terminate()
             process.wait()
-
-
-def requantised(folder: str) -> str:
-    """The same model in another format, so that there are two of the same speed class and no second download."""
-    import llama_cpp
-
-    target = Path(folder, "SmolLM2-135M-Instruct.Q8_0.gguf")
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = Q8_0
-    params.allow_requantize = True
-    quiet = llama_cpp.llama_log_callback(lambda level, text, user: None)
-    llama_cpp.llama_log_set(quiet, None)
-    status = llama_cpp.llama_model_quantize(resolve_weights(SMOLLM2).encode(), str(target).encode(), params)
-    assert status == 0, f"llama_model_quantize answered {status}"
-    return str(target)
 
 
 def quantile(values: list[float], share: float) -> float | None:

@@ -64,6 +64,7 @@ def test_the_shipped_file_is_valid():
         ({"offload_queue_treshold": 2}, "did you mean 'offload_queue_threshold'?"),
         ({"execution_mode": "tpu"}, "execution_mode: "),
         ({"queue_max_size": -1}, "queue_max_size"),
+        ({"max_wait_s": {"low": 0}}, "max_wait_s.low"),
         ({"servers": [{"url": "http://h:1", "max_concurent": 1}]}, "did you mean 'max_concurrent'?"),
         ({"servers": [{"url": "h:1"}]}, r"servers\.0\.url"),
         ({"servers": [{"url": "http://user:secret@h:1"}]}, r"servers\.0\.url"),
