@@ -73,6 +73,11 @@ class Replica:
             return
         self._engine = engine
         self._ledger.tell("replica_ready", self._uid, engine.info().memory_mib)
+        try:
+            await asyncio.to_thread(effects.start_spare_process)
+        except Exception:
+            # Without it the next replica only starts more slowly.
+            logger.warning("no spare process was started", exc_info=True)
 
     async def generate(self, lease: Grant, call: Call, timeout_s: float) -> AsyncGenerator[bytes, None]:
         """Answer one leased call with the engine's bytes, coalesced. Raises a `PoolError` before the first item.
