@@ -86,9 +86,10 @@ class Pool:
         self.dead_replicas = Memory(4096, 600.0)
         self.early_ready: dict[str, int | None] = {}
         self.orphans: dict[str, dict[str, LeaseReannounced]] = {}
-        # learned of the whole pool: what a stop takes, and what a drain takes
+        # learned of the whole pool: what a stop takes, and what a drain takes (at first, what the longest lease took)
         self.stop_s = 0.0
         self.drain_s = 0.0
+        self.drained = False
         # work for the decision tree
         self.touched: dict[Model, None] = {}
         self.understaffed: dict[Model, None] = {}
@@ -247,7 +248,9 @@ class Pool:
             if before is ReplicaState.STOPPING:
                 self.stop_s += 0.3 * (took - self.stop_s)
             elif cause is Cause.EMPTIED and took > 0.0:
-                self.drain_s = took if took > self.drain_s else self.drain_s + 0.1 * (took - self.drain_s)
+                longer = took > self.drain_s or not self.drained
+                self.drain_s = took if longer else self.drain_s + 0.1 * (took - self.drain_s)
+                self.drained = True
         model = replica.model
         if before is READY:
             model.unshelve(replica)

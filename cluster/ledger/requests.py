@@ -188,6 +188,8 @@ def lease_released(pool: Pool, event: LeaseReleased, now: float) -> None:
     took = now - lease.granted_at
     model.service_s += 0.1 * (took - model.service_s) if model.service_s else took
     model.drain_s = took if took > model.drain_s else model.drain_s + 0.02 * (took - model.drain_s)
+    if not pool.drained:
+        pool.drain_s = max(pool.drain_s, took)
     heir = model.queue.head() if lease.replica.state is READY and pool.recovering_until is None else None
     if heir is None:
         pool.release(lease, now)

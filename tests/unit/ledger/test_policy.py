@@ -56,6 +56,28 @@ def test_door_closes_early_enough_for_the_load() -> None:
     assert desk.at(30.0 - policy.LEAD * 4.0) == ["quiesce A#1"]
 
 
+def test_door_closes_early_enough_for_the_drain() -> None:
+    """Before anybody has drained, the longest lease seen stands for a drain; then what drains take."""
+    desk = Desk(model("A", slots=2), model("B"), bound_s=(30.0,) * 3, load_prior_s=0.0, min_residency_s=1e9)
+    desk.arrive("a1", "A")
+    desk.boot("A", "A#1")
+    desk.arrive("a2", "A")
+    desk.at(4.0)
+    desk.release("a1")
+    desk.arrive("b1", "B")
+    first = 4.0 + 30.0 - policy.LEAD * 4.0
+    assert desk.at(first - 0.01) == []
+    assert desk.at(first) == ["quiesce A#1"]
+    desk.arrive("a3", "A")
+    desk.now = first + 2.0
+    desk.release("a2")
+    desk.gone("A#1")
+    assert desk.boot("B", "B#1")[0] == "grant b1 B#1"
+    second = first + 30.0 - policy.LEAD * 2.0
+    assert desk.at(second - 0.01) == []
+    assert desk.at(second) == ["quiesce B#1"]
+
+
 def test_swap_that_pays() -> None:
     """A never pauses; a crowd waits for B: long before any bound the swap is worth more than it costs."""
     desk = Desk(model("A", slots=2), model("B", slots=8), bound_s=(1e6,) * 3, load_prior_s=0.0, min_residency_s=10.0)
