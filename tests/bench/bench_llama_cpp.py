@@ -18,7 +18,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -28,6 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -150,8 +153,20 @@ def over_http(session: aiohttp.ClientSession, url: str) -> Target:
     return stream
 
 
-def measure_llama(llama: Any, requests: int, seed: int) -> Row:
-    """`Llama.create_chat_completion`, one request after another, streamed."""
+@functools.cache
+def llama_object(model: str, threads: int) -> Any:
+    """llama-cpp-python's own object, loaded once in the process that asks."""
+    from llama_cpp import Llama
+
+    return Llama(model, n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+
+def measure_llama(model: str, threads: int, requests: int, seed: int) -> Row:
+    """`Llama.create_chat_completion`, one request after another, streamed.
+
+    For a process of its own: two engines in one have more OpenMP threads than there are cores, and slow each other.
+    """
+    llama = llama_object(model, threads)
     rng = random.Random(seed)
     ignored = {llama.token_eos(): -100.0}
     firsts: list[float] = []
@@ -206,14 +221,13 @@ def llama_server(binary: str, model: str, threads: int, slots: int) -> Iterator[
 async def compare(
     arguments: argparse.Namespace, urls: dict[str, str], threads: int
 ) -> tuple[list[Row], dict[str, float]]:
-    from llama_cpp import Llama
-
     model = resolve_weights(SMOLLM2)
-    llama = Llama(model, n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False)
     engine = LlamaCppEngine(model, model_id="smollm2", slots=SLOTS, n_ctx=CONTEXT, n_threads=threads)
     await engine.load(lambda fraction: None)
     rows: list[Row] = []
     # llama-server closes idle connections under the feet of a client that would use them again.
+    other = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    loop = asyncio.get_running_loop()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
         targets = {"engine": in_process(engine), **{name: over_http(session, url) for name, url in urls.items()}}
         for target in targets.values():
@@ -225,8 +239,9 @@ async def compare(
                     # Other random words for each, since one of them must not warm a cache of another.
                     rows.append(await measure(name, target, level, max(6, 2 * level), f"{seed} {name}"))
                     show(rows[-1])
-            rows.append(measure_llama(llama, 4, arguments.seed + number))
+            rows.append(await loop.run_in_executor(other, measure_llama, model, threads, 4, arguments.seed + number))
             show(rows[-1])
+    other.shutdown()
     async with aiohttp.ClientSession() as kept:
         both = {"engine": in_process(engine), "http": over_http(kept, urls["http"])}
         idle = await measure_idle(both, arguments.seed)

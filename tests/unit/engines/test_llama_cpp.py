@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import sys
 import time
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -53,6 +55,11 @@ PERSON = {
 
 def loop_of(engine: LlamaCppEngine) -> Any:
     return engine._loop
+
+
+def threads() -> int:
+    """All of this process, those of native libraries too."""
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 async def became_idle(engine: LlamaCppEngine) -> bool:
@@ -392,6 +399,20 @@ async def test_unload_during_a_call_fails_it_and_is_idempotent(smollm2: str) -> 
     await engine.unload()
     with pytest.raises(BackendUnavailable):
         await text(engine, ask(SEA))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the process's threads in /proc")
+async def test_loading_leaves_no_threads_behind(smollm2: str) -> None:
+    """One team of OpenMP threads in the process: with a second one, from the load, every step takes twice as long."""
+    before = threads()
+    engine = LlamaCppEngine(smollm2, model_id="m", slots=2, n_ctx=512, n_threads=3)
+    await engine.load(lambda fraction: None)
+    await text(engine, ask(SEA, max_tokens=2))
+    deadline = time.monotonic() + 10
+    while (grown := threads() - before) > 3 and time.monotonic() < deadline:
+        await asyncio.sleep(0.01)
+    assert grown == 3
+    await engine.unload()
 
 
 async def test_a_model_that_cannot_be_loaded_says_why(tmp_path: Any) -> None:
