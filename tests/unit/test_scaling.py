@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from cluster.scaling import LedgerPolicy
+import pytest
+
+from cluster import effects, scaling
+from cluster.scaling import HURRY_S, LedgerPolicy
 
 
 class Key(str):
@@ -15,10 +18,26 @@ class Key(str):
         return str(self)
 
 
-def decide(desired, **targets):
-    policy = LedgerPolicy.__new__(LedgerPolicy)
+@pytest.fixture(autouse=True)
+def paces(monkeypatch):
+    """Whether Serve's controller was told to hurry, at each call."""
+    paces = []
+    monkeypatch.setattr(effects, "pace_controller", lambda *, hurry: paces.append(hurry))
+    return paces
+
+
+def decide(desired, policy=None, **targets):
+    if policy is None:
+        policy = new_policy()
     policy._desired = desired
     return policy({Key(name): SimpleNamespace(target_num_replicas=count) for name, count in targets.items()})[0]
+
+
+def new_policy():
+    """A policy without the thread that follows a ledger."""
+    policy = LedgerPolicy.__new__(LedgerPolicy)
+    policy._hurry_until = 0.0
+    return policy
 
 
 def test_without_a_ledger_nothing_changes():
@@ -35,3 +54,16 @@ def test_an_unused_model_is_not_named_so_that_serve_does_not_start_it_by_itself(
 
 def test_a_model_that_should_go_is_named():
     assert decide({}, a=1) == {"a": 0}
+
+
+def test_the_controller_hurries_as_long_as_a_count_changes_and_a_while_longer(monkeypatch, paces):
+    now = 100.0
+    monkeypatch.setattr(scaling, "time", SimpleNamespace(monotonic=lambda: now))
+    policy = new_policy()
+    decide({"a": 1}, policy, a=1)
+    decide({"a": 0}, policy, a=1)
+    now += HURRY_S - 0.1
+    decide({"a": 0}, policy, a=0)
+    now += 0.2
+    decide({"a": 0}, policy, a=0)
+    assert paces == [False, True, True, False]

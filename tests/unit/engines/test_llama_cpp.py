@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from cluster.errors import (
     UnsupportedParameter,
 )
 from deployments.engines.llama_cpp import LlamaCppEngine
+from deployments.engines.llama_cpp_loop import COMPUTE_NICE
 from deployments.engines.protocol import Call
 from tests.unit.engines.drive import CHAT, COMPLETIONS, ask, body, events, text
 
@@ -413,6 +417,21 @@ async def test_loading_leaves_no_threads_behind(smollm2: str) -> None:
         await asyncio.sleep(0.01)
     assert grown == 3
     await engine.unload()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a niceness is a thread's own only there")
+def test_decoding_is_nicer_than_the_process_whatever_its_own_niceness(smollm2: str) -> None:
+    async def niceness() -> int:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 12)
+        engine = LlamaCppEngine(smollm2, model_id="m", slots=1, n_ctx=512)
+        await engine.load(lambda fraction: None)
+        await text(engine, ask(SEA, max_tokens=1))
+        found = os.getpriority(os.PRIO_PROCESS, loop_of(engine)._thread.native_id)
+        await engine.unload()
+        return found
+
+    with ThreadPoolExecutor(1) as apart:
+        assert apart.submit(asyncio.run, niceness()).result() == 12 + COMPUTE_NICE
 
 
 async def test_a_model_that_cannot_be_loaded_says_why(tmp_path: Any) -> None:
