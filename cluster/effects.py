@@ -38,8 +38,8 @@ NODE_ANSWER_S = 10.0
 
 #: For how long a spare process is kept that no replica takes, in seconds.
 SPARE_KEPT_S = 600
-#: With so many idle processes on a machine no spare one is started: one takes about 140 MiB.
-MAX_IDLE_PROCESSES = 3
+#: So many of them are kept on a machine: a visitor's swap takes one, and the swap back another. One takes 140 MiB.
+SPARES = 2
 
 _HEAD = "node:__internal_head__"
 
@@ -91,14 +91,14 @@ def socket_path(replica: str) -> Path:
     return Path(ray._private.worker._global_node.get_sockets_dir_path()) / f"slotpool-{replica}.sock"
 
 
-def start_spare_process() -> None:
-    """Have a worker process started on this machine that the next replica here takes instead of a fresh one.
+def start_spare_processes() -> None:
+    """Have worker processes started on this machine that the next replicas here take instead of fresh ones.
 
     A fresh process imports for more than a second, while somebody waits for its model. Ray's library has the call,
-    but no Python for it. Idle processes that nobody takes, for whatever reason, must not pile up, so with
-    `MAX_IDLE_PROCESSES` of them none is started. Blocks for milliseconds.
+    but no Python for it. Processes that are idle for whatever reason count as spares. Blocks for milliseconds.
     """
-    if _idle_processes() >= MAX_IDLE_PROCESSES:
+    missing = SPARES - _idle_processes()
+    if missing <= 0:
         return
     node = ray._private.worker._global_node
     # Ray matches idle processes by their runtime environment, which is the same for all replicas of the application.
@@ -107,7 +107,7 @@ def start_spare_process() -> None:
         language=Language.PYTHON,
         runtime_env_info=RuntimeEnvInfo(serialized_runtime_env=environment),
         keep_alive_duration_secs=SPARE_KEPT_S,
-        num_workers=1,
+        num_workers=missing,
     )
     with init_grpc_channel(f"{node.node_ip_address}:{node.node_manager_port}") as channel:
         NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=NODE_ANSWER_S)
@@ -125,10 +125,10 @@ def _idle_processes() -> int:
 
 
 def pace_controller(*, hurry: bool) -> None:
-    """How soon Serve's control loop runs again: after 10 ms in a hurry, else as configured. For its own process."""
+    """How soon Serve's control loop runs again: after 20 ms in a hurry, else as configured. For its own process."""
     from ray.serve._private import controller
 
-    controller.CONTROL_LOOP_INTERVAL_S = min(0.01, CONTROL_LOOP_INTERVAL_S) if hurry else CONTROL_LOOP_INTERVAL_S
+    controller.CONTROL_LOOP_INTERVAL_S = min(0.02, CONTROL_LOOP_INTERVAL_S) if hurry else CONTROL_LOOP_INTERVAL_S
 
 
 class Machines:

@@ -4,8 +4,8 @@ Serve calls the policy ten times a second inside its controller's event loop, so
 raise. A daemon thread parks in the ledger until the counts change; the call itself reads what the thread left.
 
 A swap takes about six passes of that loop, one after another: the policy is asked, a replica is told to stop, seen to
-have stopped, the other one is told to start, seen to have a process, told to initialise. So the loop runs faster as
-long as a count changes, and for some seconds after it.
+have stopped, the other one is told to start, seen to have a process, told to initialise. So the loop runs faster from
+a change on until all that should run does.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from cluster import effects
 #: Pause before the ledger is looked for again, in seconds.
 RETRY_S = 0.2
 
-#: For how long after a change of a count the controller hurries, in seconds: a swap's steps are done by then.
-HURRY_S = 3.0
+#: For how long after a change of a count the controller hurries at least, which is enough for a stop, and at most.
+HURRY_S = (0.3, 3.0)
 
 
 class LedgerPolicy:
@@ -30,7 +30,7 @@ class LedgerPolicy:
 
     def __init__(self, **_: Any) -> None:
         self._desired: dict[str, int] | None = None
-        self._hurry_until = 0.0
+        self._changed_at = -HURRY_S[1]
         threading.Thread(target=self._follow, name="slotpool-policy", daemon=True).start()
 
     def __call__(self, contexts: dict[Any, Any]) -> tuple[dict[Any, int], dict[Any, Any]]:
@@ -46,8 +46,9 @@ class LedgerPolicy:
         changes = {key: count for key, count in wanted.items() if count != contexts[key].target_num_replicas}
         now = time.monotonic()
         if changes:
-            self._hurry_until = now + HURRY_S
-        effects.pace_controller(hurry=now < self._hurry_until)
+            self._changed_at = now
+        settled = all(each.current_num_replicas == each.target_num_replicas for each in contexts.values())
+        effects.pace_controller(hurry=now < self._changed_at + HURRY_S[not settled])
         return changes, {}
 
     def _follow(self) -> None:

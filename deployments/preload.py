@@ -3,17 +3,31 @@
 Ray's flag `preload_python_modules` names it (`RAY_FLAGS` in `app/cli.py`). It must do nothing but import, and must not
 fail: it is imported by every worker process of the cluster, whatever that is going to be. Engine libraries are left
 to the engines, but for llama.cpp's, which is small; the others take seconds and gigabytes.
+
+The importing is done by a thread with the lowest priority, where a thread can have one of its own: a model that
+answers at that time on the same cores needs them more.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import os
+import sys
+import threading
 
-import ray.serve._private.replica  # noqa: F401
+#: The last two only where llama-cpp-python is installed.
+MODULES = ("ray.serve._private.replica", "deployments.replica", "llama_cpp", "deployments.engines.llama_cpp")
 
-import deployments.replica
 
-with contextlib.suppress(ImportError):
-    import llama_cpp  # noqa: F401
+def _import() -> None:
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    with contextlib.suppress(ImportError):
+        for name in MODULES:
+            importlib.import_module(name)
 
-    import deployments.engines.llama_cpp  # noqa: F401
+
+_thread = threading.Thread(target=_import, name="slotpool-preload")
+_thread.start()
+_thread.join()

@@ -28,6 +28,9 @@ from deployments.weights import resolve_weights
 
 logger = logging.getLogger("slotpool.replica")
 
+#: How long after a load a replica starts spare processes even if it is busy, in seconds.
+SPARES_AFTER_S = 5.0
+
 
 class Replica:
     """The Serve deployment class behind every model."""
@@ -41,6 +44,7 @@ class Replica:
         self._actor_id, self._node = effects.this_actor()
         self._failed: str | None = None
         self._active = 0
+        self._answered = asyncio.Event()
         self._direct = DirectServer(effects.socket_path(self._uid), self.generate)
         with contextlib.suppress(OSError):
             await self._direct.start()
@@ -73,8 +77,17 @@ class Replica:
             return
         self._engine = engine
         self._ledger.tell("replica_ready", self._uid, engine.info().memory_mib)
+        await self._start_spares()
+
+    async def _start_spares(self) -> None:
+        """See to it that the next swap here finds a process, once those who waited for this model have their answers.
+
+        Its imports would take the CPU from them.
+        """
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._answered.wait(), SPARES_AFTER_S)
         try:
-            await asyncio.to_thread(effects.start_spare_process)
+            await asyncio.to_thread(effects.start_spare_processes)
         except Exception:
             # Without it the next replica only starts more slowly.
             logger.warning("no spare process was started", exc_info=True)
@@ -102,6 +115,8 @@ class Replica:
             yield error_event(failure)
         finally:
             self._active -= 1
+            if not self._active:
+                self._answered.set()
 
     def _window_s(self) -> float:
         """How long to collect a stream's chunks: nothing while it is alone, up to 50 ms when many share the replica.

@@ -26,17 +26,22 @@ def paces(monkeypatch):
     return paces
 
 
-def decide(desired, policy=None, **targets):
+def decide(desired, policy=None, running=(), **targets):
     if policy is None:
         policy = new_policy()
     policy._desired = desired
-    return policy({Key(name): SimpleNamespace(target_num_replicas=count) for name, count in targets.items()})[0]
+    running = dict(running)
+    contexts = {
+        Key(name): SimpleNamespace(target_num_replicas=count, current_num_replicas=running.get(name, count))
+        for name, count in targets.items()
+    }
+    return policy(contexts)[0]
 
 
 def new_policy():
     """A policy without the thread that follows a ledger."""
     policy = LedgerPolicy.__new__(LedgerPolicy)
-    policy._hurry_until = 0.0
+    policy._changed_at = 0.0
     return policy
 
 
@@ -56,14 +61,16 @@ def test_a_model_that_should_go_is_named():
     assert decide({}, a=1) == {"a": 0}
 
 
-def test_the_controller_hurries_as_long_as_a_count_changes_and_a_while_longer(monkeypatch, paces):
+def test_the_controller_hurries_from_a_change_until_what_should_run_does(monkeypatch, paces):
     now = 100.0
     monkeypatch.setattr(scaling, "time", SimpleNamespace(monotonic=lambda: now))
     policy = new_policy()
     decide({"a": 1}, policy, a=1)
-    decide({"a": 0}, policy, a=1)
-    now += HURRY_S - 0.1
-    decide({"a": 0}, policy, a=0)
-    now += 0.2
-    decide({"a": 0}, policy, a=0)
-    assert paces == [False, True, True, False]
+    decide({"a": 0, "b": 1}, policy, a=1, b=0)
+    starting = {"b": 0}
+    now += HURRY_S[0] + 0.1
+    decide({"a": 0, "b": 1}, policy, starting, a=0, b=1)
+    decide({"a": 0, "b": 1}, policy, a=0, b=1)
+    now = 100.0 + HURRY_S[1] + 0.1
+    decide({"a": 0, "b": 1}, policy, starting, a=0, b=1)
+    assert paces == [False, True, True, False, False]
