@@ -28,7 +28,7 @@ from deployments.weights import resolve_weights
 
 logger = logging.getLogger("slotpool.replica")
 
-#: How long after a load a replica starts spare processes even if it is busy, in seconds.
+#: How long after a load a replica starts spare processes, in seconds.
 SPARES_AFTER_S = 5.0
 
 
@@ -44,7 +44,6 @@ class Replica:
         self._actor_id, self._node = effects.this_actor()
         self._failed: str | None = None
         self._active = 0
-        self._answered = asyncio.Event()
         self._direct = DirectServer(effects.socket_path(self._uid), self.generate)
         with contextlib.suppress(OSError):
             await self._direct.start()
@@ -82,10 +81,9 @@ class Replica:
     async def _start_spares(self) -> None:
         """See to it that the next swap here finds a process, once those who waited for this model have their answers.
 
-        Its imports would take the CPU from them.
+        Its imports would take the CPU from them, or from the load of the model that was here before.
         """
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._answered.wait(), SPARES_AFTER_S)
+        await asyncio.sleep(SPARES_AFTER_S)
         try:
             await asyncio.to_thread(effects.start_spare_processes)
         except Exception:
@@ -115,8 +113,6 @@ class Replica:
             yield error_event(failure)
         finally:
             self._active -= 1
-            if not self._active:
-                self._answered.set()
 
     def _window_s(self) -> float:
         """How long to collect a stream's chunks: nothing while it is alone, up to 50 ms when many share the replica.

@@ -52,7 +52,7 @@ def test_door_closes_early_enough_for_the_load() -> None:
     desk.arrive("a1", "A")
     desk.boot("A", "A#1")
     desk.arrive("b1", "B", priority=1)
-    assert desk.at(22.9) == []
+    assert desk.at(30.0 - policy.LEAD * 4.0 - 0.1) == []
     assert desk.at(30.0 - policy.LEAD * 4.0) == ["quiesce A#1"]
 
 
