@@ -21,8 +21,10 @@ from cluster import effects
 #: Pause before the ledger is looked for again, in seconds.
 RETRY_S = 0.2
 
-#: For how long after a change of a count the controller hurries at least, which is enough for a stop, and at most.
-HURRY_S = (0.3, 3.0)
+#: For how long after a change of a count the controller hurries: enough for a stop, in seconds,
+HURRY_S = 0.3
+#: and at most as long as this where a replica takes longer to start.
+LONGEST_HURRY_S = 3.0
 
 
 class LedgerPolicy:
@@ -30,7 +32,7 @@ class LedgerPolicy:
 
     def __init__(self, **_: Any) -> None:
         self._desired: dict[str, int] | None = None
-        self._changed_at = -HURRY_S[1]
+        self._changed_at = -LONGEST_HURRY_S
         threading.Thread(target=self._follow, name="slotpool-policy", daemon=True).start()
 
     def __call__(self, contexts: dict[Any, Any]) -> tuple[dict[Any, int], dict[Any, Any]]:
@@ -48,7 +50,7 @@ class LedgerPolicy:
         if changes:
             self._changed_at = now
         settled = all(each.current_num_replicas == each.target_num_replicas for each in contexts.values())
-        effects.pace_controller(hurry=now < self._changed_at + HURRY_S[not settled])
+        effects.pace_controller(hurry=now < self._changed_at + (HURRY_S if settled else LONGEST_HURRY_S))
         return changes, {}
 
     def _follow(self) -> None:

@@ -77,13 +77,14 @@ class Gateway:
         the first byte; later failures of a stream are an error event. Closing the generator frees the slot.
         """
         arrived = time.monotonic()
+        streams = bool(ask.body.get("stream"))
         started = ended = False
         for attempt in range(RETRIES + 1):
             whole = bytearray()
             try:
                 async with contextlib.aclosing(self._attempt(ask, arrived)) as chunks:
                     async for chunk in chunks:
-                        if not ask.body.get("stream"):
+                        if not streams:
                             # Kept until it is complete: a part of a body cannot be mended by an error behind it.
                             whole += chunk
                             continue

@@ -79,9 +79,10 @@ class Replica:
         await self._start_spares()
 
     async def _start_spares(self) -> None:
-        """See to it that the next swap here finds a process, once those who waited for this model have their answers.
+        """See to it that the next swap here finds a process.
 
-        Its imports would take the CPU from them, or from the load of the model that was here before.
+        Later than the load, since its imports would take the CPU from the answers that were waited for, and from the
+        model that was here before, if it comes straight back.
         """
         await asyncio.sleep(SPARES_AFTER_S)
         try:

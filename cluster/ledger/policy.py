@@ -136,7 +136,7 @@ class Tier(IntEnum):
     PROTECTED = 4
 
 
-# A door closes this many times as early as drain and load are expected to take: estimates are no promises. With 1.75 a
+# A door closes this many times the expected drain and load before the bound: estimates are no promises. With 1.75 a
 # first swap on two busy cores came 0.4 s after its bound, before anything but an undisturbed load had been measured.
 LEAD = 2.5
 

@@ -76,7 +76,7 @@ class PoolSpec:
     simulator (`tests/bench/bench_policy.py`) explains them. Where the resident models pause now and then, whoever is
     loaded goes first and the pool is as good as that rule: mean waits within 7 % of it with any of eight seeds, and 5
     to 300 times better than a swap on demand; bounds and paying swaps then lie idle. Where a flood never pauses, that
-    rule starves the visitor (848 s), while `bound_s` lets him in after 27 s at most, at 15 loads instead of 2. Longer
+    rule starves the visitor (848 s), while `bound_s` lets him in after 19 s at most, at 15 loads instead of 2. Longer
     bounds mean fewer swaps and longer worst waits. A crowd larger than the devices can serve in `bound_s` waits
     longer whatever is chosen: the bound is what the pool strives for, not an admission limit (`queue_max_size` is).
 

@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 COPY_GAIN = 64
 
 #: How much nicer the threads that decode are than the rest of the process. Tokens on their way out to a client go
-#: before the computing of the next ones: on two cores that both decode, an idle pool's first token over HTTP came 9 ms
-#: after the engine's own instead of 21. Relative, since Ray starts its processes with a niceness of 15, and only root
-#: may go below that.
+#: before the computing of the next ones: on two cores that both decode, an idle pool's first token over HTTP came 7 to
+#: 14 ms after the engine's own instead of 16 to 24. Relative, since Ray's processes have a niceness of 15 by default,
+#: and only root may go below that.
 COMPUTE_NICE = 5
 
 

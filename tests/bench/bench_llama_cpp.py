@@ -197,11 +197,10 @@ def _prompt_length(llama: Any, body: dict[str, Any]) -> int:
 
 
 @contextlib.contextmanager
-def llama_server(binary: str, model: str, threads: int, slots: int) -> Iterator[str]:
-    """llama.cpp's own server on loopback, with the same slots and context per slot."""
+def llama_server(binary: str, *options: str) -> Iterator[str]:
+    """llama.cpp's own server on loopback, until the end of the block."""
     port = free_port()
-    command = [binary, "-m", model, "--host", "127.0.0.1", "--port", str(port), "-np", str(slots)]
-    command += ["-c", str(slots * CONTEXT), "-t", str(threads), "-tb", str(threads), "--no-webui"]
+    command = [binary, "--host", "127.0.0.1", "--port", str(port), "--no-webui", *options]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -258,7 +257,10 @@ def run(arguments: argparse.Namespace) -> tuple[list[Row], dict[str, float]]:
         pool = stack.enter_context(running_pool(port, {"models": {"smollm2": smollm2(**kwargs)}}))
         urls = {"http": pool.url}
         if binary:
-            urls["llama-server"] = stack.enter_context(llama_server(binary, resolve_weights(SMOLLM2), threads, SLOTS))
+            # The same slots, and the same context in each.
+            sizes = ["-np", str(SLOTS), "-c", str(SLOTS * CONTEXT), "-t", str(threads), "-tb", str(threads)]
+            server = llama_server(binary, "-m", resolve_weights(SMOLLM2), *sizes)
+            urls["llama-server"] = stack.enter_context(server)
         return asyncio.run(compare(arguments, urls, threads))
 
 

@@ -24,7 +24,6 @@ import math
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,13 +33,12 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from deployments.weights import resolve_weights
-from tests.bench.bench_llama_cpp import TEXT, chat_body
-from tests.pool import SMOLLM2, free_port, local_serve, requantised, running_pool
+from tests.bench.bench_llama_cpp import TEXT, chat_body, llama_server
+from tests.pool import SMOLLM2, local_serve, requantised, running_pool
 
 NEW_TOKENS = 32
 SLOTS = 8
@@ -133,8 +131,6 @@ def slotpool(files: dict[str, str], threads: int) -> Iterator[str]:
 @contextlib.contextmanager
 def llama_router(binary: str, files: dict[str, str], threads: int) -> Iterator[str]:
     """llama-server as a router over the files, with room for one of them."""
-    port = free_port()
-    command = [binary, "--host", "127.0.0.1", "--port", str(port), "--models-max", "1", "--no-webui"]
     with tempfile.TemporaryDirectory(prefix="sp-race-") as folder:
         sections = [
             f"[{name}]\nmodel = {path}\nparallel = {SLOTS}\nctx-size = {SLOTS * CONTEXT}\n"
@@ -143,21 +139,8 @@ def llama_router(binary: str, files: dict[str, str], threads: int) -> Iterator[s
         ]
         preset = Path(folder, "models.ini")
         preset.write_text("version = 1\n\n" + "\n".join(sections))
-        with Path(folder, "log").open("w") as log:
-            process = subprocess.Popen([*command, "--models-preset", str(preset)], stdout=log, stderr=log)
-        url = f"http://127.0.0.1:{port}"
-        try:
-            deadline = time.monotonic() + 60
-            while True:
-                with contextlib.suppress(httpx.HTTPError):
-                    if httpx.get(f"{url}/health").status_code == 200:
-                        break
-                assert time.monotonic() < deadline, "llama-server did not start"
-                time.sleep(0.1)
+        with llama_server(binary, "--models-max", "1", "--models-preset", str(preset)) as url:
             yield url
-        finally:
-            process.terminate()
-            process.wait()
 
 
 def quantile(values: list[float], share: float) -> float | None:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from cluster import effects, scaling
-from cluster.scaling import HURRY_S, LedgerPolicy
+from cluster.scaling import HURRY_S, LONGEST_HURRY_S, LedgerPolicy
 
 
 class Key(str):
@@ -68,9 +68,9 @@ def test_the_controller_hurries_from_a_change_until_what_should_run_does(monkeyp
     decide({"a": 1}, policy, a=1)
     decide({"a": 0, "b": 1}, policy, a=1, b=0)
     starting = {"b": 0}
-    now += HURRY_S[0] + 0.1
+    now += HURRY_S + 0.1
     decide({"a": 0, "b": 1}, policy, starting, a=0, b=1)
     decide({"a": 0, "b": 1}, policy, a=0, b=1)
-    now = 100.0 + HURRY_S[1] + 0.1
+    now = 100.0 + LONGEST_HURRY_S + 0.1
     decide({"a": 0, "b": 1}, policy, starting, a=0, b=1)
     assert paces == [False, True, True, False, False]
