@@ -6,6 +6,7 @@ victims, cheapest first, until the need fits. It changes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from cluster.ledger import policy
@@ -35,6 +36,15 @@ class Candidate(NamedTuple):
     cost: float
     serial: int
     replica: Replica
+
+
+class Leaver(NamedTuple):
+    """A model that may leave altogether."""
+
+    tier: Tier
+    cost: float
+    order: int
+    model: Model
 
 
 class Prospect:
@@ -93,16 +103,20 @@ def find(
 ) -> Plan | None:
     """The least hurtful plan for one replica of a model, on one node, or over those that are looked at."""
     best: Plan | None = None
-    crowd: list[Replica] = []
-    if pool.spec.capacity and not model.replicas:
-        found = _make_capacity(pool, model, now, bound)
-        if found is None:
-            return None
-        crowd = found
+    surplus = _surplus(pool, model, gone)
+    ranked = _evictable(pool, model, now, bound, gone) if surplus > 0 else []
+    if len(ranked) < surplus:
+        return None
     for node in _nodes(pool) if only is None else (only,):
-        plan = clear(pool, node, model, rights, now, bound, gone, crowd)
-        if plan is not None and (best is None or plan[:2] < best[:2]):
-            best = plan
+        for crowd in _crowds(ranked, surplus, node):
+            # Each crowd hurts no less than the one before it, and each can clear the node if one can.
+            if best is not None and best[:2] <= _hurt(crowd):
+                break
+            plan = clear(pool, node, model, rights, now, bound, gone, crowd)
+            if plan is None:
+                break
+            if best is None or plan[:2] < best[:2]:
+                best = plan
     return best
 
 
@@ -115,17 +129,20 @@ def _nodes(pool: Pool) -> list[Node]:
     return (nodes + nodes)[start : start + MAX_NODES]
 
 
-def _make_capacity(pool: Pool, model: Model, now: float, bound: bool) -> list[Replica] | None:
-    """All replicas of the models that must leave so that one more may come; None if that cannot be."""
+def _surplus(pool: Pool, model: Model, gone: dict[Replica, None]) -> int:
+    """How many models must leave, besides those that do already, so that this one may come."""
+    if not pool.spec.capacity or model.replicas:
+        return 0
     promised = sum(1 for each in pool.claims if not each.replicas)
-    leaving = sum(1 for each in pool.resident if _is_leaving(each))
-    surplus = len(pool.resident) - leaving + promised + 1 - pool.spec.capacity
-    crowd: list[Replica] = []
-    if surplus <= 0:
-        return crowd
+    leaving = sum(1 for each in pool.resident if _is_leaving(each, gone))
+    return len(pool.resident) - leaving + promised + 1 - pool.spec.capacity
+
+
+def _evictable(pool: Pool, model: Model, now: float, bound: bool, gone: dict[Replica, None]) -> list[Leaver]:
+    """The models that may leave with all of their replicas, the least hurtful first."""
     ranked = []
     for index, each in enumerate(pool.resident):
-        if each is model or _is_leaving(each):
+        if _is_leaving(each, gone):
             continue
         standings = [policy.standing(pool, replica, model, now, bound) for replica in each.replicas]
         # To lose the last replica is never mere surplus.
@@ -134,16 +151,26 @@ def _make_capacity(pool: Pool, model: Model, now: float, bound: bool) -> list[Re
         worst = max(one[0] for one in standings if one is not None)
         if worst is Tier.SURPLUS:
             worst = Tier.BUSY
-        ranked.append((worst, sum(one[1] for one in standings if one is not None), index, each))
-    if len(ranked) < surplus:
-        return None
-    for _, _, _, each in sorted(ranked, key=lambda one: one[:3])[:surplus]:
-        crowd += each.replicas
-    return crowd
+        # No right is asked for: who has no replica may take a busy one, and none is PROTECTED before the bound.
+        ranked.append(Leaver(worst, sum(one[1] for one in standings if one is not None), index, each))
+    ranked.sort(key=lambda one: one[:3])
+    return ranked
 
 
-def _is_leaving(model: Model) -> bool:
-    return all(each.claim is not None or each.state.is_leaving for each in model.replicas)
+def _crowds(ranked: list[Leaver], surplus: int, node: Node) -> list[list[Leaver]]:
+    """Who may leave together for the number of models' sake: the least hurtful, or one led by a model of this node.
+
+    A model that stands here makes room as well: with it one victim may do where the least hurtful would be a second.
+    """
+    if surplus <= 0:
+        return [[]]
+    here = {replica.model for replica in node.replicas}
+    leaders = [each for index, each in enumerate(ranked) if index == 0 or each.model in here]
+    return [[leader, *[each for each in ranked if each is not leader][: surplus - 1]] for leader in leaders]
+
+
+def _is_leaving(model: Model, gone: dict[Replica, None]) -> bool:
+    return all(each.claim is not None or each.state.is_leaving or each in gone for each in model.replicas)
 
 
 def clear(
@@ -154,12 +181,12 @@ def clear(
     now: float,
     bound: bool,
     gone: dict[Replica, None],
-    crowd: list[Replica],
+    crowd: list[Leaver],
 ) -> Plan | None:
     """The cheapest victims on one node that make room for a replica of the model."""
     shape = model.shape
     prospect = Prospect(node, gone)
-    chosen = {each: (Tier.IDLE, 1.0) for each in crowd if each not in gone}
+    chosen = [replica for each in crowd for replica in each.model.replicas if replica not in gone]
     for replica in chosen:
         if replica.place.node == node.name and replica not in prospect.gone:
             prospect.remove(replica)
@@ -177,18 +204,51 @@ def clear(
     taken = [each for each in candidates if each.replica in prospect.gone]
     for candidate in reversed(taken):
         prospect.restore(candidate.replica)
-        usable = [index for index in prospect.devices(shape) if hosts is None or (node.name, index) in hosts]
-        if not prospect.node_fits(shape) or len(usable) < shape.devices:
+        if not _suits(prospect, shape, hosts):
             prospect.remove(candidate.replica)
-    usable = [index for index in prospect.devices(shape) if hosts is None or (node.name, index) in hosts]
+    kept = _fewest(prospect, shape, candidates, hosts, [each for each in taken if each.replica in prospect.gone])
+    usable = _usable(prospect, shape, hosts)
     usable.sort(key=lambda index: (prospect.gpu[index], index))
     place = Place(node.name, tuple(sorted(usable[: shape.devices])), shape)
-    kept = [each for each in taken if each.replica in prospect.gone]
-    tier = max((each.tier for each in kept), default=Tier.LEAVING)
-    if crowd:
-        tier = max(tier, Tier.IDLE)
-    cost = sum(each.cost for each in kept)
-    return Plan(tier, cost, place, list(chosen) + [each.replica for each in kept])
+    return Plan(*_hurt([*crowd, *kept]), place, chosen + [each.replica for each in kept])
+
+
+def _hurt(leaving: Sequence[Leaver | Candidate]) -> tuple[Tier, float]:
+    """What it means to lose all of these."""
+    return max((each.tier for each in leaving), default=Tier.LEAVING), sum(each.cost for each in leaving)
+
+
+def _usable(prospect: Prospect, shape: Shape, hosts: set[tuple[str, int]] | None) -> list[int]:
+    return [index for index in prospect.devices(shape) if hosts is None or (prospect.node.name, index) in hosts]
+
+
+def _suits(prospect: Prospect, shape: Shape, hosts: set[tuple[str, int]] | None) -> bool:
+    return prospect.node_fits(shape) and len(_usable(prospect, shape, hosts)) >= shape.devices
+
+
+def _fewest(
+    prospect: Prospect,
+    shape: Shape,
+    candidates: list[Candidate],
+    hosts: set[tuple[str, int]] | None,
+    kept: list[Candidate],
+) -> list[Candidate]:
+    """One victim in the place of several, if it makes the room alone and hurts no more than they do together."""
+    if len(kept) < 2:
+        return kept
+    limit = _hurt(kept)
+    for each in kept:
+        prospect.restore(each.replica)
+    for candidate in candidates:
+        # The newest of its model only, since Serve stops that one first.
+        if candidate[:2] <= limit and candidate.replica is candidate.replica.model.newest_ready():
+            prospect.remove(candidate.replica)
+            if _suits(prospect, shape, hosts):
+                return [candidate]
+            prospect.restore(candidate.replica)
+    for each in kept:
+        prospect.remove(each.replica)
+    return kept
 
 
 def _candidates(

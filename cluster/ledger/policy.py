@@ -65,6 +65,11 @@ def unavailable(pool: Pool, model: Model, now: float) -> Refusal | None:
     return too_large(pool, model)
 
 
+def ails(pool: Pool, model: Model, now: float) -> bool:
+    """A request would be refused, or would wait for a model that failed to load a moment ago."""
+    return unavailable(pool, model, now) is not None or (now < model.backoff_until and not model.serving)
+
+
 def unreachable(pool: Pool, model: Model) -> Refusal:
     """A model that only servers offer, and none of them can be reached."""
     message = f"no server that offers {model.name!r} can be reached: {pool.servers.error(model.name)}"

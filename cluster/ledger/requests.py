@@ -33,7 +33,7 @@ def request_arrived(pool: Pool, event: RequestArrived, now: float) -> None:
     pool.submitted += 1
     model = pool.models.get(name)
     if model is None:
-        model = _variant(pool, name)
+        model = _variant(pool, name, now)
     # One guard for all that is out of the ordinary keeps the ordinary arrival short.
     if model is None or deadline <= now or request in pool.cancelled or holder in pool.dead_holders:
         model = _turn_away(pool, event, model, now)
@@ -57,17 +57,31 @@ def _lease_now(pool: Pool, model: Model, event: RequestArrived, now: float) -> N
     pool.announce(lease)
 
 
-def _variant(pool: Pool, name: str) -> Model | None:
-    """The next of a public name's variants: smooth weighted turns, so that 3:1 comes as a, a, b, a."""
-    variants = [(model, weight) for model, weight in pool.spec.variants.get(name, ()) if model in pool.models]
+def _variant(pool: Pool, name: str, now: float) -> Model | None:
+    """The next of a public name's variants: smooth weighted turns, so that 3:1 comes as a, a, b, a.
+
+    Who cannot answer now has no turn, as long as another can.
+    """
+    variants = [
+        (pool.models[model], weight) for model, weight in pool.spec.variants.get(name, ()) if model in pool.models
+    ]
     if not variants:
         return None
+    variants = [each for each in variants if not policy.ails(pool, each[0], now)] or variants
     turns = pool.turns.setdefault(name, {})
     for model, weight in variants:
-        turns[model] = turns.get(model, 0.0) + weight
-    best = max(variants, key=lambda each: turns[each[0]])[0]
-    turns[best] -= sum(weight for _, weight in variants)
-    return pool.models[best]
+        turns[model.name] = turns.get(model.name, 0.0) + weight
+    best = max(variants, key=lambda each: turns[each[0].name])[0]
+    turns[best.name] -= sum(weight for _, weight in variants)
+    return best
+
+
+def _fallbacks(pool: Pool, name: str, model: Model) -> tuple[str, ...]:
+    """Where a request for `name` may go if its model cannot answer: to the other variants first."""
+    if name in pool.models:
+        return model.spec.fallbacks
+    others = sorted(pool.spec.variants.get(name, ()), key=lambda each: -each[1])
+    return tuple(dict.fromkeys([each for each, _ in others if each != model.name] + list(model.spec.fallbacks)))
 
 
 def _turn_away(pool: Pool, event: RequestArrived, model: Model | None, now: float) -> Model | None:
@@ -118,7 +132,7 @@ def _admit(pool: Pool, model: Model, event: RequestArrived, now: float) -> None:
             _queue_full(pool, waiter, model)
             return
         waiter.model = model = other
-    waiter.fallbacks = model.spec.fallbacks
+    waiter.fallbacks = _fallbacks(pool, event.model, model)
     if not pool.is_recovering:
         while (error := policy.unavailable(pool, model, now)) is not None:
             other = next_fallback(pool, waiter)

@@ -16,7 +16,7 @@ STARTING   a process was asked for. It is *unbound* until one announces itself; 
 READY      serves, and is the only state that gets new leases.
 DRAINING   the door is closed, the leases inside go on. Its leases never grow. It may be reopened, since nobody has
            been told to stop it. An empty one moves on in the same step, unless a newer one of its model still
-           drains: Serve would stop that one first.
+           drains or any of it starts: Serve would stop that one first.
 STOPPING   the desired count was lowered and Serve may be killing it right now, so there is no way back, and it holds
            no lease.
 FAILED     the engine is of no use; the desired count was lowered, the process is waited for like a STOPPING one.

@@ -142,7 +142,8 @@ def _end_recovery(pool: Pool, now: float) -> None:
 
 def _trim(pool: Pool, model: Model, now: float) -> None:
     """Drain what must not serve any longer, finish what has drained, forget what has left."""
-    if model.counts[DRAINING]:
+    # Beside one that starts (a node left meanwhile) a drained one waits: Serve would stop that one in its stead.
+    if model.counts[DRAINING] and not model.counts[STARTING]:
         # Newest first: Serve stops the newest, so an older one that is empty waits for a newer one that is not.
         for replica in [each for each in reversed(model.replicas) if each.state is DRAINING]:
             if replica.leases:
@@ -160,7 +161,8 @@ def _trim(pool: Pool, model: Model, now: float) -> None:
         doomed = [each for each in model.replicas if each.revision != revision or placing.is_homeless(pool, each)]
         above = model.serving - model.spec.max_replicas
         if above > 0:
-            doomed += list(reversed(model.replicas))[:above]
+            # As Serve does it: what does not serve yet goes first, then the newest.
+            doomed += sorted(model.replicas, key=lambda each: (each.state is not STARTING, -each.serial))[:above]
     for replica in doomed:
         if replica.state is READY:
             pool.quiesce(replica, now)
