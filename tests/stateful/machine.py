@@ -103,6 +103,11 @@ class LedgerMachine(RuleBasedStateMachine):
         if sent.grant is not None:
             assert sent.grant in commands, "a lease was not told again"
 
+    @precondition(lambda self: self.out.leaving())
+    @rule(data=st.data())
+    def ask_for_what_leaves(self, data: st.DataObject) -> None:
+        self.out.send(data.draw(st.sampled_from(self.out.leaving())).model, 2)
+
     @precondition(lambda self: self.out.leased())
     @rule(data=st.data(), pause=st.sampled_from(PAUSES))
     def release(self, data: st.DataObject, pause: float) -> None:
@@ -118,9 +123,12 @@ class LedgerMachine(RuleBasedStateMachine):
         if not sent.answered:
             self.out.cancel(sent)
 
-    @rule(holder=st.sampled_from(["h2", "h3"]))
-    def holder_dies(self, holder: str) -> None:
+    @rule(data=st.data())
+    def holder_dies(self, data: st.DataObject) -> None:
+        """One that holds or awaits something, if there is one; the first never dies."""
         self.out.tell(Ticked())
+        busy = {each.holder for each in self.out.waiting() + self.out.leased()} - {"h1"}
+        holder = data.draw(st.sampled_from(sorted(busy) or ["h2", "h3"]))
         self.out.dead.add(holder)
         for sent in self.out.waiting() + self.out.leased():
             if sent.holder == holder:
@@ -172,23 +180,30 @@ class LedgerMachine(RuleBasedStateMachine):
 
     # --- along the transition table -----------------------------------------------------------------------------
 
-    @rule(model=st.sampled_from(["A", "A", "B", "C"]), end=st.sampled_from([each for each in ReplicaState if each]))
-    def lead(self, model: str, end: ReplicaState) -> None:
+    @rule(
+        model=st.sampled_from("AABCP"),
+        end=st.sampled_from([each for each in ReplicaState if each]),
+        holder=st.sampled_from(["h1", "h2"]),
+    )
+    def lead(self, model: str, end: ReplicaState, holder: str) -> None:
         """Bring a replica of a model into a state, as far as the pool lets us."""
+        holder = "h1" if holder in self.out.dead else holder
         alive = self.out.alive(model)
         for cause in path(self.out.inside(alive[0]) if alive else ReplicaState.COLD, end):
-            self._bring_about(model, cause)
+            self._bring_about(model, cause, holder)
 
-    def _bring_about(self, model: str, cause: Cause) -> None:
+    def _bring_about(self, model: str, cause: Cause, holder: str) -> None:
         """What the outside does so that the ledger makes this transition; it may have reasons not to."""
         out = self.out
         alive = out.alive(model)
-        if cause is Cause.PLACED:
-            out.send(model, 2)
+        if cause is Cause.PLACED and MODELS[model].manual:
+            out.load(model, 1)
+        elif cause is Cause.PLACED:
+            out.send(model, 2, holder)
         elif cause is Cause.QUIESCED:
             # Somebody is inside, somebody else waits for the room, and the bound is reached.
             if not any(each.leases for each in alive):
-                out.send(model, 2)
+                out.send(model, 2, holder)
             out.send("A" if model == "C" else "C", 1)
             out.pass_time(SPEC.bound_s[0])
         elif cause is Cause.REOPENED:
@@ -247,6 +262,25 @@ class LedgerMachine(RuleBasedStateMachine):
                     self.out.release(sent)
             self.out.pass_time(0.5)
         assert not self.out.waiting(), f"they wait for ever: {self.out.waiting()}"
+
+    # --- a new life of the ledger -------------------------------------------------------------------------------
+
+    @rule(data=st.data(), holders=st.sets(st.sampled_from(["h2", "h3"])), pause=st.sampled_from([0.0, 0.1, 0.5]))
+    def ledger_restarts(self, data: st.DataObject, holders: set[str], pause: float) -> None:
+        """All is announced anew, in any order; some have died meanwhile. No lease is lost, and none granted twice."""
+        self.out.tell(Ticked())
+        dying = data.draw(st.sets(st.sampled_from(sorted(self.out.seen)))) if self.out.seen else set()
+        self.out.lose_the_ledger()
+        events = data.draw(st.permutations(self.out.announcements(dying, holders)))
+        for index, event in enumerate(events):
+            if index == len(events) // 2:
+                self.out.pass_time(pause)
+            if isinstance(event, RequestArrived) and self.out.sent[event.request].deadline <= self.out.now:
+                self.out.sent[event.request].answered = True
+                continue
+            self.out.hear(event)
+        self.out.dead |= holders
+        self.out.close_the_window()
 
     # --- what must change nothing -------------------------------------------------------------------------------
 

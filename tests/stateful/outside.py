@@ -13,6 +13,8 @@ from cluster.ledger.events import (
     Command,
     Event,
     Grant,
+    HolderDied,
+    LeaseReannounced,
     LeaseReleased,
     LoadRefused,
     LoadRequested,
@@ -44,6 +46,7 @@ MODELS = {
 SPEC = PoolSpec(
     models=MODELS, nodes={"n": NodeSpec("n", gpus=GPUS, cpus=4.0)}, queue_max_size=12, bound_s=(5.0, 8.0, 12.0)
 )
+WINDOW_S = 3.0
 STARTING, READY, DRAINING = ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING
 STOPPING, FAILED = ReplicaState.STOPPING, ReplicaState.FAILED
 
@@ -79,6 +82,7 @@ class Outside:
     def __init__(self) -> None:
         self.now = 0.0
         self.numbers = 0
+        self.lives = 1
         self.sent: dict[str, Sent] = {}
         self.seen: dict[str, Seen] = {}
         self.desired: dict[str, int] = dict.fromkeys(MODELS, 0)
@@ -169,6 +173,10 @@ class Outside:
         """A model's processes, oldest first."""
         return [each for each in self.seen.values() if each.model == model]
 
+    def leaving(self) -> list[Seen]:
+        """Processes that failed or that Serve may be killing."""
+        return [each for each in self.seen.values() if each.state in (STOPPING, FAILED)]
+
     def missing(self) -> list[str]:
         """Models of which Serve would start a process now."""
         return [
@@ -251,6 +259,65 @@ class Outside:
         else:
             del self.seen[seen.uid]
             self.tell(ReplicaGone(seen.uid))
+
+    # --- a new life of the ledger -------------------------------------------------------------------------------
+
+    def lose_the_ledger(self) -> None:
+        """The ledger is back, empty. What Serve was told before it has done by the time that the window closes."""
+        self.lives += 1
+        self.dead.clear()
+        self.unloaded.clear()
+        self.ledger = Ledger(SPEC, epoch=f"e{self.lives}", now=self.now, recovering_until=self.now + WINDOW_S)
+
+    def announcements(self, dying: set[str], dead_holders: set[str]) -> list[Event]:
+        """What the new ledger hears, in no order: of each process, each lease and each waiter that is left."""
+        events: list[Event] = [HolderDied(each) for each in sorted(dead_holders)]
+        for sent in self.waiting() + self.leased():
+            if sent.grant is not None:
+                lease = sent.grant
+                events.append(
+                    LeaseReannounced(sent.name, sent.holder, sent.model, lease.replica, lease.generation, sent.priority)
+                )
+                if lease.replica in dying or sent.holder in dead_holders:
+                    self.end(sent)
+            elif sent.holder in dead_holders:
+                self.end(sent)
+            else:
+                events.append(RequestArrived(sent.name, sent.holder, sent.model, sent.priority, sent.deadline))
+        for seen in list(self.seen.values()):
+            events.append(ReplicaStarted(seen.model, seen.uid, "n"))
+            if seen.state in (STOPPING, FAILED) or seen.uid in dying:
+                events.append(ReplicaGone(seen.uid))
+                del self.seen[seen.uid]
+            elif seen.state is not STARTING:
+                events.append(ReplicaReady(seen.uid))
+                seen.state = READY
+        return events
+
+    def hear(self, event: Event) -> None:
+        """One announcement within the window: the ledger listens, and decides nothing."""
+        if isinstance(event, RequestArrived):
+            self.numbers += 1
+            self.sent[event.request].number = self.numbers
+        for command in self.tell(event):
+            assert isinstance(command, Reject), f"{command} within the recovery window"
+        self.ledger.check()
+
+    def close_the_window(self) -> None:
+        """Whoever holds a lease still does, under the number that he knows; its slot may be another."""
+        names = {each["replica"] for each in self.ledger.snapshot()["replicas"]}
+        assert names == set(self.seen), f"{names} are on the books, {set(self.seen)} are alive"
+        for sent in self.leased():
+            assert sent.grant is not None
+            event = RequestArrived(sent.name, sent.holder, sent.model, sent.priority, sent.deadline)
+            told = self.ledger.decide(event, self.now)
+            assert len(told) == 1, f"the lease of {sent} was lost: {told}"
+            grant = told[0]
+            assert isinstance(grant, Grant), f"the lease of {sent} was lost: {grant}"
+            assert (grant.replica, grant.generation) == (sent.grant.replica, sent.grant.generation)
+            sent.grant = grant
+        self.pass_time(WINDOW_S)
+        assert not self.ledger.is_recovering
 
     def stop_one(self, model: str) -> None:
         """Serve stops a process: what does not serve first, then the newest."""
