@@ -123,12 +123,14 @@ class LedgerMachine(RuleBasedStateMachine):
         if not sent.answered:
             self.out.cancel(sent)
 
-    @rule(data=st.data())
-    def holder_dies(self, data: st.DataObject) -> None:
-        """One that holds or awaits something, if there is one; the first never dies."""
+    @rule(data=st.data(), model=st.sampled_from(["A", "B", "C"]))
+    def holder_dies(self, data: st.DataObject, model: str) -> None:
+        """One that holds or awaits something; the first never dies."""
         self.out.tell(Ticked())
         busy = {each.holder for each in self.out.waiting() + self.out.leased()} - {"h1"}
         holder = data.draw(st.sampled_from(sorted(busy) or ["h2", "h3"]))
+        if not busy and holder not in self.out.dead:
+            self.out.send(model, 2, holder)
         self.out.dead.add(holder)
         for sent in self.out.waiting() + self.out.leased():
             if sent.holder == holder:

@@ -53,11 +53,11 @@ def test_capacity_is_no_reason_to_close_a_busy_door_at_once() -> None:
     desk = Desk(model("A"), model("B"), gpus=2, capacity=1)
     desk.arrive("a1", "A")
     desk.boot("A", "A#1")
-    desk.at(20.0)
+    desk.at(2.0)
     desk.release("a1")
     desk.arrive("a2", "A")
     desk.arrive("a3", "A")
-    desk.at(30.0)
+    desk.at(12.0)
     assert desk.arrive("b1", "B") == []
 
 
