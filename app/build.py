@@ -63,7 +63,7 @@ def _replicas(config: PoolConfig, model: str) -> serve.Application:
         name=effects.deployment_name(model),
         max_ongoing_requests=UNBOUNDED,
         graceful_shutdown_timeout_s=config.longest_request_s() + GRACE_S,
-        graceful_shutdown_wait_loop_s=0.05,
+        graceful_shutdown_wait_loop_s=0.02,
         health_check_period_s=config.health_check_interval,
         autoscaling_config=AutoscalingConfig(
             min_replicas=0,

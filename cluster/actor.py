@@ -25,6 +25,7 @@ from cluster.ledger.events import (
     LoadRefused,
     LoadRequested,
     NodesChanged,
+    Quiesce,
     Reject,
     ReplicaFailed,
     ReplicaGone,
@@ -72,6 +73,7 @@ class LedgerActor:
         self._spec = spec
         self._parked: dict[str, _Parked] = {}
         self._replica_of_actor: dict[str, str] = {}
+        self._door_closes: dict[str, asyncio.Event] = {}
         self._holder_of_actor: dict[str, str] = {}
         self._progress: dict[str, float] = {}
         self._operators = OperatorCalls(self._ledger)
@@ -162,6 +164,10 @@ class LedgerActor:
         self._progress.pop(replica, None)
         self._post(ReplicaFailed(replica, reason))
 
+    async def door_closed(self, replica: str) -> None:
+        """Parks until the ledger next closes a replica's door, or the replica is dead."""
+        await self._door_closes.setdefault(replica, asyncio.Event()).wait()
+
     async def server_lost(self, url: str) -> None:
         """A request lost its external server, before or in its answer: look at once whether it is still there."""
         self._post(ServerSuspected(url))
@@ -251,6 +257,8 @@ class LedgerActor:
             elif isinstance(command, SetDesired):
                 self._desired[command.model] = command.replicas
                 rescaled = True
+            elif isinstance(command, Quiesce) and (closes := self._door_closes.pop(command.replica, None)):
+                closes.set()
         if rescaled:
             self._publish_desired()
 
@@ -287,6 +295,7 @@ class LedgerActor:
         replica = self._replica_of_actor.pop(actor_id, None)
         if replica is not None:
             self._progress.pop(replica, None)
+            self._door_closes.pop(replica, asyncio.Event()).set()
             self._post(ReplicaGone(replica))
         holder = self._holder_of_actor.pop(actor_id, None)
         if holder is not None:

@@ -166,6 +166,14 @@ class LedgerClient:
         """A one-way message: `replica_progress`, `replica_ready`, `replica_failed` or `server_lost`."""
         getattr(self._actor, method).remote(*args)
 
+    async def door_closed(self, replica: str) -> None:
+        """Wait until the ledger closes a replica's door, which is when its successor is chosen."""
+        while True:
+            try:
+                return await self._actor.door_closed.remote(replica)  # type: ignore[no-any-return]
+            except RayActorError:
+                await asyncio.sleep(RETRY_S)
+
     async def stay_attached(self, method: str, state: Callable[[], Any]) -> None:
         """Announce `state()` through `method`, and again to every later life of the ledger. Runs until cancelled."""
         while True:

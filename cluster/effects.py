@@ -38,8 +38,6 @@ NODE_ANSWER_S = 10.0
 
 #: For how long a spare process is kept that no replica takes, in seconds.
 SPARE_KEPT_S = 600
-#: So many of them are kept on a machine: a visitor's swap takes one, and the swap back another. One takes 140 MiB.
-SPARES = 2
 
 _HEAD = "node:__internal_head__"
 
@@ -91,13 +89,13 @@ def socket_path(replica: str) -> Path:
     return Path(ray._private.worker._global_node.get_sockets_dir_path()) / f"slotpool-{replica}.sock"
 
 
-def start_spare_processes() -> None:
-    """Have worker processes started on this machine that the next replicas here take instead of fresh ones.
+def start_spare_processes(wanted: int) -> None:
+    """Have worker processes started on this machine until so many wait there for the next replicas to take them.
 
     A fresh process imports for more than a second, while somebody waits for its model. Ray's library has the call,
     but no Python for it. Processes that are idle for whatever reason count as spares. Blocks for milliseconds.
     """
-    missing = SPARES - _idle_processes()
+    missing = wanted - _idle_processes()
     if missing <= 0:
         return
     node = ray._private.worker._global_node
@@ -125,10 +123,10 @@ def _idle_processes() -> int:
 
 
 def pace_controller(*, hurry: bool) -> None:
-    """How soon Serve's control loop runs again: after 20 ms in a hurry, else as configured. For its own process."""
+    """How soon Serve's control loop runs again: after 5 ms in a hurry, else as configured. For its own process."""
     from ray.serve._private import controller
 
-    controller.CONTROL_LOOP_INTERVAL_S = min(0.02, CONTROL_LOOP_INTERVAL_S) if hurry else CONTROL_LOOP_INTERVAL_S
+    controller.CONTROL_LOOP_INTERVAL_S = min(0.005, CONTROL_LOOP_INTERVAL_S) if hurry else CONTROL_LOOP_INTERVAL_S
 
 
 class Machines:

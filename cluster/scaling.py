@@ -23,8 +23,9 @@ RETRY_S = 0.2
 
 #: For how long after a change of a count the controller hurries: enough for a stop, in seconds,
 HURRY_S = 0.3
-#: and at most as long as this where a replica takes longer to start.
-LONGEST_HURRY_S = 3.0
+#: and at most as long as this where a replica takes longer to start: its process needs the CPU more than the loop,
+#: which takes most of a core in its hurry.
+LONGEST_HURRY_S = 1.0
 
 
 class LedgerPolicy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 from pathlib import Path
 
@@ -25,6 +26,13 @@ def resolve_weights(model_path: str | None) -> str:
     if not path.is_file():
         raise ModelUnavailable(f"no model file at model_path {model_path!r}")
     return str(path)
+
+
+async def find_weights(model_path: str | None) -> str:
+    """`resolve_weights` on an event loop: in a thread where it may take longer than a look at the disk."""
+    if (model_path or "").startswith("hf:"):
+        return await asyncio.to_thread(resolve_weights, model_path)
+    return resolve_weights(model_path)
 
 
 def weights_at_hand(model_path: str | None) -> Path | None:

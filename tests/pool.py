@@ -164,15 +164,15 @@ def smollm2(**fields: Any) -> dict[str, Any]:
     return {"model_path": SMOLLM2, "gguf_n_ctx": 1024, **fields}
 
 
-def requantised(folder: str | Path) -> str:
-    """SmolLM2 in another format (Q8_0): a second model of about the same speed, without a second download."""
+def requantised(folder: str | Path, kind: str = "Q8_0") -> str:
+    """SmolLM2 in another format: a second model of about the same speed, without a second download."""
     import llama_cpp
 
     from deployments.weights import resolve_weights
 
-    target = Path(folder, "SmolLM2-135M-Instruct.Q8_0.gguf")
+    target = Path(folder, f"SmolLM2-135M-Instruct.{kind}.gguf")
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     params.allow_requantize = True
     status = llama_cpp.llama_model_quantize(resolve_weights(SMOLLM2).encode(), str(target).encode(), params)
     assert status == 0, f"llama_model_quantize answered {status}"

@@ -1,13 +1,15 @@
-"""A race on one GPU: two models that take turns, in Slotpool and in llama-server's own router, on the same requests.
+"""A race on one GPU: a minute of overlapping streams on one model, and a visitor who wants the other.
 
-    python tests/bench/race_llama_server.py [--llama-server PATH] [--seconds 30] [--rate 2.0] [--json FILE]
+    python tests/bench/race_llama_server.py [--llama-server PATH] [--seconds 60] [--every S] [--json FILE]
 
 Slotpool runs as a user's pool does, over Ray Serve on loopback, with one logical GPU and two models that want all of
-it. llama-server runs in router mode with `--models-max 1`. Both have the same two files (SmolLM2-135M as it comes, and
-requantised to Q8_0 in a temporary folder), threads, slots and context. One after the other, since they would share the
-same cores, each answers the same seeded list: requests that arrive when they arrive, however late the earlier ones are
-(an open loop), about 93 % of them for `often` with streams that overlap, the others for the visitor `rare`. Every
-request streams a chat of about 45 prompt tokens and makes 32 new ones, greedy, past any end-of-sequence token.
+it. llama-server runs in router mode with `--models-max 1`. Both have the same two files (SmolLM2-135M as 16-bit floats
+in a temporary folder, and as it comes, with 4 bits), threads, slots and context. One after the other, since they would
+share the same cores, each answers the same seeded list of requests that arrive when they arrive, however late the
+earlier ones are (an open loop): some 90 % of them for `often`, the next one always before the last one could be done
+if it had the machine to itself, and after three seconds six for `rare`, of all priorities. Every request streams a
+chat of about 45 prompt tokens, greedy, past any end-of-sequence token. Slotpool promises a place within 14, 17 and 20
+seconds, by priority; the router knows no such thing and swaps when it is idle.
 
 The time to first token counts from the moment at which the request should have been sent, so waiting for a swap is in
 it. A request fails when it is answered with an error, or when its stream ends before its time. The makespan reaches
@@ -19,11 +21,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import math
 import os
 import random
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -40,14 +44,19 @@ from deployments.weights import resolve_weights
 from tests.bench.bench_llama_cpp import TEXT, chat_body, llama_server
 from tests.pool import SMOLLM2, local_serve, requantised, running_pool
 
-NEW_TOKENS = 32
+NEW_TOKENS = 96
 SLOTS = 8
 CONTEXT = 1024
 OFTEN, RARE = "often", "rare"
-#: Of all requests, those for the visitor.
-RARE_SHARE = 0.07
+#: When the visitors come, and how long they may wait by their priority, in seconds.
+VISITS_S = (3.0, 3.2, 3.4, 3.6, 3.8, 4.0)
+MAX_WAIT_S = {"low": 20, "medium": 17, "high": 14}
+#: From one request for `often` to the next, as a part of the time that one takes alone.
+OVERLAP = 0.75
+#: How long both are left alone after they have answered for both models, in seconds.
+REST_S = 10.0
 #: What a single request may take before it counts as failed, in seconds.
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +79,18 @@ class Result:
     error: str | None
 
 
-def workload(seed: int, seconds: float, rate: float) -> list[Arrival]:
-    """Poisson arrivals, the same for the same seed. The visitors are spread, or the seed decides who wins."""
+def workload(seed: int, seconds: float, every: float) -> list[Arrival]:
+    """A request for `often` about every so many seconds, and the visitors; the same for the same seed."""
     rng = random.Random(seed)
-    count = max(2, round(seconds * rate))
-    visits = max(1, round(count * RARE_SHARE))
-    visitors = {round((number + rng.uniform(0.2, 0.8)) * count / visits) for number in range(visits)}
-    arrivals = []
+    times = [(at_s, RARE, priority) for at_s, priority in zip(VISITS_S, itertools.cycle(MAX_WAIT_S), strict=False)]
     at_s = 0.0
-    for number in range(count):
-        model = RARE if number in visitors else OFTEN
+    while at_s < seconds:
+        times.append((at_s, OFTEN, "medium"))
+        at_s += every * rng.uniform(0.95, 1.05)
+    arrivals = []
+    for at_s, model, priority in sorted(times):
         body = chat_body(rng, stream=True, tokens=NEW_TOKENS)
-        arrivals.append(Arrival(at_s, model, {"model": model, **body}))
-        at_s += rng.expovariate(rate)
+        arrivals.append(Arrival(at_s, model, {"model": model, "priority": priority, **body}))
     return arrivals
 
 
@@ -106,25 +114,38 @@ async def request(session: aiohttp.ClientSession, url: str, arrival: Arrival, st
     return Result(arrival.model, arrival.at_s, first, time.perf_counter() - started, error)
 
 
-async def race(url: str, arrivals: list[Arrival]) -> list[Result]:
-    """All answers. Both models answer once before the race, so that their files are in memory; `often` is loaded."""
+async def race(url: str, seed: int, seconds: float, every: float | None) -> tuple[list[Result], float]:
+    """All answers, and the time between two arrivals for `often`, which is measured here unless it is given.
+
+    Both models answer once before, so that their files are in memory; `often` is loaded.
+    """
     timeout = aiohttp.ClientTimeout(total=PATIENCE_S)
     # llama-server closes idle connections under the feet of a client that would use them again.
     connector = aiohttp.TCPConnector(force_close=True, limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+
+        async def alone(model: str) -> float:
+            body = {"model": model, **chat_body(random.Random(model), stream=True, tokens=NEW_TOKENS)}
+            result = await request(session, url, Arrival(0.0, model, body), time.perf_counter())
+            assert result.error is None, f"{model} does not answer: {result.error}"
+            return result.end_s
+
         for model in (OFTEN, RARE, OFTEN):
-            body = {"model": model, **chat_body(random.Random(model), stream=True, tokens=2)}
-            warm = await request(session, url, Arrival(0.0, model, body), time.perf_counter())
-            assert warm.error is None, f"{model} does not answer: {warm.error}"
+            await alone(model)
+        await asyncio.sleep(REST_S)
+        if every is None:
+            every = OVERLAP * statistics.median([await alone(OFTEN) for _ in range(5)])
+        arrivals = workload(seed, seconds, every)
         started = time.perf_counter()
-        return await asyncio.gather(*(request(session, url, arrival, started) for arrival in arrivals))
+        results = await asyncio.gather(*(request(session, url, arrival, started) for arrival in arrivals))
+        return results, every
 
 
 @contextlib.contextmanager
 def slotpool(files: dict[str, str], threads: int) -> Iterator[str]:
     common = {"num_gpus": 1, "target_inflight": SLOTS, "gguf_n_ctx": CONTEXT, "engine_kwargs": {"n_threads": threads}}
     models = {name: {"model_path": path, **common} for name, path in files.items()}
-    with local_serve(gpus=1) as port, running_pool(port, {"models": models}) as pool:
+    with local_serve(gpus=1) as port, running_pool(port, {"models": models, "max_wait_s": MAX_WAIT_S}) as pool:
         yield pool.url
 
 
@@ -175,8 +196,8 @@ def show(table: dict[str, dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-server", help="llama.cpp's server binary; default: the one on the PATH")
-    parser.add_argument("--seconds", type=float, default=30.0, help="how long requests arrive")
-    parser.add_argument("--rate", type=float, default=2.0, help="requests per second")
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long requests arrive")
+    parser.add_argument("--every", type=float, help="seconds between two requests for the frequent model")
     parser.add_argument("--threads", type=int, help="of either engine; default: all cores")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", choices=["slotpool", "llama_server"], help="one contender alone")
@@ -186,12 +207,10 @@ def main() -> None:
     if not binary and arguments.only != "slotpool":
         sys.exit("llama-server is not on the PATH: give --llama-server PATH")
     threads = arguments.threads or len(os.sched_getaffinity(0))
-    arrivals = workload(arguments.seed, arguments.seconds, arguments.rate)
-    visits = sum(arrival.model == RARE for arrival in arrivals)
-    print(f"{len(arrivals)} requests, {visits} of them for {RARE}, in {arrivals[-1].at_s:.1f} s", flush=True)
+    every = arguments.every
     results: dict[str, list[Result]] = {}
     with tempfile.TemporaryDirectory(prefix="sp-weights-") as folder:
-        files = {OFTEN: resolve_weights(SMOLLM2), RARE: requantised(folder)}
+        files = {OFTEN: requantised(folder, "F16"), RARE: resolve_weights(SMOLLM2)}
         contenders = {
             "llama_server": lambda: llama_router(str(binary), files, threads),
             "slotpool": lambda: slotpool(files, threads),
@@ -199,7 +218,8 @@ def main() -> None:
         for name, contender in contenders.items():
             if arguments.only in (None, name):
                 with contender() as url:
-                    results[name] = asyncio.run(race(url, arrivals))
+                    results[name], every = asyncio.run(race(url, arguments.seed, arguments.seconds, every))
+    print(f"{len(next(iter(results.values())))} requests, one for {OFTEN} every {every:.2f} s")
     for name, answers in results.items():
         for result in answers:
             if result.error is not None:
@@ -208,7 +228,7 @@ def main() -> None:
     show(table)
     if arguments.json:
         requests = {name: [asdict(result) for result in answers] for name, answers in results.items()}
-        arguments.json.write_text(json.dumps({**table, "requests": requests}, indent=1))
+        arguments.json.write_text(json.dumps({**table, "every_s": every, "requests": requests}, indent=1))
 
 
 if __name__ == "__main__":

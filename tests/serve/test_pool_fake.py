@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import ray
 
 from cluster import effects
 from tests.pool import Pool, fake, running_pool
@@ -266,6 +267,16 @@ async def test_two_models_share_one_gpu_and_no_stream_is_cut(pool: Pool):
     done.set()
     await watcher
     assert max(map(len, resident)) == 1, resident
+
+
+def test_a_replica_hears_that_its_door_closes(pool: Pool):
+    client = pool.openai()
+    client.chat.completions.create(**body("a", max_tokens=1))
+    (uid,) = [row["replica"] for row in pool.ledger()["replicas"] if row["model"] == "a"]
+    closed = effects.find_ledger().door_closed.remote(uid)
+    assert not ray.wait([closed], timeout=0.5)[0]
+    client.chat.completions.create(**body("b", max_tokens=1))
+    assert ray.get(closed, timeout=5) is None
 
 
 def test_another_ray_job_uses_the_handle(pool: Pool):
