@@ -48,10 +48,14 @@ class Leaver(NamedTuple):
 
 
 class Prospect:
-    """What a node will have free when all that leaves has left, less what is promised."""
+    """What a node will have free when all that leaves has left, less what is promised.
 
-    def __init__(self, node: Node, gone: dict[Replica, None]) -> None:
+    `hosts` are the devices, by node and index, where a sharing group already stands; None if it may go anywhere.
+    """
+
+    def __init__(self, node: Node, gone: dict[Replica, None], hosts: set[tuple[str, int]] | None) -> None:
         self.node = node
+        self.hosts = hosts
         self.gpu = list(node.gpu)
         self.device_memory = list(node.device_memory)
         self.cpu, self.memory = node.cpu, node.memory
@@ -79,6 +83,8 @@ class Prospect:
         self.memory += sign * place.shape.memory
 
     def device_fits(self, index: int, shape: Shape) -> bool:
+        if self.hosts is not None and (self.node.name, index) not in self.hosts:
+            return False
         if self.gpu[index] < shape.per_device:
             return False
         if self.node.spec.device_memory_mib and self.device_memory[index] < shape.memory_per_device:
@@ -185,14 +191,13 @@ def clear(
 ) -> Plan | None:
     """The cheapest victims on one node that make room for a replica of the model."""
     shape = model.shape
-    prospect = Prospect(node, gone)
+    prospect = Prospect(node, gone, pool.book.hosts(shape))
     chosen = [replica for each in crowd for replica in each.model.replicas if replica not in gone]
     for replica in chosen:
         if replica.place.node == node.name and replica not in prospect.gone:
             prospect.remove(replica)
-    hosts = pool.book.hosts(shape)
     candidates = _candidates(pool, node, model, rights, now, bound, prospect)
-    if not _clear_devices(prospect, shape, candidates, hosts):
+    if not _clear_devices(prospect, shape, candidates):
         return None
     for candidate in candidates:
         if prospect.node_fits(shape):
@@ -204,10 +209,10 @@ def clear(
     taken = [each for each in candidates if each.replica in prospect.gone]
     for candidate in reversed(taken):
         prospect.restore(candidate.replica)
-        if not _suits(prospect, shape, hosts):
+        if not prospect.fits(shape):
             prospect.remove(candidate.replica)
-    kept = _fewest(prospect, shape, candidates, hosts, [each for each in taken if each.replica in prospect.gone])
-    usable = _usable(prospect, shape, hosts)
+    kept = _fewest(prospect, shape, candidates, [each for each in taken if each.replica in prospect.gone])
+    usable = prospect.devices(shape)
     usable.sort(key=lambda index: (prospect.gpu[index], index))
     place = Place(node.name, tuple(sorted(usable[: shape.devices])), shape)
     return Plan(*_hurt([*crowd, *kept]), place, chosen + [each.replica for each in kept])
@@ -218,21 +223,7 @@ def _hurt(leaving: Sequence[Leaver | Candidate]) -> tuple[Tier, float]:
     return max((each.tier for each in leaving), default=Tier.LEAVING), sum(each.cost for each in leaving)
 
 
-def _usable(prospect: Prospect, shape: Shape, hosts: set[tuple[str, int]] | None) -> list[int]:
-    return [index for index in prospect.devices(shape) if hosts is None or (prospect.node.name, index) in hosts]
-
-
-def _suits(prospect: Prospect, shape: Shape, hosts: set[tuple[str, int]] | None) -> bool:
-    return prospect.node_fits(shape) and len(_usable(prospect, shape, hosts)) >= shape.devices
-
-
-def _fewest(
-    prospect: Prospect,
-    shape: Shape,
-    candidates: list[Candidate],
-    hosts: set[tuple[str, int]] | None,
-    kept: list[Candidate],
-) -> list[Candidate]:
+def _fewest(prospect: Prospect, shape: Shape, candidates: list[Candidate], kept: list[Candidate]) -> list[Candidate]:
     """One victim in the place of several, if it makes the room alone and hurts no more than they do together."""
     if len(kept) < 2:
         return kept
@@ -243,7 +234,7 @@ def _fewest(
         # The newest of its model only, since Serve stops that one first.
         if candidate[:2] <= limit and candidate.replica is candidate.replica.model.newest_ready():
             prospect.remove(candidate.replica)
-            if _suits(prospect, shape, hosts):
+            if prospect.fits(shape):
                 return [candidate]
             prospect.restore(candidate.replica)
     for each in kept:
@@ -272,16 +263,12 @@ def _candidates(
     return found
 
 
-def _clear_devices(
-    prospect: Prospect, shape: Shape, candidates: list[Candidate], hosts: set[tuple[str, int]] | None
-) -> bool:
+def _clear_devices(prospect: Prospect, shape: Shape, candidates: list[Candidate]) -> bool:
     """Remove candidates until enough devices have room, the cheapest devices first."""
     if not shape.gpu:
         return True
     options: list[tuple[Tier, float, int, list[Candidate]]] = []
     for index in range(len(prospect.gpu)):
-        if index >= prospect.node.spec.gpus or (hosts is not None and (prospect.node.name, index) not in hosts):
-            continue
         removed: list[Candidate] = []
         for candidate in candidates:
             if prospect.device_fits(index, shape):
@@ -290,8 +277,7 @@ def _clear_devices(
                 prospect.remove(candidate.replica)
                 removed.append(candidate)
         if prospect.device_fits(index, shape):
-            worst = max((each.tier for each in removed), default=Tier.LEAVING)
-            options.append((worst, sum(each.cost for each in removed), index, removed))
+            options.append((*_hurt(removed), index, removed))
         for candidate in removed:
             prospect.restore(candidate.replica)
     if len(options) < shape.devices:
