@@ -23,7 +23,6 @@ from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest
 from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
 from ray.core.generated.runtime_environment_pb2 import RuntimeEnvInfo
 from ray.exceptions import RayError
-from ray.serve._private.constants import CONTROL_LOOP_INTERVAL_S
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.gpus import Gpu, read_gpus
@@ -124,9 +123,11 @@ def _idle_processes() -> int:
 
 def pace_controller(*, hurry: bool) -> None:
     """How soon Serve's control loop runs again: after 5 ms in a hurry, else as configured. For its own process."""
-    from ray.serve._private import controller
+    # Imported here: Serve takes a second to import, and the controller's process has it already.
+    from ray.serve._private import constants, controller
 
-    controller.CONTROL_LOOP_INTERVAL_S = min(0.005, CONTROL_LOOP_INTERVAL_S) if hurry else CONTROL_LOOP_INTERVAL_S
+    usual = constants.CONTROL_LOOP_INTERVAL_S
+    controller.CONTROL_LOOP_INTERVAL_S = min(0.005, usual) if hurry else usual
 
 
 class Machines:
