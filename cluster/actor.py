@@ -257,8 +257,8 @@ class LedgerActor:
             elif isinstance(command, SetDesired):
                 self._desired[command.model] = command.replicas
                 rescaled = True
-            elif isinstance(command, Quiesce) and (closes := self._door_closes.pop(command.replica, None)):
-                closes.set()
+            elif isinstance(command, Quiesce):
+                self._tell_of_door(command.replica)
         if rescaled:
             self._publish_desired()
 
@@ -270,6 +270,11 @@ class LedgerActor:
             # Nobody waits for this grant any more: its caller vanished between the two events.
             logger.warning("grant %s has no taker, released", answer.request)
             self._post(LeaseReleased(answer.request, answer.generation))
+
+    def _tell_of_door(self, replica: str) -> None:
+        closes = self._door_closes.pop(replica, None)
+        if closes is not None:
+            closes.set()
 
     def _publish_desired(self) -> None:
         self._desired_version += 1
@@ -295,7 +300,7 @@ class LedgerActor:
         replica = self._replica_of_actor.pop(actor_id, None)
         if replica is not None:
             self._progress.pop(replica, None)
-            self._door_closes.pop(replica, asyncio.Event()).set()
+            self._tell_of_door(replica)
             self._post(ReplicaGone(replica))
         holder = self._holder_of_actor.pop(actor_id, None)
         if holder is not None:
