@@ -14,9 +14,9 @@ from tests.pool import Pool, requantised, running_pool, smollm2
 MINUTE_S = 60.0
 STREAMS = 4
 TOKENS = 48
-MAX_WAIT_S = {"high": 14, "medium": 17, "low": 20}
+MAX_WAIT_S = {"high": 10, "medium": 14, "low": 18}
 #: When each visitor arrives, in seconds: long after the one before has had his place and lost it again.
-VISITS = {"high": 2.0, "medium": 19.0, "low": 39.0}
+VISITS = {"high": 2.0, "medium": 18.0, "low": 37.0}
 
 
 @pytest.fixture(scope="module")
