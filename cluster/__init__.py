@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cluster.server_pool import (
+    from cluster.servers.library import (
         ConcurrentDispatcher,
         DispatcherTimeoutError,
         ModelNotAvailableError,
@@ -31,6 +31,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'cluster' has no attribute {name!r}")
-    from cluster import server_pool
+    from cluster.servers import library
 
-    return getattr(server_pool, name)
+    return getattr(library, name)

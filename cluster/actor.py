@@ -324,7 +324,7 @@ class LedgerActor:
         """Read the manifests of the configured external servers from now on."""
         if self._servers is None and self._spec.servers:
             # Imports an HTTP client, which a pool without servers does without.
-            from cluster.servers import ManifestWatch
+            from cluster.servers.manifests import ManifestWatch
 
             self._servers = ManifestWatch(self._post)
         if self._servers is not None:

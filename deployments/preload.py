@@ -17,7 +17,7 @@ import sys
 import threading
 
 #: The last two only where llama-cpp-python is installed.
-MODULES = ("ray.serve._private.replica", "deployments.replica", "llama_cpp", "deployments.engines.llama_cpp")
+MODULES = ("ray.serve._private.replica", "deployments.replica", "llama_cpp", "deployments.engines.llama_cpp.engine")
 
 
 def _import() -> None:

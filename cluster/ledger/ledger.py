@@ -20,7 +20,10 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from cluster.ledger import checks, operators, replicas, requests, server_events, server_turns, snapshot, tree
+from cluster.ledger.books import checks
+from cluster.ledger.handlers import operators, replicas, requests, server_events
+from cluster.ledger.rules import server_turns
+from cluster.ledger import snapshot, tree
 from cluster.ledger.events import (
     Command,
     ConfigChanged,
@@ -41,10 +44,10 @@ from cluster.ledger.events import (
     Ticked,
     UnloadRequested,
 )
-from cluster.ledger.pool import Pool
-from cluster.ledger.queue import INFINITY
+from cluster.ledger.books.pool import Pool
+from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.specs import PoolSpec
-from cluster.ledger.validate import fault
+from cluster.ledger.handlers.validate import fault
 
 log = logging.getLogger(__name__)
 

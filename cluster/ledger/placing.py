@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cluster.ledger import autoscale, eviction, policy
-from cluster.ledger.placement import Node, Place
-from cluster.ledger.policy import Tier
-from cluster.ledger.records import Claim, Model, Replica
+from cluster.ledger.rules import autoscale, eviction, policy
+from cluster.ledger.books.placement import Node, Place
+from cluster.ledger.rules.policy import Tier
+from cluster.ledger.books.records import Claim, Model, Replica
 from cluster.ledger.states import ReplicaState
 
 if TYPE_CHECKING:
-    from cluster.ledger.pool import Pool
+    from cluster.ledger.books.pool import Pool
 
 READY, DRAINING = ReplicaState.READY, ReplicaState.DRAINING
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cluster.ledger import policy, servers
-from cluster.ledger.queue import INFINITY
+from cluster.ledger.rules import policy
+from cluster.ledger.books import servers
+from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.states import ReplicaState
 
 if TYPE_CHECKING:
-    from cluster.ledger.pool import Pool
-    from cluster.ledger.records import Model
+    from cluster.ledger.books.pool import Pool
+    from cluster.ledger.books.records import Model
 
 
 class ModelView(NamedTuple):

@@ -11,17 +11,18 @@ import heapq
 import logging
 from typing import TYPE_CHECKING
 
-from cluster.ledger import autoscale, placing, policy
+from cluster.ledger.rules import autoscale, policy
+from cluster.ledger import placing
 from cluster.ledger.events import LoadRefused
-from cluster.ledger.queue import INFINITY
-from cluster.ledger.records import Model
-from cluster.ledger.replicas import load_overdue
-from cluster.ledger.requests import expire_waiters, refuse_or_reroute, serve
-from cluster.ledger.servers import is_remote
+from cluster.ledger.books.queue import INFINITY
+from cluster.ledger.books.records import Model
+from cluster.ledger.handlers.replicas import load_overdue
+from cluster.ledger.handlers.requests import expire_waiters, refuse_or_reroute, serve
+from cluster.ledger.books.servers import is_remote
 from cluster.ledger.states import Cause, ReplicaState
 
 if TYPE_CHECKING:
-    from cluster.ledger.pool import Pool
+    from cluster.ledger.books.pool import Pool
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ def build_engine(model_id: str, model: ModelConfig, path: str) -> Engine:
 
         return FakeEngine(model_id, kwargs)
     assert isinstance(kwargs, LlamaCppKwargs)
-    from deployments.engines.llama_cpp import LlamaCppEngine
+    from deployments.engines.llama_cpp.engine import LlamaCppEngine
 
     return LlamaCppEngine(
         path,

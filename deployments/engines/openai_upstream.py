@@ -16,7 +16,7 @@ import httpx
 
 from cluster.config import ServerEntry
 from cluster.errors import BackendTimeout, BackendUnavailable, PoolError, RateLimited, ReplicaGone
-from cluster.server_types import base_url, hold_fields
+from cluster.servers.types import base_url, hold_fields
 from deployments.coalesce import coalesce
 from deployments.engines.protocol import Call
 

@@ -40,7 +40,7 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from deployments.engines.llama_cpp import LlamaCppEngine
+from deployments.engines.llama_cpp.engine import LlamaCppEngine
 from deployments.engines.protocol import Call
 from deployments.weights import resolve_weights
 from tests.pool import SMOLLM2, free_port, local_serve, running_pool, smollm2

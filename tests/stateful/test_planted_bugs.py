@@ -13,9 +13,11 @@ import pytest
 from hypothesis import Phase
 
 from cluster.ledger import ledger as front
-from cluster.ledger import placing, pool, queue, records, replicas, requests, states
+from cluster.ledger import placing, states
+from cluster.ledger.books import pool, queue, records
+from cluster.ledger.handlers import replicas, requests
 from cluster.ledger.events import HolderDied, LeaseReleased, ReplicaReady, RequestArrived
-from cluster.ledger.placement import Node, Place, Shape
+from cluster.ledger.books.placement import Node, Place, Shape
 from cluster.ledger.states import Cause, ReplicaState
 from tests.stateful.budget import run_machine
 

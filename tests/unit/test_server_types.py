@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.server_types import FOREVER_S, base_url, hold_fields, loads_just_in_time
+from cluster.servers.types import FOREVER_S, base_url, hold_fields, loads_just_in_time
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from cluster import servers
 from cluster.ledger.events import ServerManifest
 from cluster.ledger.specs import ServerSpec
-from cluster.servers import ManifestError, ManifestWatch
+from cluster.servers.manifests import ManifestError, ManifestWatch
 from tests.upstream import Upstream
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from deployments.engines.llama_cpp import LlamaCppEngine
+from deployments.engines.llama_cpp.engine import LlamaCppEngine
 
 SLOTS = 8
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from deployments.engines.llama_cpp import LlamaCppEngine
+from deployments.engines.llama_cpp.engine import LlamaCppEngine
 from deployments.engines.protocol import Call
 
 CHAT = "/v1/chat/completions"

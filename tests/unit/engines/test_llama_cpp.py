@@ -27,8 +27,8 @@ from cluster.errors import (
     PoolError,
     UnsupportedParameter,
 )
-from deployments.engines.llama_cpp import LlamaCppEngine
-from deployments.engines.llama_cpp_loop import COMPUTE_NICE
+from deployments.engines.llama_cpp.engine import LlamaCppEngine
+from deployments.engines.llama_cpp.loop import COMPUTE_NICE
 from deployments.engines.protocol import Call
 from tests.unit.engines.drive import CHAT, COMPLETIONS, ask, body, events, text
 

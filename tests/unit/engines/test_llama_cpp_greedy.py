@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from deployments.engines.llama_cpp import LlamaCppEngine
+from deployments.engines.llama_cpp.engine import LlamaCppEngine
 from tests.unit.engines.drive import ask, body
 
 TOPICS = ["sea", "moon", "bread", "war", "music", "a dog", "rain", "Paris", "chess", "gold", "snow", "iron"]

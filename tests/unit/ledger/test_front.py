@@ -18,7 +18,7 @@ from cluster.ledger.events import (
     RequestArrived,
     Ticked,
 )
-from cluster.ledger.queue import INFINITY, WaitQueue
+from cluster.ledger.books.queue import INFINITY, WaitQueue
 from cluster.ledger.states import TRANSITIONS, Cause, ReplicaState
 from tests.unit.ledger.desk import Desk, model
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from cluster.ledger import eviction
+from cluster.ledger.rules import eviction
 from cluster.ledger.events import NodesChanged, ReplicaFailed, ReplicaReady, ReplicaStarted
-from cluster.ledger.placement import Node
-from cluster.ledger.pool import Pool
+from cluster.ledger.books.placement import Node
+from cluster.ledger.books.pool import Pool
 from cluster.ledger.specs import NodeSpec
 from tests.unit.ledger.desk import Desk, model
 

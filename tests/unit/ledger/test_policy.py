@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.ledger import policy
+from cluster.ledger.rules import policy
 from cluster.ledger.events import ReplicaStarted, RequestCancelled
 from tests.unit.ledger.desk import Desk, model
 

@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from cluster.ledger import server_turns, servers
+from cluster.ledger.rules import server_turns
+from cluster.ledger.books import servers
 from cluster.ledger.events import (
     ConfigChanged,
     Grant,

@@ -1,0 +1,98 @@
+"""Reads a configuration: files, environment variables over them, and a line for every mistake.
+
+Unknown keys are refused with their path and the nearest known key, since a mistyped key that is silently ignored costs
+a user an evening.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from cluster.config.models import FakeFaults, Group, LlamaCppKwargs, ModelConfig, ServerEntry
+from cluster.config.pool import PoolConfig
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message names the file, the path of the key and what is wrong."""
+
+
+#: Environment variables that override a pool-wide key, and the key.
+ENVIRONMENT = {
+    "INFERENCE_QUEUE_MAX_SIZE": "queue_max_size",
+    "INFERENCE_REQUEST_TIMEOUT_SECONDS": "request_timeout_seconds",
+    "DEFAULT_IDLE_TIMEOUT": "default_idle_timeout",
+    "STARTUP_TIMEOUT": "startup_timeout",
+    "EXECUTION_MODE": "execution_mode",
+    "ENABLE_CPU_OFFLOAD": "enable_cpu_offload",
+    "OFFLOAD_QUEUE_THRESHOLD": "offload_queue_threshold",
+    "HEALTH_CHECK_INTERVAL": "health_check_interval",
+}
+
+
+def load_config(args: Mapping[str, Any] | None, environ: Mapping[str, str] = os.environ) -> PoolConfig:
+    """Read the configuration from an application's `args`: the keys themselves, or `config: path` alone.
+
+    Values of the environment variables in `ENVIRONMENT` win. Raises `ConfigError` with one line per mistake.
+    """
+    data = dict(args or {})
+    source = "serve_config.yaml: args"
+    if "config" in data:
+        path = Path(str(data.pop("config"))).expanduser()
+        if data:
+            raise ConfigError(f"args: 'config' stands alone, but {sorted(data)} stand beside it")
+        data, source = read_yaml(path), str(path)
+    for variable, key in ENVIRONMENT.items():
+        if variable in environ:
+            data[key] = environ[variable]
+    try:
+        config = PoolConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(source, item) for item in error.errors())) from None
+    return _without_gpus(config) if config.execution_mode == "cpu" else config
+
+
+def _without_gpus(config: PoolConfig) -> PoolConfig:
+    models = {name: model.model_copy(update={"num_gpus": 0.0}) for name, model in config.models.items()}
+    return config.model_copy(update={"models": models})
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds one mapping. Raises `ConfigError` when it is missing, broken or something else."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top")
+    return data
+
+
+def _explain(source: str, item: Any) -> str:
+    """One line for one mistake; an unknown key is told the nearest known one."""
+    location = [str(part) for part in item["loc"]]
+    path = ".".join(location)
+    if item["type"] != "extra_forbidden":
+        message = item["msg"].removeprefix("Value error, ")
+        return f"{source}: {path}: {message}" if path else f"{source}: {message}"
+    near = difflib.get_close_matches(location[-1], _known_keys(location), n=1)
+    return f"{source}: {path}: unknown key" + (f", did you mean {near[0]!r}?" if near else "")
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    if "engine_kwargs" in location:
+        return [*FakeFaults.model_fields, *LlamaCppKwargs.model_fields]
+    if location[0] == "servers" and len(location) > 2:
+        return [*ServerEntry.model_fields]
+    if "group" in location[2:-1]:
+        return [*Group.model_fields]
+    fields = ModelConfig.model_fields if location[0] == "models" and len(location) > 2 else PoolConfig.model_fields
+    return [*fields, *(field.alias for field in fields.values() if field.alias)]

@@ -1,0 +1,166 @@
+"""The whole pool's configuration: its models and servers, the keys that hold for all, and what the ledger gets of it.
+
+Frozen after it is read. `serve_config.yaml` carries this schema under `applications[0].args`, whole or as
+`config: path.yaml`; `load.py` reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+from cluster.config.models import ModelConfig, ServerEntry
+from cluster.config.names import Names, check_references
+from cluster.ledger.specs import ModelSpec, PoolSpec
+from cluster.servers.types import base_url
+
+
+class MaxWait(BaseModel):
+    """The longest wait for a place, in seconds, that the pool strives for in each priority class.
+
+    When it is about to pass, the door of a resident model closes, its streams end, and the waiter's model loads. Longer
+    bounds mean fewer swaps. A crowd that the GPUs cannot serve in that time waits longer, whatever is chosen.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    high: Annotated[float, Field(gt=0)] = 30.0
+    medium: Annotated[float, Field(gt=0)] = 60.0
+    low: Annotated[float, Field(gt=0)] = 120.0
+
+
+class PoolConfig(BaseModel):
+    """The whole pool: its models and the keys that hold for all of them.
+
+    `execution_mode: cpu` runs every model on CPUs, whatever its `num_gpus`; by default the pool is in gpu mode if any
+    model wants a GPU. `enable_cpu_offload` turns the rule of `offload_queue_threshold` on (requests beyond it go to
+    the model's `cpu_offload_model`, and are refused with 429 where there is none) or off; unset, it is on when the
+    configuration names a `cpu_offload_model` or a threshold. It holds in gpu mode, for models on GPUs.
+    `health_check_interval` is the time between two of Serve's health checks of a replica, in seconds.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    models: dict[str, ModelConfig] = Field(default_factory=dict)
+    servers: tuple[ServerEntry, ...] = ()
+    default_model: str | None = None
+    capacity: Annotated[int, Field(ge=0)] = 0
+    mem_budget_mb: Annotated[int, Field(ge=0)] = 0
+    queue_max_size: Annotated[int, Field(ge=0)] = 100
+    max_wait_s: MaxWait = MaxWait()
+    request_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    startup_timeout: Annotated[float, Field(gt=0)] = 120.0
+    default_idle_timeout: Annotated[float, Field(ge=0)] = 300.0
+    execution_mode: Literal["gpu", "cpu"] | None = None
+    enable_cpu_offload: bool | None = None
+    offload_queue_threshold: Annotated[int, Field(ge=0)] = 3
+    health_check_interval: Annotated[float, Field(gt=0)] = 10.0
+    api_keys: tuple[str, ...] = ()
+    admin_keys: tuple[str, ...] = ()
+    max_body_mb: Annotated[float, Field(gt=0)] = 32.0
+
+    _estimates: dict[str, int] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _references_lead_somewhere(self) -> PoolConfig:
+        on_cpu = self.execution_mode == "cpu"
+        check_references(self.models, self.names, self.default_model, on_cpu=on_cpu, has_servers=bool(self.servers))
+        return self
+
+    @model_validator(mode="after")
+    def _servers_are_unique(self) -> PoolConfig:
+        seen = set()
+        for server in self.servers:
+            base = base_url(server.url)
+            if base in seen:
+                raise ValueError(f"servers: {server.url} stands there twice")
+            seen.add(base)
+        return self
+
+    def server(self, url: str) -> ServerEntry | None:
+        """The external server with this URL; None when there is none."""
+        return next((server for server in self.servers if server.url == url), None)
+
+    def with_estimates(self, estimates: Mapping[str, int]) -> PoolConfig:
+        """A copy that knows what its models will take: MiB by id, used where `memory_mib` is not configured."""
+        copy = self.model_copy()
+        copy._estimates = dict(estimates)
+        return copy
+
+    def estimate_mib(self, model_id: str) -> int | None:
+        """What a model's files say it will take; None where nothing is known of them."""
+        return self._estimates.get(model_id)
+
+    @cached_property
+    def names(self) -> Names:
+        """Every name that a client may use: ids, aliases, and the public names of variants."""
+        return Names.of(self.models)
+
+    @property
+    def mode(self) -> str:
+        """`gpu` or `cpu`, as configured or as the models have it."""
+        return self.execution_mode or ("gpu" if any(model.num_gpus for model in self.models.values()) else "cpu")
+
+    def resolve(self, name: str) -> str | None:
+        """What the ledger calls the model that a client calls `name`; None when there is none.
+
+        An id or an alias gives the id; a public name of several variants is handed on, for the ledger takes turns.
+        With external servers any other name may be a model of theirs: only the ledger knows.
+        """
+        return self.names.targets.get(name, name if self.servers else None)
+
+    def request_timeout_s(self, name: str) -> float:
+        """The longest that one request of a model (or of a public name) may take, queue and load included, in s."""
+        members = [model for model, _ in self.names.variants.get(name, ((name, 1.0),))]
+        models = [self.models.get(member) for member in members]
+        return max((model and model.request_timeout) or self.request_timeout_seconds for model in models)
+
+    def longest_request_s(self) -> float:
+        """The bound on every request's life; Serve's own grace period must lie above it."""
+        return max([self.request_timeout_seconds, *(self.request_timeout_s(m) for m in self.models)])
+
+    def spec(self) -> PoolSpec:
+        """The pool as the ledger sees it, without its machines."""
+        return PoolSpec(
+            models={name: self._model_spec(name, model) for name, model in self.models.items()},
+            capacity=self.capacity,
+            queue_max_size=self.queue_max_size,
+            bound_s=(self.max_wait_s.high, self.max_wait_s.medium, self.max_wait_s.low),
+            offload_queue_threshold=self._offload_threshold(),
+            variants=self.names.variants,
+            drain_timeout_s=self.longest_request_s(),
+            node_memory_mib=self.mem_budget_mb,
+            servers=tuple(server.spec() for server in self.servers),
+        )
+
+    def _offload_threshold(self) -> int:
+        enabled = self.enable_cpu_offload
+        if enabled is None:
+            named = any(model.cpu_offload_model for model in self.models.values())
+            enabled = named or "offload_queue_threshold" in self.model_fields_set
+        return self.offload_queue_threshold if enabled and self.mode == "gpu" else 0
+
+    def _model_spec(self, name: str, model: ModelConfig) -> ModelSpec:
+        return ModelSpec(
+            name=name,
+            slots=model.target_inflight,
+            num_gpus=model.num_gpus,
+            num_cpus=model.num_cpus,
+            memory_mib=model.memory_mib or self._estimates.get(name, 0),
+            min_replicas=model.min_replicas,
+            max_replicas=model.max_replicas,
+            max_queued=model.max_queued,
+            idle_timeout_s=self.default_idle_timeout if model.idle_timeout is None else model.idle_timeout,
+            load_timeout_s=model.load_timeout or self.startup_timeout,
+            pinned=model.pinned,
+            preload=model.enabled,
+            manual=model.activation == "manual",
+            cpu_offload_model=self.resolve(model.cpu_offload_model) if model.cpu_offload_model else None,
+            fallbacks=tuple(self.names.targets[name] for name in model.fallbacks),
+            group=model.group.name if model.group else None,
+            group_share=model.group is not None and model.group.devices == "shared",
+            revision=model.revision,
+        )

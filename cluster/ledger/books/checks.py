@@ -1,0 +1,134 @@
+"""The invariants, as code: what must be true between any two events. Recomputed from the ground, not from indexes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cluster.ledger.books import servers
+from cluster.ledger.books.placement import UNIT
+from cluster.ledger.states import ReplicaState
+
+if TYPE_CHECKING:
+    from cluster.ledger.books.placement import Node
+    from cluster.ledger.books.pool import Pool
+    from cluster.ledger.books.records import Model, Replica
+
+READY, STARTING, DRAINING = ReplicaState.READY, ReplicaState.STARTING, ReplicaState.DRAINING
+
+
+def check(pool: Pool) -> None:
+    """Raise `AssertionError` with the first broken invariant. Changes nothing; costs a pass over everything."""
+    replicas = [replica for model in pool.models.values() for replica in model.replicas]
+    for replica in replicas:
+        _check_replica(pool, replica)
+    for model in pool.models.values():
+        _check_model(pool, model)
+    for node in pool.book.nodes.values():
+        _check_node(node, [replica for replica in replicas if replica.place.node == node.name])
+    _check_requests(pool, replicas)
+    _check_claims(pool, replicas)
+    servers.check(pool)
+    if pool.spec.capacity:
+        resident = {replica.model.name for replica in replicas}
+        forced = any(replica.adopted for replica in replicas)
+        assert len(resident) <= max(pool.spec.capacity, pool.capacity_was) or forced, (
+            f"{len(resident)} resident models, capacity {pool.spec.capacity}"
+        )
+
+
+def _check_replica(pool: Pool, replica: Replica) -> None:
+    held = len(replica.leases)
+    assert replica.state is not ReplicaState.COLD, f"{replica} is cold and still on the books"
+    assert held <= replica.slots, f"{replica} holds more leases than it has slots"
+    assert held == 0 or replica.state.may_hold_leases, f"{replica} holds leases in a state that may not"
+    if replica.state is DRAINING and not held:
+        newer = [each for each in replica.model.in_state(DRAINING) if each.serial > replica.serial]
+        waits = bool(replica.model.counts[ReplicaState.STARTING]) or any(each.leases for each in newer)
+        assert waits, f"{replica} has drained and does not stop"
+    slots = sorted([lease.slot for lease in replica.leases.values()] + replica.free)
+    assert slots == list(range(replica.slots)), f"{replica}: slots {slots} are not each free or leased once"
+    if replica.uid is None:
+        assert replica.state is STARTING, f"{replica} is in use without a process"
+    else:
+        assert pool.replicas.get(replica.uid) is replica, f"{replica} is not found by its id"
+    assert (replica in pool.idle) == (replica.state is READY and not held), f"{replica} is wrongly (not) listed as idle"
+
+
+def _check_model(pool: Pool, model: Model) -> None:
+    name = model.name
+    for state in ReplicaState:
+        count = sum(1 for _ in model.in_state(state))
+        assert model.counts[state] == count, f"{name}: {model.counts[state]} counted in {state.name}, {count} are"
+    free = sum(len(replica.free) for replica in model.in_state(READY))
+    leased = sum(len(replica.leases) for replica in model.replicas)
+    assert model.free == free, f"{name}: {model.free} slots counted free, {free} are"
+    assert model.leased == leased, f"{name}: {model.leased} leases counted, {leased} are"
+    assert sum(model.by_priority) == leased, f"{name}: leases by class {model.by_priority} are not {leased}"
+    shelved = {replica: used for used, bucket in enumerate(model.buckets) for replica in bucket}
+    truth = {replica: len(replica.leases) for replica in model.in_state(READY)}
+    assert shelved == truth, f"{name}: READY replicas by use are {truth}, not {shelved}"
+    if free:
+        first = min(used for replica, used in truth.items() if used < replica.slots)
+        assert model.low <= first, f"{name}: free slots below the shelf where the search begins"
+        assert not model.queue.count or pool.is_recovering, f"{name}: {model.queue.count} wait before {free} free slots"
+    waiting = sum(1 for _ in model.queue)
+    assert model.queue.count == waiting, f"{name}: {model.queue.count} counted waiting, {waiting} are"
+    assert model.desired == model.desired_sent or pool.is_recovering, f"{name}: a change of desired was not said"
+    assert (model in pool.resident) == bool(model.replicas), f"{name} is wrongly (not) listed as resident"
+    assert (model.claim is not None) == (model in pool.claims), f"{name}: its claim is not listed"
+
+
+def _check_node(node: Node, replicas: list[Replica]) -> None:
+    assert set(node.replicas) == set(replicas), f"node {node.name} accounts for {set(node.replicas)}, not {replicas}"
+    gpu = [UNIT * (index < node.spec.gpus) for index in range(len(node.gpu))]
+    cpu, memory = round(node.spec.cpus * UNIT), node.spec.memory_mib
+    for replica in replicas:
+        shape = replica.place.shape
+        for index in replica.place.devices:
+            gpu[index] -= shape.per_device
+            assert replica in node.tenants[index], f"{replica} is not listed on device {index} of {node.name}"
+        cpu -= shape.cpu
+        memory -= shape.memory
+    assert (node.gpu, node.cpu, node.memory) == (gpu, cpu, memory), f"node {node.name}: its account does not add up"
+    assert sum(map(len, node.tenants)) == sum(len(each.place.devices) for each in replicas), f"ghosts on {node.name}"
+    if node.is_over():
+        assert node.excused or not node.present or any(each.adopted for each in replicas), (
+            f"node {node.name} is over its budget: gpu {gpu}, cpu {cpu}, memory {memory}"
+        )
+
+
+def _check_requests(pool: Pool, replicas: list[Replica]) -> None:
+    queued, leased = len(pool.waiters), len(pool.leases) + len(pool.servers.leases)
+    total = queued + leased + pool.finished + pool.rejected
+    assert pool.submitted == total, (
+        f"{pool.submitted} submitted, but {queued} queued + {leased} leased + {pool.finished} finished "
+        f"+ {pool.rejected} rejected"
+    )
+    assert not pool.waiters.keys() & pool.leases.keys(), "a request waits and holds a lease"
+    by_replica = {request: lease for replica in replicas for request, lease in replica.leases.items()}
+    assert by_replica == pool.leases, "the leases of the replicas are not the leases of the pool"
+    by_model = {waiter.request: waiter for model in pool.models.values() for waiter in model.queue}
+    assert by_model == pool.waiters, "the waiters of the models are not the waiters of the pool"
+    lanes = [each for lane in pool.deadlines.lanes for each in lane] + [each for *_, each in pool.deadlines.heap]
+    timed = {each.request: each for each in lanes if each.waits}
+    assert timed == pool.waiters, "those with a deadline are not those who wait"
+    assert len(pool.deadlines) == queued, f"{queued} wait, {len(pool.deadlines)} have a deadline"
+    generations = [lease.generation for lease in pool.leases.values()]
+    assert len(set(generations)) == len(generations), "two leases have the same generation"
+
+
+def _check_claims(pool: Pool, replicas: list[Replica]) -> None:
+    for model in pool.claims:
+        claim = model.claim
+        assert claim is not None, f"{model.name} is listed with a claim that it has not"
+        assert claim.victims, f"{model.name}: a claim without victims waits for nothing"
+        assert model.queue.count or model.order, f"{model.name}: a claim for nobody"
+        for victim in claim.victims:
+            assert victim.claim is claim, f"{victim} is a victim of two claims"
+            assert victim.state >= DRAINING, f"{victim} was chosen, and its door is open"
+    for replica in replicas:
+        claim = replica.claim
+        assert claim is None or (claim.model.claim is claim and replica in claim.victims), f"{replica}: a dead claim"
+    marks = sum(len(node.marked) for node in pool.book.nodes.values())
+    promised = sum(len(model.claim.places) for model in pool.claims if model.claim is not None)
+    assert marks == promised, f"{marks} earmarks for {promised} promised places"

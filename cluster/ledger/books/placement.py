@@ -1,0 +1,310 @@
+"""Where replicas stand: devices with fractions, CPUs and memory of each node, counted in whole units.
+
+A fraction up to one lives on one device; more than one takes whole devices of one node. An *earmark* is a promise: it
+takes nothing, but nobody else may take what it needs, so that a big model is not overtaken for ever by small ones
+while its victims drain. Free amounts may fall below zero, when a process exists that nobody asked for; then nothing
+fits on that node until it is resolved. Floats become ten-thousandths (Ray's own resolution), so sums never drift.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import TYPE_CHECKING, NamedTuple
+
+from cluster.ledger.specs import ModelSpec, NodeSpec
+
+if TYPE_CHECKING:
+    from cluster.ledger.books.records import Replica
+
+UNIT = 10_000
+
+
+class Shape(NamedTuple):
+    """What one replica of a model needs, and whom it must or must not meet on a device."""
+
+    gpu: int
+    cpu: int
+    memory: int
+    group: str | None
+    share: bool
+    model: str
+
+    @property
+    def devices(self) -> int:
+        return ceil(self.gpu / UNIT)
+
+    @property
+    def per_device(self) -> int:
+        return min(self.gpu, UNIT)
+
+    @property
+    def memory_per_device(self) -> int:
+        return self.memory // self.devices if self.gpu else 0
+
+
+def shape_of(spec: ModelSpec, measured_mib: int | None) -> Shape:
+    """The need of one replica; a measured memory replaces the configured estimate."""
+    memory = spec.memory_mib if measured_mib is None else measured_mib
+    gpu, cpu = round(spec.num_gpus * UNIT), round(spec.num_cpus * UNIT)
+    # Only grouped models look at their neighbours; all others share one shape, so that a full pool is known as such.
+    return Shape(gpu, cpu, memory, spec.group, spec.group_share, spec.name if spec.group else "")
+
+
+class Place(NamedTuple):
+    """Part of a node: what one replica takes of it."""
+
+    node: str
+    devices: tuple[int, ...]
+    shape: Shape
+
+
+class Node:
+    """The account of one machine."""
+
+    __slots__ = (
+        "cpu",
+        "device_memory",
+        "excused",
+        "gpu",
+        "marked",
+        "memory",
+        "name",
+        "present",
+        "replicas",
+        "spec",
+        "tenants",
+    )
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.spec = NodeSpec(name)
+        self.present = False
+        # Over budget for an honest reason: the node shrank, an engine took more than was estimated, or Ray put a
+        # process elsewhere than planned.
+        self.excused = False
+        self.gpu: list[int] = []
+        self.device_memory: list[int] = []
+        self.tenants: list[dict[Replica, None]] = []
+        self.cpu = 0
+        self.memory = 0
+        self.replicas: dict[Replica, None] = {}
+        self.marked: dict[int, Place] = {}
+
+    def resize(self, spec: NodeSpec, present: bool) -> None:
+        """Take a new size; what is placed stays placed, even on devices that are gone."""
+        while len(self.gpu) < max(spec.gpus, self.spec.gpus):
+            self.gpu.append(0)
+            self.device_memory.append(0)
+            self.tenants.append({})
+        for index in range(len(self.gpu)):
+            self.gpu[index] += UNIT * ((index < spec.gpus) - (index < self.spec.gpus))
+            self.device_memory[index] += spec.device_memory_mib - self.spec.device_memory_mib
+        self.cpu += round(spec.cpus * UNIT) - round(self.spec.cpus * UNIT)
+        self.memory += spec.memory_mib - self.spec.memory_mib
+        self.spec = spec
+        self.present = present
+        self.excused = self.is_over()
+
+    def take(self, place: Place, sign: int) -> None:
+        """Take (1) or give back (-1) what a place needs."""
+        shape = place.shape
+        for index in place.devices:
+            self.gpu[index] -= sign * shape.per_device
+            self.device_memory[index] -= sign * shape.memory_per_device
+        self.cpu -= sign * shape.cpu
+        self.memory -= sign * shape.memory
+
+    def is_over(self) -> bool:
+        """More stands here than the node has."""
+        return (
+            any(free < 0 for free in self.gpu)
+            or self.cpu < 0
+            or (self.spec.memory_mib > 0 and self.memory < 0)
+            or (self.spec.device_memory_mib > 0 and any(free < 0 for free in self.device_memory))
+        )
+
+    def fit(self, shape: Shape, hosts: set[tuple[str, int]] | None) -> Place | None:
+        """The tightest place for a shape, or None. `hosts`: the devices it must share, None = any."""
+        if not self.present or self.is_over():
+            return None
+        marks = self.marked.values()
+        if shape.cpu and self.cpu - sum(mark.shape.cpu for mark in marks) < shape.cpu:
+            return None
+        if self.spec.memory_mib and self.memory - sum(mark.shape.memory for mark in marks) < shape.memory:
+            return None
+        if not shape.gpu:
+            return Place(self.name, (), shape)
+        room = [(free, index) for index, free in self._rooms(shape) if hosts is None or (self.name, index) in hosts]
+        if len(room) < shape.devices:
+            return None
+        return Place(self.name, tuple(sorted(index for _, index in sorted(room)[: shape.devices])), shape)
+
+    def _rooms(self, shape: Shape) -> list[tuple[int, int]]:
+        """The devices that could take one share of the shape, with what they have free."""
+        rooms = []
+        for index, free in enumerate(self.gpu):
+            memory = self.device_memory[index]
+            for mark in self.marked.values():
+                if index in mark.devices:
+                    free -= mark.shape.per_device
+                    memory -= mark.shape.memory_per_device
+            if free < shape.per_device:
+                continue
+            if self.spec.device_memory_mib and memory < shape.memory_per_device:
+                continue
+            if not any(mates(tenant.place.shape, shape) for tenant in self.tenants[index]):
+                rooms.append((index, free))
+        return rooms
+
+
+def mates(one: Shape, other: Shape) -> bool:
+    """Two models of a group that must not share a device."""
+    if one.group is None or one.group != other.group or one.share:
+        return False
+    return one.model != other.model
+
+
+def _holds(spec: NodeSpec, shape: Shape, enough: int) -> int:
+    """How many of a shape an empty node holds, counted no further than `enough`."""
+    count = enough
+    if shape.gpu:
+        if spec.device_memory_mib and shape.memory_per_device > spec.device_memory_mib:
+            return 0
+        share = UNIT // shape.per_device
+        if spec.device_memory_mib and shape.memory_per_device:
+            share = min(share, spec.device_memory_mib // shape.memory_per_device)
+        count = min(count, spec.gpus * share // shape.devices)
+    if shape.cpu:
+        count = min(count, round(spec.cpus * UNIT) // shape.cpu)
+    if spec.memory_mib and shape.memory:
+        count = min(count, spec.memory_mib // shape.memory)
+    return count
+
+
+class Book:
+    """The accounts of all nodes. `version` grows whenever something may fit that did not fit before."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, Node] = {}
+        self.seen: dict[str, NodeSpec] = {}
+        self.version = 0
+        self._full: dict[Shape, int] = {}
+        self._possible: dict[tuple[Shape, int], bool] = {}
+        self._serial = 0
+
+    def set_nodes(self, specs: dict[str, NodeSpec]) -> None:
+        for name, spec in specs.items():
+            self.node(name).resize(spec, present=True)
+            self.seen[name] = spec
+        for name, node in list(self.nodes.items()):
+            if name not in specs:
+                node.resize(NodeSpec(name), present=False)
+                self._forget(node)
+        self._possible.clear()
+        self.version += 1
+
+    def node(self, name: str) -> Node:
+        """The account of a node, opened when it is first heard of."""
+        found = self.nodes.get(name)
+        if found is None:
+            found = self.nodes[name] = Node(name)
+        return found
+
+    def could_ever_fit(self, shape: Shape, replicas: int = 1) -> bool:
+        """False only if all nodes that were ever seen, empty, would not hold so many."""
+        if not self.seen:
+            return True
+        known = self._possible.get((shape, replicas))
+        if known is None:
+            known = self._possible[shape, replicas] = self._could_hold(shape, replicas)
+        return known
+
+    def _could_hold(self, shape: Shape, replicas: int) -> bool:
+        for spec in self.seen.values():
+            replicas -= _holds(spec, shape, replicas)
+            if replicas <= 0:
+                return True
+        return False
+
+    def find(self, shape: Shape) -> Place | None:
+        """A free place, on the node that it leaves the least room on. Remembers a failure until something changes."""
+        if self._full.get(shape) == self.version:
+            return None
+        hosts = self.hosts(shape)
+        best: tuple[int, int, Place] | None = None
+        for node in self.nodes.values():
+            place = node.fit(shape, hosts)
+            if place is not None:
+                left = (sum(node.gpu), node.cpu, place)
+                if best is None or left[:2] < best[:2]:
+                    best = left
+        if best is None:
+            self._full[shape] = self.version
+            return None
+        return best[2]
+
+    def hosts(self, shape: Shape) -> set[tuple[str, int]] | None:
+        """The devices where a sharing group already stands; None if it may go anywhere."""
+        if shape.group is None or not shape.share:
+            return None
+        found = {
+            (node.name, index)
+            for node in self.nodes.values()
+            for index, tenants in enumerate(node.tenants)
+            if any(each.place.shape.group == shape.group and each.place.shape.model != shape.model for each in tenants)
+        }
+        return found or None
+
+    def force(self, node: str, shape: Shape) -> Place:
+        """A place for a process that exists, whether there is room or not; where it fits if it does."""
+        account = self.node(node)
+        place = account.fit(shape, None)
+        if place is not None:
+            return place
+        while len(account.gpu) < shape.devices:
+            account.gpu.append(0)
+            account.device_memory.append(account.spec.device_memory_mib)
+            account.tenants.append({})
+        by_room = sorted(range(len(account.gpu)), key=lambda index: -account.gpu[index])
+        return Place(node, tuple(sorted(by_room[: shape.devices])), shape)
+
+    def take(self, replica: Replica) -> None:
+        """Take the replica's place."""
+        node = self.node(replica.place.node)
+        node.take(replica.place, 1)
+        node.replicas[replica] = None
+        for index in replica.place.devices:
+            node.tenants[index][replica] = None
+
+    def credit(self, replica: Replica) -> None:
+        """Give the replica's place back; only ever called when its process is gone, or never was."""
+        node = self.node(replica.place.node)
+        node.take(replica.place, -1)
+        del node.replicas[replica]
+        for index in replica.place.devices:
+            del node.tenants[index][replica]
+        node.excused = node.excused and node.is_over()
+        self._forget(node)
+        self.version += 1
+
+    def excuse(self, name: str) -> None:
+        """Something real did not go by plan; if the node is over its budget now, it may be."""
+        node = self.node(name)
+        node.excused = node.excused or node.is_over()
+
+    def mark(self, place: Place) -> int:
+        """Earmark a place; the number takes it back."""
+        self._serial += 1
+        self.node(place.node).marked[self._serial] = place
+        return self._serial
+
+    def unmark(self, place: Place, serial: int) -> None:
+        node = self.node(place.node)
+        del node.marked[serial]
+        self._forget(node)
+        self.version += 1
+
+    def _forget(self, node: Node) -> None:
+        """Close the account of a node that is gone and empty."""
+        if not node.present and not node.replicas and not node.marked:
+            self.nodes.pop(node.name, None)

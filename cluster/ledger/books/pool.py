@@ -1,0 +1,365 @@
+"""The ledger's mutable state and its primitive moves. Every index is kept here, and nowhere else.
+
+A move never decides anything: handlers (`requests.py`, `replicas.py`, `operators.py`) and the decision tree
+(`tree.py`) call moves; moves note in `touched` and `room` what the tree has to look at again.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+from collections import OrderedDict
+from typing import Any
+
+from cluster.ledger.events import Command, Grant, LeaseReannounced, Quiesce, Reject, Reopen, SetDesired
+from cluster.ledger.books.placement import Book, Place
+from cluster.ledger.books.queue import INFINITY, Deadlines, Waiter
+from cluster.ledger.books.records import Lease, Model, Replica
+from cluster.ledger.books.servers import Servers
+from cluster.ledger.specs import PoolSpec
+from cluster.ledger.states import TRANSITIONS, Cause, ReplicaState
+
+log = logging.getLogger(__name__)
+
+READY, STARTING, DRAINING, COLD = ReplicaState.READY, ReplicaState.STARTING, ReplicaState.DRAINING, ReplicaState.COLD
+
+
+class Memory:
+    """A bounded memory of ids, forgotten after `keep_s` to `2 * keep_s` seconds or `limit` to `2 * limit` entries."""
+
+    __slots__ = ("keep_s", "limit", "old", "rotate_at", "young")
+
+    def __init__(self, limit: int, keep_s: float) -> None:
+        self.limit = limit
+        self.keep_s = keep_s
+        self.rotate_at = -INFINITY
+        self.young: set[str] = set()
+        self.old: set[str] = set()
+
+    def add(self, key: str, now: float) -> None:
+        self._rotate(now)
+        self.young.add(key)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.young or key in self.old
+
+    def fade(self, now: float) -> None:
+        """Forget what is too old; called whenever time has passed."""
+        if self.young or self.old:
+            self._rotate(now)
+
+    def _rotate(self, now: float) -> None:
+        if now >= self.rotate_at or len(self.young) >= self.limit:
+            # After a pause of two periods nothing is fresh enough to be kept.
+            self.old = self.young if now < self.rotate_at + self.keep_s else set()
+            self.young = set()
+            self.rotate_at = now + self.keep_s
+
+
+class Pool:
+    """All that the ledger knows."""
+
+    def __init__(self, spec: PoolSpec, epoch: str, now: float, recovering_until: float | None) -> None:
+        self.spec = spec
+        self.epoch = epoch
+        self.now = now
+        self.recovering_until = recovering_until
+        self.out: list[Command] = []
+        self.models: dict[str, Model] = {}
+        self.resident: dict[Model, None] = {}
+        self.replicas: dict[str, Replica] = {}
+        self.waiters: dict[str, Waiter] = {}
+        self.leases: dict[str, Lease] = {}
+        self.deadlines = Deadlines()
+        self.book = Book()
+        self.servers = Servers()
+        self.idle: OrderedDict[Replica, None] = OrderedDict()
+        self.generation = 0
+        # the highest generation among leases of a former epoch; see `lease_reannounced`
+        self.inherited = 0
+        self.serial = 0
+        self.submitted = self.finished = self.rejected = 0
+        # ids that may still be heard of, though they are history (see `requests.py` and `replicas.py`)
+        self.cancelled = Memory(4096, 60.0)
+        self.released = Memory(4096, 60.0)
+        self.dead_holders = Memory(1024, 600.0)
+        self.dead_replicas = Memory(4096, 600.0)
+        self.early_ready: dict[str, int | None] = {}
+        self.orphans: dict[str, dict[str, LeaseReannounced]] = {}
+        # learned of the whole pool: what a stop takes, and what a drain takes (at first, what the longest lease took)
+        self.stop_s = 0.0
+        self.drain_s = 0.0
+        self.drained = False
+        # work for the decision tree
+        self.touched: dict[Model, None] = {}
+        self.understaffed: dict[Model, None] = {}
+        self.claims: dict[Model, None] = {}
+        self.hungry: list[tuple[float, int, Model]] = []
+        self.hungry_count = 0
+        self.went_idle: dict[Replica, None] = {}
+        self.changed: dict[Model, None] = {}
+        self.room_seen = -1
+        self.capacity_was = 0
+        self.timers: list[tuple[float, int, Model]] = []
+        # nothing is due before this; it may be too early, never too late
+        self.wake = now
+        self.turns: dict[str, dict[str, float]] = {}
+
+    @property
+    def is_recovering(self) -> bool:
+        return self.recovering_until is not None
+
+    # --- waiting -----------------------------------------------------------------------------------------------
+
+    def enqueue(self, waiter: Waiter, now: float) -> None:
+        """Let a request wait for its model; whether the tree must look at it is the caller's business."""
+        self.waiters[waiter.request] = waiter
+        waiter.model.queue.join(waiter, now, self.spec.ageing_s)
+        waiter.waits = True
+        self.deadlines.add(waiter)
+        if waiter.deadline < self.wake:
+            self.wake = waiter.deadline
+
+    def dequeue(self, waiter: Waiter) -> None:
+        """Take a request out of every line; what becomes of it is the caller's business."""
+        del self.waiters[waiter.request]
+        waiter.waits = False
+        waiter.model.queue.leave(waiter)
+        self.deadlines.left()
+
+    def reject(self, request: str, holder: str, error: str, message: str, **extras: Any) -> None:
+        self.rejected += 1
+        self.out.append(Reject(request, holder, error, message, extras))
+
+    # --- leases ------------------------------------------------------------------------------------------------
+
+    def lease(
+        self,
+        request: str,
+        holder: str,
+        replica: Replica,
+        priority: int,
+        now: float,
+        waits: tuple[float, float] = (0.0, 0.0),
+        generation: int | None = None,
+    ) -> Lease:
+        """Take a free slot of a READY replica. The queue is the caller's business."""
+        model = replica.model
+        used = len(replica.leases)
+        buckets = model.buckets
+        del buckets[used][replica]
+        buckets[used + 1][replica] = None
+        if used == 0:
+            del self.idle[replica]
+        model.free -= 1
+        model.leased += 1
+        if model.leased > model.peak:
+            model.peak = model.leased
+        model.by_priority[priority - 1] += 1
+        if generation is None:
+            self.generation = generation = self.generation + 1
+        lease = Lease(request, holder, replica, replica.free.pop(), generation, priority, now, waits)
+        replica.leases[request] = self.leases[request] = lease
+        return lease
+
+    def announce(self, lease: Lease) -> None:
+        """Tell the holder of its lease; told twice it changes nothing."""
+        replica = lease.replica
+        queued, loading = lease.waits
+        name, uid = replica.model.name, replica.uid or ""
+        self.out.append(Grant(lease.request, lease.holder, name, uid, lease.slot, lease.generation, queued, loading))
+
+    def hand_over(self, lease: Lease, waiter: Waiter, now: float, waits: tuple[float, float]) -> Lease:
+        """A slot goes straight from one request to one that waits: the replica is as full as before."""
+        replica = lease.replica
+        model = replica.model
+        request = lease.request
+        del self.leases[request]
+        del replica.leases[request]
+        self.finished += 1
+        request = waiter.request
+        del self.waiters[request]
+        waiter.waits = False
+        model.queue.leave(waiter)
+        self.deadlines.left()
+        if waiter.priority != lease.priority:
+            model.by_priority[lease.priority - 1] -= 1
+            model.by_priority[waiter.priority - 1] += 1
+        self.generation = generation = self.generation + 1
+        heir = Lease(request, waiter.holder, replica, lease.slot, generation, waiter.priority, now, waits)
+        replica.leases[request] = self.leases[request] = heir
+        return heir
+
+    def release(self, lease: Lease, now: float) -> None:
+        """Give a slot back, for whatever reason."""
+        replica = lease.replica
+        model = replica.model
+        del self.leases[lease.request]
+        del replica.leases[lease.request]
+        replica.free.append(lease.slot)
+        self.finished += 1
+        model.leased -= 1
+        model.by_priority[lease.priority - 1] -= 1
+        used = len(replica.leases)
+        if replica.state is READY:
+            buckets = model.buckets
+            del buckets[used + 1][replica]
+            buckets[used][replica] = None
+            model.free += 1
+            if used < model.low:
+                model.low = used
+            if model.queue.count:
+                self.touched[model] = None
+            elif self.hungry_count and used == 0:
+                self.went_idle[replica] = None
+            if used == 0:
+                replica.idle_since = now
+                self.idle[replica] = None
+                due = now + model.idle_timeout_s
+                if due < model.armed_at:
+                    self.touched[model] = None
+        elif used == 0:
+            self.touched[model] = None
+
+    # --- replicas ----------------------------------------------------------------------------------------------
+
+    def rest(self, replica: Replica, now: float) -> None:
+        """The idle time of an idle replica begins now."""
+        replica.idle_since = now
+        self.idle.move_to_end(replica)
+        replica.model.buckets[0].move_to_end(replica)
+
+    def place(self, model: Model, place: Place, now: float) -> Replica:
+        """Make a record in STARTING on a place; it waits for a process to announce itself."""
+        self.serial += 1
+        replica = Replica(model, place, self.serial, now)
+        model.replicas[replica] = None
+        self.resident[model] = None
+        self.book.take(replica)
+        self.move(replica, Cause.PLACED, now)
+        return replica
+
+    def move(self, replica: Replica, cause: Cause, now: float) -> None:
+        """One transition of the table; an illegal one is a programmer's error and raises before anything changes."""
+        before = replica.state
+        after = TRANSITIONS[before, cause]
+        if before >= DRAINING:
+            took = now - replica.since
+            if before is ReplicaState.STOPPING:
+                self.stop_s += 0.3 * (took - self.stop_s)
+            elif cause is Cause.EMPTIED and took > 0.0:
+                longer = took > self.drain_s or not self.drained
+                self.drain_s = took if longer else self.drain_s + 0.1 * (took - self.drain_s)
+                self.drained = True
+        model = replica.model
+        if before is READY:
+            model.unshelve(replica)
+            self.idle.pop(replica, None)
+            self.went_idle.pop(replica, None)
+        model.counts[before] -= before is not COLD
+        model.counts[after] += after is not COLD
+        replica.state = after
+        replica.since = now
+        if after is READY:
+            model.shelve(replica)
+            if not replica.leases:
+                replica.idle_since = now
+                self.idle[replica] = None
+                if self.hungry_count:
+                    self.went_idle[replica] = None
+        elif after is COLD:
+            self._remove(replica)
+        self.touched[model] = None
+        self.changed[model] = None
+
+    def _remove(self, replica: Replica) -> None:
+        model = replica.model
+        del model.replicas[replica]
+        if not model.replicas:
+            del self.resident[model]
+            self.capacity_was = min(self.capacity_was, len(self.resident))
+        if replica.uid is not None:
+            del self.replicas[replica.uid]
+            self.orphans.pop(replica.uid, None)
+        if replica.claim is not None:
+            replica.claim.victims.pop(replica, None)
+        if model.order is not None:
+            model.order.batch.pop(replica, None)
+        self.book.credit(replica)
+
+    def quiesce(self, replica: Replica, now: float) -> None:
+        """Close the door of a READY replica. The tree moves it on to STOPPING when it is empty."""
+        self.move(replica, Cause.QUIESCED, now)
+        assert replica.uid is not None, "a READY replica has a process"
+        self.out.append(Quiesce(replica.uid))
+
+    def reopen(self, replica: Replica, now: float) -> None:
+        """Open a draining replica again."""
+        self.move(replica, Cause.REOPENED, now)
+        assert replica.uid is not None, "a DRAINING replica has a process"
+        self.out.append(Reopen(replica.uid))
+
+    def withdraw(self, replica: Replica, now: float) -> None:
+        """Take back a start. What is not bound to a process yet is gone at once."""
+        self.move(replica, Cause.GONE if replica.uid is None else Cause.WITHDRAWN, now)
+
+    def revoke(self, replica: Replica, now: float) -> None:
+        """End all leases of a replica that can serve them no more. Their holders notice by themselves."""
+        for lease in list(replica.leases.values()):
+            self.release(lease, now)
+
+    # --- what goes out -----------------------------------------------------------------------------------------
+
+    def flush_desired(self) -> None:
+        """Say every desired count that changed; the lowered first, since they make room."""
+        if not self.changed:
+            return
+        rising = []
+        for model in self.changed:
+            desired = model.desired
+            if desired > model.desired_sent:
+                rising.append(model)
+            elif desired < model.desired_sent or model.resend:
+                self._say_desired(model)
+        for model in rising:
+            self._say_desired(model)
+        self.changed.clear()
+
+    def _say_desired(self, model: Model) -> None:
+        model.desired_sent = model.desired
+        model.resend = False
+        self.out.append(SetDesired(model.name, model.desired))
+
+    def best_hungry(self, limit: int) -> list[Model]:
+        """The models that wait for a place, best first, at most so many. Drops dead entries."""
+        entries: list[tuple[float, int, Model]] = []
+        found: dict[Model, None] = {}
+        while self.hungry and len(found) < limit:
+            entry = heapq.heappop(self.hungry)
+            key, _, model = entry
+            if model.hungry_key == key and model not in found:
+                found[model] = None
+                entries.append(entry)
+        for entry in entries:
+            heapq.heappush(self.hungry, entry)
+        return list(found)
+
+    # --- timers ------------------------------------------------------------------------------------------------
+
+    def arm(self, model: Model, due: float) -> None:
+        """Look at a model again at `due`, unless an earlier look is already on."""
+        if due < model.armed_at:
+            model.armed_at = due
+            if due < self.wake:
+                self.wake = due
+            self.serial += 1
+            heapq.heappush(self.timers, (due, self.serial, model))
+
+    def next_timer(self) -> tuple[float, int, Model] | None:
+        """The next live timer. Drops dead ones."""
+        while self.timers:
+            due, _, model = self.timers[0]
+            if due == model.armed_at:
+                return self.timers[0]
+            heapq.heappop(self.timers)
+        return None

@@ -1,0 +1,271 @@
+"""The ledger's books: models, replicas, leases and claims, with the few operations that keep their indexes true."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from typing import TYPE_CHECKING
+
+from cluster.ledger.books.placement import Place, Shape, shape_of
+from cluster.ledger.books.queue import INFINITY, WaitQueue
+from cluster.ledger.specs import ModelSpec
+from cluster.ledger.states import ReplicaState
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+READY, STARTING, DRAINING = ReplicaState.READY, ReplicaState.STARTING, ReplicaState.DRAINING
+
+
+class Lease:
+    """One unique grant of a slot."""
+
+    __slots__ = ("generation", "granted_at", "holder", "priority", "replica", "request", "slot", "waits")
+
+    def __init__(
+        self,
+        request: str,
+        holder: str,
+        replica: Replica,
+        slot: int,
+        generation: int,
+        priority: int,
+        granted_at: float,
+        waits: tuple[float, float],
+    ) -> None:
+        self.request = request
+        self.holder = holder
+        self.replica = replica
+        self.slot = slot
+        self.generation = generation
+        self.priority = priority
+        self.granted_at = granted_at
+        self.waits = waits
+
+
+class Replica:
+    """One replica record. `uid` is the process that announced itself; None as long as none did."""
+
+    __slots__ = (
+        "adopted",
+        "claim",
+        "free",
+        "idle_since",
+        "leases",
+        "model",
+        "place",
+        "revision",
+        "serial",
+        "since",
+        "slots",
+        "state",
+        "uid",
+    )
+
+    def __init__(self, model: Model, place: Place, serial: int, now: float) -> None:
+        self.model = model
+        self.place = place
+        self.serial = serial
+        self.slots = model.spec.slots
+        self.revision = model.revision
+        self.uid: str | None = None
+        self.state = ReplicaState.COLD
+        self.since = now
+        self.idle_since = now
+        self.leases: dict[str, Lease] = {}
+        self.free = list(range(self.slots - 1, -1, -1))
+        self.adopted = False
+        self.claim: Claim | None = None
+
+    def __repr__(self) -> str:
+        return f"<Replica {self.model.name}/{self.uid or '?'} {self.state.name} {len(self.leases)}/{self.slots}>"
+
+
+class Claim:
+    """A promise of places to a model, while its victims drain. All of its replicas are placed at once, or none."""
+
+    __slots__ = ("marks", "model", "places", "victims")
+
+    def __init__(self, model: Model, places: list[Place], victims: list[Replica]) -> None:
+        self.model = model
+        self.places = places
+        self.victims = dict.fromkeys(victims)
+        self.marks: list[int] = []
+
+
+class Order:
+    """An operator's load that is under way: it succeeds as a whole or is taken back as a whole."""
+
+    __slots__ = ("batch", "deadline", "replicas")
+
+    def __init__(self, replicas: int, deadline: float) -> None:
+        self.replicas = replicas
+        self.deadline = deadline
+        self.batch: dict[Replica, None] = {}
+
+
+class Model:
+    """One configured model: its spec, its queue, its replicas, and what was learned about it."""
+
+    __slots__ = (
+        "armed_at",
+        "backoff_until",
+        "buckets",
+        "by_priority",
+        "claim",
+        "counts",
+        "desired_sent",
+        "drain_s",
+        "ever_loaded",
+        "failures",
+        "free",
+        "gap_s",
+        "held_down",
+        "hungry_key",
+        "keep_alive_s",
+        "last_arrival",
+        "last_error",
+        "last_load",
+        "leased",
+        "load_s",
+        "loaded_at",
+        "look_at",
+        "low",
+        "measured_mib",
+        "name",
+        "order",
+        "peak",
+        "peak_since",
+        "queue",
+        "refusing",
+        "removed",
+        "replicas",
+        "resend",
+        "service_s",
+        "shape",
+        "spec",
+        "unloading",
+    )
+
+    def __init__(self, spec: ModelSpec, now: float) -> None:
+        self.name = spec.name
+        self.spec = spec
+        self.queue = WaitQueue()
+        self.replicas: dict[Replica, None] = {}
+        self.counts = [0] * len(ReplicaState)
+        self.buckets: list[OrderedDict[Replica, None]] = [OrderedDict() for _ in range(spec.slots + 1)]
+        self.low = 0
+        self.free = 0
+        self.leased = 0
+        self.by_priority = [0, 0, 0]
+        self.desired_sent = 0
+        self.resend = False
+        self.claim: Claim | None = None
+        self.order: Order | None = None
+        self.removed = self.unloading = self.held_down = False
+        # failures and back-off
+        self.failures = 0
+        self.refusing = False
+        self.backoff_until = 0.0
+        self.last_error: str | None = None
+        # what was learned
+        self.ever_loaded = False
+        self.load_s: float | None = None
+        self.loaded_at = -INFINITY
+        self.measured_mib: int | None = None
+        self.service_s = 0.0
+        self.drain_s = 0.0
+        self.gap_s = INFINITY
+        self.last_arrival = -INFINITY
+        self.last_load: deque[tuple[float, float]] = deque(maxlen=4)
+        self.keep_alive_s: float | None = None
+        # timers and the scheduler's notes
+        self.armed_at = INFINITY
+        self.look_at = INFINITY
+        self.hungry_key: float | None = None
+        self.peak = 0
+        self.peak_since = now
+        self.shape: Shape = shape_of(spec, None)
+
+    def reshape(self) -> None:
+        """Recompute the need of one replica, after a new spec or a measurement."""
+        self.shape = shape_of(self.spec, self.measured_mib)
+
+    @property
+    def revision(self) -> tuple[object, ...]:
+        """What a running replica was started with; if it changes, the replica is out of date."""
+        spec = self.spec
+        return (spec.revision, spec.slots, spec.num_gpus, spec.num_cpus)
+
+    @property
+    def serving(self) -> int:
+        """Replicas that serve or will: the door is not closed."""
+        return self.counts[STARTING] + self.counts[READY]
+
+    @property
+    def desired(self) -> int:
+        """How many processes Serve should keep."""
+        return self.counts[STARTING] + self.counts[READY] + self.counts[DRAINING]
+
+    @property
+    def leaving(self) -> int:
+        return self.counts[ReplicaState.STOPPING] + self.counts[ReplicaState.FAILED]
+
+    @property
+    def is_pinned(self) -> bool:
+        return self.spec.pinned or (self.keep_alive_s is not None and self.keep_alive_s < 0)
+
+    @property
+    def floor(self) -> int:
+        """How many replicas are kept without any demand."""
+        return 0 if self.held_down or self.unloading or self.removed else self.spec.min_replicas
+
+    @property
+    def idle_timeout_s(self) -> float:
+        """How long an idle replica stays; infinite for never."""
+        if self.is_pinned:
+            return INFINITY
+        if self.keep_alive_s is not None:
+            return self.keep_alive_s
+        return self.spec.idle_timeout_s or INFINITY
+
+    def in_state(self, state: ReplicaState) -> Iterator[Replica]:
+        """Records in a state, oldest first."""
+        return (replica for replica in self.replicas if replica.state is state)
+
+    def newest_ready(self) -> Replica | None:
+        """Serve stops the newest first, so that is the one to close."""
+        return next((replica for replica in reversed(self.replicas) if replica.state is READY), None)
+
+    # --- free slots: READY replicas by their number of leases --------------------------------------------------
+
+    def shelve(self, replica: Replica) -> None:
+        """A replica became READY (again): its free slots count."""
+        used = len(replica.leases)
+        while len(self.buckets) <= replica.slots:
+            self.buckets.append(OrderedDict())
+        self.buckets[used][replica] = None
+        self.free += replica.slots - used
+        if used < self.low:
+            self.low = used
+
+    def unshelve(self, replica: Replica) -> None:
+        """A replica is READY no more."""
+        used = len(replica.leases)
+        del self.buckets[used][replica]
+        self.free -= replica.slots - used
+
+    def least_used(self) -> Replica:
+        """The READY replica with the fewest leases among those with a free slot, ties in turn; there must be one."""
+        buckets, index = self.buckets, self.low
+        while True:
+            bucket = buckets[index]
+            if bucket:
+                self.low = index
+                replica = next(iter(bucket))
+                if index < replica.slots:
+                    return replica
+                # Replicas of an older configuration may be full earlier than others: look behind them.
+                for replica in bucket:
+                    if index < replica.slots:
+                        return replica
+            index += 1

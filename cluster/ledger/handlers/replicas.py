@@ -1,0 +1,161 @@
+"""What replica processes do: start, get ready, fail, vanish. The outside acts late, twice, or unasked."""
+
+from __future__ import annotations
+
+import logging
+
+from cluster.ledger.rules import policy
+from cluster.ledger.events import ReplicaFailed, ReplicaGone, ReplicaReady, ReplicaStarted
+from cluster.ledger.books.pool import Pool
+from cluster.ledger.books.records import Model, Replica
+from cluster.ledger.handlers.requests import lease_reannounced, refuse_or_reroute
+from cluster.ledger.states import Cause, ReplicaState
+
+log = logging.getLogger(__name__)
+
+MAX_EARLY = 1024
+# A process that dies while it loads (a node that went down, an out-of-memory kill) is tried again this often before
+# its waiters are refused; an engine that *says* that it cannot load is believed at once.
+PATIENCE = 3
+
+
+def replica_started(pool: Pool, event: ReplicaStarted, now: float) -> None:
+    if event.replica in pool.replicas or event.replica in pool.dead_replicas:
+        log.info("replica %s announced itself again, or is dead", event.replica)
+        return
+    model = pool.models.get(event.model)
+    if model is None:
+        log.error("replica %s of unknown model %s is not accounted for", event.replica, event.model)
+        return
+    replica = next((each for each in model.in_state(ReplicaState.STARTING) if each.uid is None), None)
+    if replica is not None:
+        if replica.place.node != event.node:
+            pool.book.credit(replica)
+            replica.place = pool.book.force(event.node, replica.place.shape)
+            pool.book.take(replica)
+            pool.book.excuse(event.node)
+        replica.uid = event.replica
+        pool.replicas[event.replica] = replica
+        pool.touched[model] = None
+    else:
+        _adopt(pool, model, event, now)
+    if event.replica in pool.early_ready:
+        replica_ready(pool, ReplicaReady(event.replica, pool.early_ready.pop(event.replica)), now)
+
+
+def _adopt(pool: Pool, model: Model, event: ReplicaStarted, now: float) -> None:
+    """Account for a process that nobody asked for; keep it only if it is of use and there is room."""
+    account = pool.book.nodes.get(event.node)
+    fits = account is not None and account.fit(model.shape, pool.book.hosts(model.shape)) is not None
+    keep = pool.is_recovering or (
+        fits
+        and model.desired < model.spec.max_replicas
+        and not (model.removed or model.unloading or model.held_down)
+        and not (model.leaving or model.claim or now < model.backoff_until)
+        and policy.has_capacity(pool, model)
+    )
+    replica = pool.place(model, pool.book.force(event.node, model.shape), now)
+    replica.adopted = True
+    replica.uid = event.replica
+    pool.replicas[event.replica] = replica
+    level = logging.INFO if pool.is_recovering else logging.WARNING
+    log.log(level, "replica %s of %s was not asked for: %s", event.replica, model.name, "kept" if keep else "stopped")
+    if not keep:
+        pool.withdraw(replica, now)
+        model.resend = True
+
+
+def replica_ready(pool: Pool, event: ReplicaReady, now: float) -> None:
+    replica = pool.replicas.get(event.replica)
+    if replica is None:
+        if event.replica not in pool.dead_replicas and len(pool.early_ready) < MAX_EARLY:
+            pool.early_ready[event.replica] = event.memory_mib
+        return
+    if replica.state is not ReplicaState.STARTING:
+        log.info("%r is ready: ignored", replica)
+        return
+    model = replica.model
+    took = now - replica.since
+    if not replica.adopted:
+        model.load_s = took if model.load_s is None else model.load_s + 0.3 * (took - model.load_s)
+    model.loaded_at = now
+    model.last_load.append((replica.since, now))
+    model.failures = 0
+    model.refusing = False
+    model.last_error = None
+    model.ever_loaded = True
+    if event.memory_mib is not None:
+        _measure(pool, replica, event.memory_mib)
+    pool.move(replica, Cause.LOADED, now)
+    model.peak, model.peak_since = model.leased, now
+    for orphan in list(pool.orphans.pop(event.replica, {}).values()):
+        lease_reannounced(pool, orphan, now)
+
+
+def _measure(pool: Pool, replica: Replica, memory_mib: int) -> None:
+    """What was seen replaces what was guessed: for this replica, and for the model's next ones the peak of all."""
+    model = replica.model
+    model.measured_mib = max(memory_mib, model.measured_mib or 0)
+    model.reshape()
+    pool.book.credit(replica)
+    replica.place = replica.place._replace(shape=replica.place.shape._replace(memory=memory_mib))
+    pool.book.take(replica)
+    pool.book.excuse(replica.place.node)
+
+
+def replica_failed(pool: Pool, event: ReplicaFailed, now: float) -> None:
+    replica = pool.replicas.get(event.replica)
+    if replica is None or replica.state not in (ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING):
+        log.info("failure of replica %s ignored: unknown or leaving", event.replica)
+        return
+    pool.revoke(replica, now)
+    pool.move(replica, Cause.FAILED, now)
+    back_off(pool, replica.model, event.reason, now)
+
+
+def replica_gone(pool: Pool, event: ReplicaGone, now: float) -> None:
+    replica = pool.replicas.get(event.replica)
+    pool.dead_replicas.add(event.replica, now)
+    pool.early_ready.pop(event.replica, None)
+    if replica is None:
+        pool.orphans.pop(event.replica, None)
+        log.info("unknown replica %s is gone", event.replica)
+        return
+    before = replica.state
+    pool.revoke(replica, now)
+    pool.move(replica, Cause.GONE, now)
+    if before is ReplicaState.STARTING:
+        model = replica.model
+        back_off(pool, model, "the process died while it loaded", now, patient=model.failures + 1 < PATIENCE)
+
+
+def load_overdue(pool: Pool, replica: Replica, now: float) -> None:
+    """A load takes too long: as if it had failed, but its waiters hear of a timeout."""
+    model = replica.model
+    reason = f"not loaded within {model.spec.load_timeout_s:g} s"
+    # Without a process there is nobody whose death could be waited for.
+    pool.move(replica, Cause.GONE if replica.uid is None else Cause.FAILED, now)
+    back_off(pool, model, reason, now, error="BackendTimeout")
+
+
+def back_off(
+    pool: Pool, model: Model, reason: str, now: float, *, error: str = "ModelUnavailable", patient: bool = False
+) -> None:
+    """A load failed: pause, take an operator's order back as a whole, and refuse those who wait in vain."""
+    first, longest = pool.spec.backoff_s
+    model.backoff_until = now + min(longest, first * 2.0 ** min(model.failures, 30))
+    model.failures += 1
+    model.last_error = reason
+    model.refusing = not patient
+    if model.order is not None and not patient:
+        for replica in list(model.order.batch):
+            if replica.state is ReplicaState.STARTING:
+                pool.withdraw(replica, now)
+            elif replica.state is ReplicaState.READY:
+                pool.quiesce(replica, now)
+        model.order = None
+    if model.refusing and not model.serving:
+        refusal = policy.failure(model, now, error)
+        for waiter in list(model.queue):
+            refuse_or_reroute(pool, waiter, now, refusal)
+    pool.touched[model] = None

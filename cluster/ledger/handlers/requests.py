@@ -1,0 +1,295 @@
+"""What requests and their holders do: arrive, leave, release, die, and come back after a restart of the ledger.
+
+The two hot paths, an arrival that finds a free slot and a release, touch a handful of dictionaries and never reach
+the decision tree.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from cluster.ledger.rules import policy, server_turns
+from cluster.ledger.events import HolderDied, LeaseReannounced, LeaseReleased, RequestArrived, RequestCancelled
+from cluster.ledger.books.pool import Pool
+from cluster.ledger.books.queue import INFINITY, Waiter
+from cluster.ledger.books.records import Model
+from cluster.ledger.states import ReplicaState
+
+log = logging.getLogger(__name__)
+
+READY, STARTING, DRAINING = ReplicaState.READY, ReplicaState.STARTING, ReplicaState.DRAINING
+
+MAX_ORPHANS = 10_000
+
+
+def request_arrived(pool: Pool, event: RequestArrived, now: float) -> None:
+    request, holder, name, _, deadline, _ = event
+    lease = pool.leases.get(request)
+    if lease is not None:
+        pool.announce(lease)
+        return
+    if request in pool.waiters:
+        return
+    pool.submitted += 1
+    model = pool.models.get(name)
+    if model is None:
+        model = _variant(pool, name, now)
+    # One guard for all that is out of the ordinary keeps the ordinary arrival short.
+    if model is None or deadline <= now or request in pool.cancelled or holder in pool.dead_holders:
+        model = _turn_away(pool, event, model, now)
+        if model is None:
+            return
+    if now > model.last_arrival > -INFINITY:
+        gap = now - model.last_arrival
+        model.gap_s = gap if model.gap_s == INFINITY else model.gap_s + 0.2 * (gap - model.gap_s)
+    model.last_arrival = now
+    if model.free and not model.queue.count and not pool.is_recovering:
+        _lease_now(pool, model, event, now)
+        return
+    _admit(pool, model, event, now)
+
+
+def _lease_now(pool: Pool, model: Model, event: RequestArrived, now: float) -> None:
+    if model.keep_alive_s != event.keep_alive_s:
+        model.keep_alive_s = event.keep_alive_s
+        pool.touched[model] = None
+    lease = pool.lease(event.request, event.holder, model.least_used(), event.priority, now)
+    pool.announce(lease)
+
+
+def _variant(pool: Pool, name: str, now: float) -> Model | None:
+    """The next of a public name's variants: smooth weighted turns, so that 3:1 comes as a, a, b, a.
+
+    Who cannot answer now has no turn, as long as another can.
+    """
+    variants = [
+        (pool.models[model], weight) for model, weight in pool.spec.variants.get(name, ()) if model in pool.models
+    ]
+    if not variants:
+        return None
+    variants = [each for each in variants if not policy.ails(pool, each[0], now)] or variants
+    turns = pool.turns.setdefault(name, {})
+    for model, weight in variants:
+        turns[model.name] = turns.get(model.name, 0.0) + weight
+    best = max(variants, key=lambda each: turns[each[0].name])[0]
+    turns[best.name] -= sum(weight for _, weight in variants)
+    return best
+
+
+def _fallbacks(pool: Pool, name: str, model: Model) -> tuple[str, ...]:
+    """Where a request for `name` may go if its model cannot answer: to the other variants first."""
+    if name in pool.models:
+        return model.spec.fallbacks
+    others = sorted(pool.spec.variants.get(name, ()), key=lambda each: -each[1])
+    return tuple(dict.fromkeys([each for each, _ in others if each != model.name] + list(model.spec.fallbacks)))
+
+
+def _turn_away(pool: Pool, event: RequestArrived, model: Model | None, now: float) -> Model | None:
+    """Refuse what can never be served, whatever the pool's state; the model if it can be, after all."""
+    pool.cancelled.fade(now)
+    pool.dead_holders.fade(now)
+    model = model or server_turns.expected(pool, event.model, now)
+    if event.request in pool.cancelled or event.holder in pool.dead_holders:
+        # Nobody waits for it: its cancellation, or its holder's death, was faster than the arrival itself.
+        pool.reject(event.request, event.holder, "BackendUnavailable", "the request was cancelled before it arrived")
+    elif model is None:
+        names = sorted({name for name, each in pool.models.items() if not each.removed} | set(pool.spec.variants))
+        pool.reject(
+            event.request,
+            event.holder,
+            "ModelNotFound",
+            f"the model {event.model!r} does not exist",
+            available_models=names,
+        )
+    elif event.deadline <= now:
+        _time_out(pool, event.request, event.holder, model)
+    else:
+        return model
+    return None
+
+
+def _time_out(pool: Pool, request: str, holder: str, model: Model) -> None:
+    phase = policy.phase(model)
+    message = f"the deadline passed while the request was {phase}"
+    pool.reject(request, holder, "BackendTimeout", message, phase=phase)
+
+
+def expire_waiters(pool: Pool, now: float) -> None:
+    """Reject all whose deadline has come."""
+    while (waiter := pool.deadlines.first()) is not None and waiter.deadline <= now:
+        pool.dequeue(waiter)
+        pool.touched[waiter.model] = None
+        _time_out(pool, waiter.request, waiter.holder, waiter.model)
+
+
+def _admit(pool: Pool, model: Model, event: RequestArrived, now: float) -> None:
+    """Let a request wait, send it to another model, or refuse it."""
+    waiter = Waiter(event.request, event.holder, model, event.priority, event.deadline, event.keep_alive_s, now)
+    threshold = pool.spec.offload_queue_threshold
+    if threshold and model.spec.num_gpus and model.queue.count >= threshold:
+        other = pool.models.get(model.spec.cpu_offload_model or "")
+        if other is None:
+            _queue_full(pool, waiter, model)
+            return
+        waiter.model = model = other
+    waiter.fallbacks = _fallbacks(pool, event.model, model)
+    if not pool.is_recovering:
+        while (error := policy.unavailable(pool, model, now)) is not None:
+            other = next_fallback(pool, waiter)
+            if other is None:
+                pool.reject(waiter.request, waiter.holder, error.name, error.message, **error.extras)
+                return
+            waiter.model = model = other
+        if model.free and not model.queue.count:
+            _lease_now(pool, model, event, now)
+            return
+    full = len(pool.waiters) >= pool.spec.queue_max_size
+    if full or (model.spec.max_queued is not None and model.queue.count >= model.spec.max_queued):
+        if not server_turns.squeeze_in(pool, waiter, now):
+            _queue_full(pool, waiter, model)
+        return
+    pool.enqueue(waiter, now)
+    if model.counts[DRAINING] or model.hungry_key is not None or model.desired < model.spec.max_replicas:
+        pool.touched[model] = None
+
+
+def _queue_full(pool: Pool, waiter: Waiter, model: Model) -> None:
+    message = f"too many requests wait for {model.name!r}"
+    pool.reject(waiter.request, waiter.holder, "QueueFull", message, retry_after=policy.retry_after(model))
+
+
+def next_fallback(pool: Pool, waiter: Waiter) -> Model | None:
+    """The next configured fallback of a request, each tried once."""
+    while waiter.fallbacks:
+        name, waiter.fallbacks = waiter.fallbacks[0], waiter.fallbacks[1:]
+        model = pool.models.get(name)
+        if model is not None and model is not waiter.model:
+            return model
+    return None
+
+
+def refuse_or_reroute(pool: Pool, waiter: Waiter, now: float, error: policy.Refusal) -> None:
+    """A model became unavailable: its waiter goes to a fallback that is available, or is rejected."""
+    pool.dequeue(waiter)
+    pool.touched[waiter.model] = None
+    while (other := next_fallback(pool, waiter)) is not None:
+        if policy.unavailable(pool, other, now) is None:
+            again = Waiter(
+                waiter.request, waiter.holder, other, waiter.priority, waiter.deadline, waiter.keep_alive_s, now
+            )
+            again.arrived = waiter.arrived
+            again.fallbacks = waiter.fallbacks
+            pool.enqueue(again, now)
+            pool.touched[other] = None
+            return
+    pool.reject(waiter.request, waiter.holder, error.name, error.message, **error.extras)
+
+
+def lease_released(pool: Pool, event: LeaseReleased, now: float) -> None:
+    lease = pool.leases.get(event.request)
+    if lease is None or lease.generation != event.generation:
+        # The request is not remembered as cancelled: a release carries the number of a grant, so its arrival came
+        # before it, and the same request may rightly come back after its replica was lost. The lease is remembered,
+        # since after a restart of the ledger its re-announcement may be slower than its release.
+        log.info("release of unknown lease %s/%s ignored", event.request, event.generation)
+        pool.released.add(f"{event.request}/{event.generation}", now)
+        _drop_orphan(pool, event.request, event.generation)
+        return
+    if lease.generation <= pool.inherited:
+        # Its re-announcement may come a second time.
+        pool.released.add(f"{event.request}/{event.generation}", now)
+    model = lease.replica.model
+    took = now - lease.granted_at
+    model.service_s += 0.1 * (took - model.service_s) if model.service_s else took
+    model.drain_s = took if took > model.drain_s else model.drain_s + 0.02 * (took - model.drain_s)
+    if not pool.drained:
+        pool.drain_s = max(pool.drain_s, took)
+    heir = model.queue.head() if lease.replica.state is READY and pool.recovering_until is None else None
+    if heir is None:
+        pool.release(lease, now)
+        return
+    pool.announce(pool.hand_over(lease, heir, now, policy.split_wait(model, heir, now)))
+    model.keep_alive_s = heir.keep_alive_s
+    if model.hungry_key is not None or model.claim is not None or model.counts[STARTING]:
+        pool.touched[model] = None
+
+
+def serve(pool: Pool, model: Model, now: float) -> None:
+    """Grant free slots to the best waiters of a model."""
+    queue = model.queue
+    while model.free and (waiter := queue.head()) is not None:
+        pool.dequeue(waiter)
+        replica = model.least_used()
+        waits = policy.split_wait(model, waiter, now)
+        lease = pool.lease(waiter.request, waiter.holder, replica, waiter.priority, now, waits)
+        pool.announce(lease)
+        model.keep_alive_s = waiter.keep_alive_s
+    pool.touched[model] = None
+
+
+def request_cancelled(pool: Pool, event: RequestCancelled, now: float) -> None:
+    waiter = pool.waiters.get(event.request)
+    if waiter is not None:
+        pool.dequeue(waiter)
+        pool.touched[waiter.model] = None
+        pool.finished += 1
+    elif (lease := pool.leases.get(event.request)) is not None:
+        pool.release(lease, now)
+        pool.touched[lease.replica.model] = None
+    else:
+        _drop_orphan(pool, event.request, None)
+        log.info("cancellation of unknown request %s remembered", event.request)
+    # The arrival may still be on its way, or come a second time; nobody waits for it any more.
+    pool.cancelled.add(event.request, now)
+
+
+def holder_died(pool: Pool, event: HolderDied, now: float) -> None:
+    pool.dead_holders.add(event.holder, now)
+    for orphans in pool.orphans.values():
+        for request in [each.request for each in orphans.values() if each.holder == event.holder]:
+            del orphans[request]
+    # A pass over everything, since holders are few, die seldom, and hold a good part of it; an index by holder would
+    # cost every single request four dictionary operations.
+    for waiter in [each for each in pool.waiters.values() if each.holder == event.holder]:
+        pool.dequeue(waiter)
+        pool.finished += 1
+        pool.touched[waiter.model] = None
+    for lease in [each for each in pool.leases.values() if each.holder == event.holder]:
+        pool.release(lease, now)
+        pool.touched[lease.replica.model] = None
+
+
+def lease_reannounced(pool: Pool, event: LeaseReannounced, now: float) -> None:
+    # The replica says which model it is; the event may name an alias, or what was asked for before a fallback.
+    if event.request in pool.leases or event.holder in pool.dead_holders:
+        log.info("re-announced lease %s ignored: known already, or of nobody", event.request)
+        return
+    ended = f"{event.request}/{event.generation}" in pool.released
+    if ended or event.request in pool.cancelled or event.replica in pool.dead_replicas:
+        log.info("re-announced lease %s ignored: it has ended", event.request)
+        return
+    replica = pool.replicas.get(event.replica)
+    if replica is None or replica.state is STARTING:
+        if sum(map(len, pool.orphans.values())) < MAX_ORPHANS:
+            pool.orphans.setdefault(event.replica, {})[event.request] = event
+        return
+    if replica.state is not READY or not replica.free:
+        log.warning("re-announced lease %s ignored: %r cannot hold it", event.request, replica)
+        return
+    waiter = pool.waiters.get(event.request)
+    if waiter is not None:
+        pool.dequeue(waiter)
+    else:
+        pool.submitted += 1
+    pool.inherited = max(pool.inherited, event.generation)
+    pool.generation = max(pool.generation, event.generation)
+    pool.lease(event.request, event.holder, replica, event.priority, now, generation=event.generation)
+    pool.touched[replica.model] = None
+
+
+def _drop_orphan(pool: Pool, request: str, generation: int | None) -> None:
+    """Forget a re-announced lease whose replica has not come yet."""
+    for orphans in pool.orphans.values():
+        event = orphans.get(request)
+        if event is not None and generation in (None, event.generation):
+            del orphans[request]

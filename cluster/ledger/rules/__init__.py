@@ -1,0 +1,1 @@
+"""Judgement: what should happen. Nothing here changes the state."""

@@ -1,0 +1,79 @@
+"""How many replicas a model should have: from its queue, its oldest wait and the use of its slots."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cluster.ledger.books.queue import INFINITY
+from cluster.ledger.books.records import Model, Replica
+from cluster.ledger.states import ReplicaState
+
+if TYPE_CHECKING:
+    from cluster.ledger.books.pool import Pool
+
+STARTING, READY, DRAINING = ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING
+
+# A `keep_alive` of 0 ends idleness at once; the use of slots is still judged over some time.
+SHORTEST_WINDOW_S = 1.0
+
+
+def missing(pool: Pool, model: Model, now: float) -> int:
+    """How many replicas demand asks for beyond those that serve or start; at once one, or an order's rest."""
+    # Nothing is started beside one that drains, stops or failed: see rule 1 in `states.py`.
+    if model.removed or model.unloading or model.leaving or model.counts[DRAINING] or now < model.backoff_until:
+        return 0
+    serving = model.serving
+    room = model.spec.max_replicas - serving
+    if model.order is not None:
+        return max(0, min(model.order.replicas - serving, room))
+    if room <= 0 or not model.queue.count:
+        return 0
+    if not serving:
+        return 1
+    backlog = model.queue.count - model.counts[STARTING] * model.spec.slots
+    if backlog <= 0:
+        return 0
+    return 1 if backlog >= model.spec.slots or now >= grows_at(pool, model) else 0
+
+
+def grows_at(pool: Pool, model: Model) -> float:
+    """When the oldest waiter has waited long enough to ask for one more replica."""
+    if not model.counts[READY] or model.counts[STARTING]:
+        return INFINITY
+    return min((head.since for head in model.queue.heads()), default=INFINITY) + pool.spec.upscale_wait_s
+
+
+def floor_missing(model: Model, now: float) -> int:
+    """How many replicas are to be kept without demand and are not there."""
+    if model.leaving or model.order is not None or now < model.backoff_until or model.held_down:
+        return 0
+    if model.removed or model.unloading or model.counts[DRAINING]:
+        return 0
+    floor = model.floor
+    if model.spec.preload and not model.ever_loaded:
+        floor = max(floor, 1)
+    return max(0, min(floor, model.spec.max_replicas) - model.serving)
+
+
+def idle_due(model: Model) -> float:
+    """When the longest idle replica will have been idle for the model's timeout; infinite if none may go."""
+    # Beside one that starts nothing is closed: Serve would stop the newer one, and that would look like a failed load.
+    if not model.buckets[0] or model.queue.count or model.counts[STARTING] or model.counts[READY] <= model.floor:
+        return INFINITY
+    return next(iter(model.buckets[0])).idle_since + model.idle_timeout_s
+
+
+def surplus_due(model: Model) -> float:
+    """When the present window of slot use ends; only models with more than one replica have one."""
+    if model.counts[STARTING] or model.counts[READY] <= max(1, model.floor):
+        return INFINITY
+    return model.peak_since + max(SHORTEST_WINDOW_S, model.idle_timeout_s)
+
+
+def close_surplus(model: Model, now: float) -> Replica | None:
+    """One replica that was not needed at any time of the window that ends; starts the next window."""
+    fewer = (model.counts[READY] - 1) * model.spec.slots
+    enough = model.peak <= fewer and not model.queue.count
+    model.peak = model.leased
+    model.peak_since = now
+    return model.newest_ready() if enough else None

@@ -1,0 +1,289 @@
+"""Which doors to close, so that a model gets in: the least hurtful set of victims on one node.
+
+The search looks at what each node would have once all that is leaving has left and all promises are kept, and adds
+victims, cheapest first, until the need fits. It changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from cluster.ledger.rules import policy
+from cluster.ledger.books.placement import Node, Place, Shape, mates
+from cluster.ledger.rules.policy import Tier
+from cluster.ledger.states import ReplicaState
+
+if TYPE_CHECKING:
+    from cluster.ledger.books.pool import Pool
+    from cluster.ledger.books.records import Model, Replica
+
+# A search looks at no more nodes than this; the next one goes on where it ended.
+MAX_NODES = 16
+
+
+class Plan(NamedTuple):
+    """A place, who must leave for it, and how much that hurts."""
+
+    tier: Tier
+    cost: float
+    place: Place
+    victims: list[Replica]
+
+
+class Candidate(NamedTuple):
+    tier: Tier
+    cost: float
+    serial: int
+    replica: Replica
+
+
+class Leaver(NamedTuple):
+    """A model that may leave altogether."""
+
+    tier: Tier
+    cost: float
+    order: int
+    model: Model
+
+
+class Prospect:
+    """What a node will have free when all that leaves has left, less what is promised.
+
+    `hosts` are the devices, by node and index, where a sharing group already stands; None if it may go anywhere.
+    """
+
+    def __init__(self, node: Node, gone: dict[Replica, None], hosts: set[tuple[str, int]] | None) -> None:
+        self.node = node
+        self.hosts = hosts
+        self.gpu = list(node.gpu)
+        self.device_memory = list(node.device_memory)
+        self.cpu, self.memory = node.cpu, node.memory
+        self.gone: dict[Replica, None] = {}
+        for replica in node.replicas:
+            # DRAINING counts as leaving, too: reopened it would be only for a waiter of its own.
+            if replica in gone or replica.claim is not None or replica.state >= ReplicaState.DRAINING:
+                self.remove(replica)
+        for place in node.marked.values():
+            self._change(place, -1)
+
+    def remove(self, replica: Replica) -> None:
+        self.gone[replica] = None
+        self._change(replica.place, 1)
+
+    def restore(self, replica: Replica) -> None:
+        del self.gone[replica]
+        self._change(replica.place, -1)
+
+    def _change(self, place: Place, sign: int) -> None:
+        for index in place.devices:
+            self.gpu[index] += sign * place.shape.per_device
+            self.device_memory[index] += sign * place.shape.memory_per_device
+        self.cpu += sign * place.shape.cpu
+        self.memory += sign * place.shape.memory
+
+    def device_fits(self, index: int, shape: Shape) -> bool:
+        if self.hosts is not None and (self.node.name, index) not in self.hosts:
+            return False
+        if self.gpu[index] < shape.per_device:
+            return False
+        if self.node.spec.device_memory_mib and self.device_memory[index] < shape.memory_per_device:
+            return False
+        tenants = self.node.tenants[index]
+        return not any(mates(each.place.shape, shape) for each in tenants if each not in self.gone)
+
+    def node_fits(self, shape: Shape) -> bool:
+        if shape.cpu and self.cpu < shape.cpu:
+            return False
+        return not self.node.spec.memory_mib or self.memory >= shape.memory
+
+    def devices(self, shape: Shape) -> list[int]:
+        return [index for index in range(len(self.gpu)) if self.device_fits(index, shape)]
+
+    def fits(self, shape: Shape) -> bool:
+        return self.node_fits(shape) and len(self.devices(shape)) >= shape.devices
+
+
+def find(
+    pool: Pool, model: Model, rights: Tier, now: float, bound: bool, gone: dict[Replica, None], only: Node | None
+) -> Plan | None:
+    """The least hurtful plan for one replica of a model, on one node, or over those that are looked at."""
+    best: Plan | None = None
+    surplus = _surplus(pool, model, gone)
+    ranked = _evictable(pool, model, now, bound, gone) if surplus > 0 else []
+    if len(ranked) < surplus:
+        return None
+    for node in _nodes(pool) if only is None else (only,):
+        for crowd in _crowds(ranked, surplus, node):
+            # Each crowd hurts no less than the one before it, and each can clear the node if one can.
+            if best is not None and best[:2] <= _hurt(crowd):
+                break
+            plan = clear(pool, node, model, rights, now, bound, gone, crowd)
+            if plan is None:
+                break
+            if best is None or plan[:2] < best[:2]:
+                best = plan
+    return best
+
+
+def _nodes(pool: Pool) -> list[Node]:
+    nodes = [node for node in pool.book.nodes.values() if node.present]
+    if len(nodes) <= MAX_NODES:
+        return nodes
+    pool.serial += 1
+    start = pool.serial * MAX_NODES % len(nodes)
+    return (nodes + nodes)[start : start + MAX_NODES]
+
+
+def _surplus(pool: Pool, model: Model, gone: dict[Replica, None]) -> int:
+    """How many models must leave, besides those that do already, so that this one may come."""
+    if not pool.spec.capacity or model.replicas:
+        return 0
+    promised = sum(1 for each in pool.claims if not each.replicas)
+    leaving = sum(1 for each in pool.resident if _is_leaving(each, gone))
+    return len(pool.resident) - leaving + promised + 1 - pool.spec.capacity
+
+
+def _evictable(pool: Pool, model: Model, now: float, bound: bool, gone: dict[Replica, None]) -> list[Leaver]:
+    """The models that may leave with all of their replicas, the least hurtful first."""
+    ranked = []
+    for index, each in enumerate(pool.resident):
+        if _is_leaving(each, gone):
+            continue
+        standings = [policy.standing(pool, replica, model, now, bound) for replica in each.replicas]
+        # To lose the last replica is never mere surplus.
+        if any(one is None for one in standings) or (each.floor and not bound):
+            continue
+        worst = max(one[0] for one in standings if one is not None)
+        if worst is Tier.SURPLUS:
+            worst = Tier.BUSY
+        # No right is asked for: who has no replica may take a busy one, and none is PROTECTED before the bound.
+        ranked.append(Leaver(worst, sum(one[1] for one in standings if one is not None), index, each))
+    ranked.sort(key=lambda one: one[:3])
+    return ranked
+
+
+def _crowds(ranked: list[Leaver], surplus: int, node: Node) -> list[list[Leaver]]:
+    """Who may leave together for the number of models' sake: the least hurtful, or one led by a model of this node.
+
+    A model that stands here makes room as well: with it one victim may do where the least hurtful would be a second.
+    """
+    if surplus <= 0:
+        return [[]]
+    here = {replica.model for replica in node.replicas}
+    leaders = [each for index, each in enumerate(ranked) if index == 0 or each.model in here]
+    return [[leader, *[each for each in ranked if each is not leader][: surplus - 1]] for leader in leaders]
+
+
+def _is_leaving(model: Model, gone: dict[Replica, None]) -> bool:
+    return all(each.claim is not None or each.state.is_leaving or each in gone for each in model.replicas)
+
+
+def clear(
+    pool: Pool,
+    node: Node,
+    model: Model,
+    rights: Tier,
+    now: float,
+    bound: bool,
+    gone: dict[Replica, None],
+    crowd: list[Leaver],
+) -> Plan | None:
+    """The cheapest victims on one node that make room for a replica of the model."""
+    shape = model.shape
+    prospect = Prospect(node, gone, pool.book.hosts(shape))
+    chosen = [replica for each in crowd for replica in each.model.replicas if replica not in gone]
+    for replica in chosen:
+        if replica.place.node == node.name and replica not in prospect.gone:
+            prospect.remove(replica)
+    candidates = _candidates(pool, node, model, rights, now, bound, prospect)
+    if not _clear_devices(prospect, shape, candidates):
+        return None
+    for candidate in candidates:
+        if prospect.node_fits(shape):
+            break
+        if candidate.replica not in prospect.gone:
+            prospect.remove(candidate.replica)
+    if not prospect.fits(shape):
+        return None
+    taken = [each for each in candidates if each.replica in prospect.gone]
+    for candidate in reversed(taken):
+        prospect.restore(candidate.replica)
+        if not prospect.fits(shape):
+            prospect.remove(candidate.replica)
+    kept = _fewest(prospect, shape, candidates, [each for each in taken if each.replica in prospect.gone])
+    usable = prospect.devices(shape)
+    usable.sort(key=lambda index: (prospect.gpu[index], index))
+    place = Place(node.name, tuple(sorted(usable[: shape.devices])), shape)
+    return Plan(*_hurt([*crowd, *kept]), place, chosen + [each.replica for each in kept])
+
+
+def _hurt(leaving: Sequence[Leaver | Candidate]) -> tuple[Tier, float]:
+    """What it means to lose all of these."""
+    return max((each.tier for each in leaving), default=Tier.LEAVING), sum(each.cost for each in leaving)
+
+
+def _fewest(prospect: Prospect, shape: Shape, candidates: list[Candidate], kept: list[Candidate]) -> list[Candidate]:
+    """One victim in the place of several, if it makes the room alone and hurts no more than they do together."""
+    if len(kept) < 2:
+        return kept
+    limit = _hurt(kept)
+    for each in kept:
+        prospect.restore(each.replica)
+    for candidate in candidates:
+        # The newest of its model only, since Serve stops that one first.
+        if candidate[:2] <= limit and candidate.replica is candidate.replica.model.newest_ready():
+            prospect.remove(candidate.replica)
+            if prospect.fits(shape):
+                return [candidate]
+            prospect.restore(candidate.replica)
+    for each in kept:
+        prospect.remove(each.replica)
+    return kept
+
+
+def _candidates(
+    pool: Pool, node: Node, model: Model, rights: Tier, now: float, bound: bool, prospect: Prospect
+) -> list[Candidate]:
+    found: list[Candidate] = []
+    newer: dict[Model, tuple[Tier, float] | None] = {}
+    # Serve stops a model's newest replica first, so an older one is a victim only behind all that are newer here.
+    for replica in sorted(node.replicas, key=lambda each: -each.serial):
+        if replica in prospect.gone:
+            continue
+        standing = policy.standing(pool, replica, model, now, bound)
+        if replica.state is ReplicaState.READY:
+            before = newer.get(replica.model, (Tier.LEAVING, 0.0))
+            if standing is not None:
+                standing = None if before is None else (max(standing[0], before[0]), standing[1] + before[1])
+            newer[replica.model] = standing
+        if standing is not None and standing[0] <= rights:
+            found.append(Candidate(*standing, -replica.serial, replica))
+    found.sort(key=lambda each: each[:3])
+    return found
+
+
+def _clear_devices(prospect: Prospect, shape: Shape, candidates: list[Candidate]) -> bool:
+    """Remove candidates until enough devices have room, the cheapest devices first."""
+    if not shape.gpu:
+        return True
+    options: list[tuple[Tier, float, int, list[Candidate]]] = []
+    for index in range(len(prospect.gpu)):
+        removed: list[Candidate] = []
+        for candidate in candidates:
+            if prospect.device_fits(index, shape):
+                break
+            if index in candidate.replica.place.devices:
+                prospect.remove(candidate.replica)
+                removed.append(candidate)
+        if prospect.device_fits(index, shape):
+            options.append((*_hurt(removed), index, removed))
+        for candidate in removed:
+            prospect.restore(candidate.replica)
+    if len(options) < shape.devices:
+        return False
+    for _, _, _, removed in sorted(options, key=lambda each: each[:3])[: shape.devices]:
+        for candidate in removed:
+            if candidate.replica not in prospect.gone:
+                prospect.remove(candidate.replica)
+    return True

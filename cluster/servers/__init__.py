@@ -1,0 +1,1 @@
+"""External OpenAI-compatible servers: their kinds, their manifests, and the scheduler for them as a library."""

@@ -1,0 +1,1 @@
+"""llama.cpp in the process, all slots in one batch: `engine.LlamaCppEngine`."""

@@ -1,0 +1,167 @@
+"""Renders what the decode loop sends for one call: as a stream of SSE chunks, or collected into one body.
+
+It owns nothing but the text of its own request. Deltas of one sequence that are pending together become one chunk.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from deployments.engines.chat.logprobs import TokenLogprob
+from deployments.engines.chat.metrics import Timing, metrics_object
+from deployments.engines.chat.tools import ToolDelta, ToolParser
+from deployments.engines.chat.wire import ChatWriter, Choice, CompletionWriter, usage_object
+from deployments.engines.llama_cpp.generation import Delta, Generation
+from deployments.engines.llama_cpp.prepare import Prepared
+from deployments.engines.protocol import Call
+from deployments.sse import DONE
+
+
+class Answer:
+    """The answer to one call. Create it when the call arrives, `begin` once prepared, then `stream` or `whole`."""
+
+    def __init__(self, call: Call, model_id: str) -> None:
+        self._call = call
+        self._entered_at = time.perf_counter()
+        self._model = call.body.get("model") or model_id
+
+    def begin(self, prepared: Prepared, generations: Sequence[Generation]) -> None:
+        self._prepared_at = time.perf_counter()
+        self._prepared = prepared
+        self._generations = generations
+        options = prepared.options
+        kind = ChatWriter if prepared.chat else CompletionWriter
+        self._writer = kind(
+            self._call.request_id,
+            str(self._model),
+            with_usage=options.include_usage,
+            with_logprobs=options.top_logprobs is not None,
+        )
+        self._parsers: dict[int, ToolParser] = {}
+        if prepared.plan.mode != "none":
+            names = frozenset(tool["function"]["name"] for tool in prepared.plan.tools)
+            self._parsers = {generation.index: ToolParser(names) for generation in generations}
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """SSE bytes, one item for all that was pending. Raises the `PoolError` of a failed sequence."""
+        running = len(self._generations)
+        opening = b"".join(self._echo_chunk(generation) for generation in self._generations)
+        include_usage = self._prepared.options.include_usage
+        while running:
+            parts = [opening]
+            opening = b""
+            for delta in _merged(await self._generations[0].mailbox.take()):
+                if delta.error is not None:
+                    raise delta.error
+                parts.append(self._delta_chunk(delta))
+                if delta.finish is not None:
+                    running -= 1
+                    last = self._last() if running == 0 and not include_usage else {}
+                    parts.append(self._writer.finish(delta.index, self._reason(delta), last))
+            if running == 0:
+                if include_usage:
+                    parts.append(self._writer.usage(self._usage(), self._last()))
+                parts.append(DONE)
+            if chunk := b"".join(parts):
+                yield chunk
+
+    async def whole(self) -> AsyncIterator[bytes]:
+        """One JSON body."""
+        choices = [
+            Choice(text=self._echo(generation), logprobs=self._echo_logprobs(generation))
+            for generation in self._generations
+        ]
+        running = len(choices)
+        while running:
+            for delta in await self._generations[0].mailbox.take():
+                if delta.error is not None:
+                    raise delta.error
+                choice = choices[delta.index]
+                choice.text += "".join(piece for piece in self._parsed(delta) if isinstance(piece, str))
+                choice.logprobs.extend(delta.logprobs)
+                if delta.finish is not None:
+                    running -= 1
+                    choice.finish = self._reason(delta)
+                    if delta.index in self._parsers:
+                        choice.calls = self._parsers[delta.index].calls
+        yield self._writer.body(choices, self._usage(), self._last())
+
+    def _parsed(self, delta: Delta) -> list[str | ToolDelta]:
+        parser = self._parsers.get(delta.index)
+        if parser is None:
+            return [delta.text] if delta.text else []
+        pieces = parser.push(delta.text) if delta.text else []
+        return pieces + parser.finish() if delta.finish is not None else pieces
+
+    def _delta_chunk(self, delta: Delta) -> bytes:
+        parts = []
+        logprobs: list[TokenLogprob] | None = delta.logprobs
+        for piece in self._parsed(delta):
+            if isinstance(piece, str):
+                parts.append(self._writer.delta(delta.index, piece, logprobs))
+                logprobs = None
+            elif isinstance(self._writer, ChatWriter):
+                parts.append(self._writer.tool_delta(delta.index, piece))
+        if logprobs and not parts:
+            parts.append(self._writer.delta(delta.index, "", logprobs))
+        return b"".join(parts)
+
+    def _reason(self, delta: Delta) -> str:
+        parser = self._parsers.get(delta.index)
+        if parser is not None and parser.calls and delta.finish == "stop":
+            return "tool_calls"
+        return delta.finish or "stop"
+
+    # --- echo
+
+    def _echo(self, generation: Generation) -> str:
+        return self._prepared.echoes[generation.index // self._prepared.options.n]
+
+    def _echo_logprobs(self, generation: Generation) -> list[TokenLogprob]:
+        """The prompt's first token, which nothing predicted; the loop reports the others."""
+        return [TokenLogprob(generation.first_piece, None)] if generation.prompt_logprobs else []
+
+    def _echo_chunk(self, generation: Generation) -> bytes:
+        echo = self._echo(generation)
+        return self._writer.delta(generation.index, echo, self._echo_logprobs(generation)) if echo else b""
+
+    # --- the end
+
+    def _usage(self) -> dict[str, Any]:
+        generations = self._generations
+        # Of n choices for one prompt the prompt is counted once; what the others shared with it is no news to a client.
+        cached = sum(generation.reused for generation in generations[:: self._prepared.options.n])
+        return usage_object(self._prepared.prompt_tokens, self._output_tokens, cached)
+
+    @property
+    def _output_tokens(self) -> int:
+        return sum(generation.produced for generation in self._generations)
+
+    def _last(self) -> dict[str, Any]:
+        """The members of the last chunk, or of the body, beside OpenAI's."""
+        entered = self._entered_at
+        firsts = [generation.first_token_at for generation in self._generations if generation.first_token_at]
+        timing = Timing(
+            total_s=time.perf_counter() - entered,
+            tokenize_s=self._prepared_at - entered,
+            backend_start_s=min(generation.started_at for generation in self._generations) - entered,
+            first_token_s=min(firsts) - entered if firsts else None,
+            backend_end_s=max(generation.ended_at for generation in self._generations) - entered,
+        )
+        metrics = metrics_object(self._call, timing, self._prepared.prompt_tokens, self._output_tokens)
+        return {"metrics": metrics}
+
+
+def _merged(deltas: Sequence[Delta]) -> list[Delta]:
+    """Deltas of one sequence joined into one, so that a client that lags behind gets fewer, larger chunks."""
+    merged: dict[int, Delta] = {}
+    for delta in deltas:
+        known = merged.setdefault(delta.index, delta)
+        if known is not delta:
+            known.text += delta.text
+            known.logprobs.extend(delta.logprobs)
+            known.finish = known.finish or delta.finish
+            known.error = known.error or delta.error
+    return list(merged.values())

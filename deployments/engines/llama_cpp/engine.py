@@ -1,0 +1,241 @@
+"""The llama.cpp engine: many requests at once on one GGUF model, through llama-cpp-python's low-level interface.
+
+A request passes three stages: `Preparer` checks it and makes tokens of it, `DecodeLoop` generates in its own thread,
+and an `Answer` renders what arrives as OpenAI bytes. This module only joins them; it owns the model's life and knows
+nothing of leases. Structured output, tools and stop strings come from `deployments.engines.chat`.
+
+Greedy answers on a CPU with flash attention do not depend on what else runs, up to 256 tokens of context: the kernels
+give bit-identical scores for a sequence, whatever shares its batch, as long as no prompt is evaluated in pieces of 64
+tokens or more (see `CPU_PREFILL_CHUNK`). Beyond that, ggml splits a lone sequence's cache over its threads, but not a
+batch's, and the sums round differently. Without flash attention, batches round differently from the start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from cluster.errors import BackendUnavailable, ModelUnavailable
+from deployments.engines.llama_cpp.memory import DEFAULT_BATCH
+from deployments.engines.chat.template import ChatTemplate, choose_template
+from deployments.engines.chat.utf8 import TextAssembler
+from deployments.engines.llama_cpp.answer import Answer
+from deployments.engines.llama_cpp.generation import Generation, Mailbox
+from deployments.engines.llama_cpp.loop import DecodeLoop
+from deployments.engines.llama_cpp.prepare import PATHS, Prepared, Preparer
+from deployments.engines.llama_cpp.runtime import FLASH_ATTENTION, KV_TYPES, Runtime, RuntimeOptions, load_library
+from deployments.engines.llama_cpp.sampling import Sampler
+from deployments.engines.llama_cpp.load_meter import LoadMeter
+from deployments.engines.protocol import Call, EngineInfo, Progress
+
+#: Prompt tokens that one step may evaluate beside the running streams. On a CPU a step of 63 delays them by one
+#: quarter of a second with SmolLM2. Larger chunks gain little (a token takes 4.7 ms in chunks of 16, 4.0 at 64, 3.9
+#: at 512) and make the median first token later. 63 and not 64, because ggml's flash attention changes to a tiled
+#: kernel, with other rounding, at 64 rows.
+CPU_PREFILL_CHUNK = 63
+GPU_PREFILL_CHUNK = 512
+#: A request with more characters than this is prepared in a thread: tokenizing 20 kB takes some 5 ms.
+INLINE_CHARACTERS = 20_000
+
+
+class LlamaCppEngine:
+    """Implements `Engine`. `slots` sequences share one context; each has `n_ctx` tokens of its own.
+
+    `n_ctx` None takes the model's own context, at most 8192, halved until the KV cache is no larger than the weights
+    or 1 GiB. `n_threads` None takes every core this process may use (8 streams on two cores: 129 tokens/s with both, 71
+    with one). `flash_attn` "auto" lets llama.cpp choose; on a CPU that is "on" (8 streams: 123 against 98 tokens/s).
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        model_id: str,
+        slots: int,
+        n_ctx: int | None = None,
+        n_threads: int | None = None,
+        n_gpu_layers: int = -1,
+        flash_attn: str = "auto",
+        type_k: str | None = None,
+        type_v: str | None = None,
+        n_batch: int = DEFAULT_BATCH,
+        n_ubatch: int | None = None,
+        prefill_chunk: int | None = None,
+        prompt_format: str | None = None,
+    ) -> None:
+        if flash_attn not in FLASH_ATTENTION:
+            raise ModelUnavailable(f"flash_attn must be one of {', '.join(FLASH_ATTENTION)}, not {flash_attn!r}")
+        for kind in (type_k, type_v):
+            if kind is not None and kind not in KV_TYPES:
+                raise ModelUnavailable(f"type_k and type_v must be one of {', '.join(KV_TYPES)}, not {kind!r}")
+        self._options = RuntimeOptions(
+            model_path=model_path,
+            slots=slots,
+            n_ctx=n_ctx,
+            n_threads=n_threads or len(os.sched_getaffinity(0)),
+            n_gpu_layers=n_gpu_layers,
+            flash_attn=flash_attn,
+            type_k=type_k,
+            type_v=type_v,
+            n_batch=n_batch,
+            n_ubatch=n_ubatch or n_batch,
+        )
+        self._model_id = model_id
+        self._prompt_format = prompt_format
+        self._prefill_chunk = prefill_chunk
+        self._runtime: Runtime | None = None
+        self._memory_mib: int | None = None
+        self._loop: DecodeLoop | None = None
+        self._preparer: Preparer | None = None
+        self._preparing: set[asyncio.Future[tuple[Prepared, list[Generation]]]] = set()
+
+    async def load(self, progress: Progress) -> None:
+        """Load the model in a thread. Raises `ModelUnavailable` and leaves nothing behind."""
+        # A thread of its own, which ends with the load. OpenMP keeps a team of threads for every thread that has
+        # evaluated something, and when all of them are more than the cores, none of them waits awake any more at the
+        # hundreds of barriers of a step: 27 instead of 9 ms for a token, beside nothing but a thread that had loaded.
+        thread = ThreadPoolExecutor(1)
+        loading = asyncio.get_running_loop().run_in_executor(thread, _load_and_measure, self._options, progress)
+        thread.shutdown(wait=False)
+        try:
+            runtime, memory_mib = await asyncio.shield(loading)
+        except asyncio.CancelledError:
+            loading.add_done_callback(_close_loaded)
+            raise
+        try:
+            template = self._make_template(runtime)
+        except ModelUnavailable:
+            runtime.close()
+            raise
+        chunk = self._prefill_chunk or (GPU_PREFILL_CHUNK if runtime.offloads else CPU_PREFILL_CHUNK)
+        self._runtime = runtime
+        self._memory_mib = memory_mib
+        self._preparer = Preparer(runtime, template)
+        self._loop = DecodeLoop(runtime, self._options.slots, chunk)
+        self._loop.start()
+
+    def info(self) -> EngineInfo:
+        runtime = self._runtime
+        if runtime is None:
+            return EngineInfo(paths=PATHS, format="gguf")
+        return EngineInfo(context_length=runtime.n_ctx, paths=PATHS, format="gguf", memory_mib=self._memory_mib)
+
+    async def generate(self, call: Call) -> AsyncIterator[bytes]:
+        answer = Answer(call, self._model_id)
+        prepared, generations = await self._prepare(call)
+        answer.begin(prepared, generations)
+        loop = self._loop
+        if loop is None:
+            raise BackendUnavailable("the model is being unloaded")
+        try:
+            for generation in generations:
+                loop.submit(generation)
+            async for chunk in answer.stream() if call.stream else answer.whole():
+                yield chunk
+        finally:
+            for generation in generations:
+                loop.cancel(generation)
+
+    async def unload(self) -> None:
+        """Stop the loop and free the model; running calls fail with `BackendUnavailable`. Idempotent."""
+        loop, runtime = self._loop, self._runtime
+        self._loop = self._runtime = self._preparer = None
+        if loop is not None:
+            await asyncio.to_thread(loop.stop)
+        if self._preparing:
+            # A request that is being prepared still reads the vocabulary; it will find the loop stopped.
+            await asyncio.wait(self._preparing)
+        if runtime is not None:
+            await asyncio.to_thread(runtime.close)
+
+    async def _prepare(self, call: Call) -> tuple[Prepared, list[Generation]]:
+        runtime, preparer = self._runtime, self._preparer
+        if runtime is None or preparer is None:
+            raise BackendUnavailable("the model is not loaded")
+        mailbox = Mailbox()
+
+        def prepare() -> tuple[Prepared, list[Generation]]:
+            prepared = preparer.prepare(call)
+            return prepared, _generations(prepared, runtime, mailbox)
+
+        if not _is_large(call.body):
+            return prepare()
+        # Shielded, since the thread outlives a cancelled request and `unload` must know of it.
+        task = asyncio.ensure_future(asyncio.to_thread(prepare))
+        self._preparing.add(task)
+        task.add_done_callback(self._preparing.discard)
+        return await asyncio.shield(task)
+
+    def _make_template(self, runtime: Runtime) -> ChatTemplate | None:
+        source = choose_template(self._prompt_format, runtime.metadata("tokenizer.chat_template"))
+        if source is None:
+            return None
+        return ChatTemplate(source, bos_token=runtime.bos_text(), eos_token=runtime.eos_text())
+
+
+def _load_and_measure(options: RuntimeOptions, progress: Progress) -> tuple[Runtime, int]:
+    """The loaded model, and the memory that it was seen to take, in MiB.
+
+    Never less than weights and cache: mapped weights that the system has dropped from RAM again will be back.
+    """
+    meter = LoadMeter(on_gpu=False)
+    if options.n_gpu_layers != 0 and load_library().llama_supports_gpu_offload():
+        meter = LoadMeter(on_gpu=True)
+    runtime = Runtime.load(options, progress)
+    floor = runtime.memory_bytes >> 20
+    # Some layers on the device, some on the host: then what the device holds is less than the whole, and true.
+    partly = runtime.offloads and options.n_gpu_layers > 0
+    grown = meter.grown_mib()
+    return runtime, floor if grown is None else grown if partly else max(grown, floor)
+
+
+def _close_loaded(loading: asyncio.Future[tuple[Runtime, int]]) -> None:
+    """Free a model whose load nobody waits for any more."""
+    if not loading.cancelled() and loading.exception() is None:
+        loading.result()[0].close()
+
+
+def _generations(prepared: Prepared, runtime: Runtime, mailbox: Mailbox) -> list[Generation]:
+    """One generation for each choice of each prompt, in the order of their indexes."""
+    options = prepared.options
+    generations: list[Generation] = []
+    for prompt, limit in zip(prepared.prompts, prepared.limits, strict=True):
+        for copy in range(options.n):
+            sampling = options.sampling.for_copy(copy)
+            generations.append(
+                Generation(
+                    index=len(generations),
+                    prompt=prompt,
+                    limit=limit,
+                    sampler=Sampler(runtime, sampling, prepared.grammar, prompt),
+                    assembler=TextAssembler(options.stops),
+                    mailbox=mailbox,
+                    top_logprobs=options.top_logprobs,
+                    prompt_logprobs=prepared.echo and options.top_logprobs is not None,
+                    ignore_eos=options.ignore_eos,
+                    special=bool(prepared.plan.tools),
+                    first_piece=runtime.piece(prompt[0], special=True),
+                )
+            )
+    return generations
+
+
+def _is_large(body: dict[str, Any]) -> bool:
+    """Whether preparing the request could hold up the event loop: a long text, or a grammar to compile."""
+    if body.get("response_format") or body.get("tools") or body.get("grammar"):
+        return True
+    room = INLINE_CHARACTERS
+    texts: list[Any] = [body.get("prompt"), body.get("messages")]
+    while texts and room >= 0:
+        value = texts.pop()
+        if isinstance(value, str):
+            room -= len(value)
+        elif isinstance(value, dict):
+            texts.extend(value.values())
+        elif isinstance(value, list):
+            room -= len(value)
+            texts.extend(value[:INLINE_CHARACTERS])
+    return room < 0

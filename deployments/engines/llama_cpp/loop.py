@@ -1,0 +1,350 @@
+"""The decode loop: one thread that advances every running sequence by one token per step (continuous batching).
+
+It owns the slots (the KV cache's sequences) and all native calls. A step builds one batch: the next token of every
+running sequence, and a bounded chunk of the prompts that wait, so that a long prompt never stalls the streams. The
+event loop hands work in with `submit` and `cancel`, which only append to a list; tokens go back with one
+`call_soon_threadsafe` per step for all sequences together. An idle loop waits on a condition.
+
+Measured with 8 greedy streams of SmolLM2 on two cores: all that is done outside `llama_decode` takes 0.7 % of the time.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from cluster.errors import BackendUnavailable, PoolError
+from deployments.engines.chat.logprobs import TokenLogprob
+from deployments.engines.llama_cpp.generation import Delta, Generation, Mailbox
+from deployments.engines.llama_cpp.runtime import Logits, Runtime
+from deployments.engines.llama_cpp.sampling import NO_TOKEN, top_logprobs
+
+log = logging.getLogger(__name__)
+
+#: Copying another slot's whole cache pays when it saves this many prompt tokens (20 ms against 4 ms a token here).
+COPY_GAIN = 64
+
+#: How much nicer the threads that decode are than the rest of the process. Tokens on their way out to a client go
+#: before the computing of the next ones: on two cores that both decode, an idle pool's first token over HTTP came 7 to
+#: 14 ms after the engine's own instead of 16 to 24. Relative, since Ray's processes have a niceness of 15 by default,
+#: and only root may go below that.
+COMPUTE_NICE = 5
+
+
+@dataclass(slots=True, eq=False)
+class Slot:
+    """One sequence of the KV cache. `cached` is what it holds, kept after a generation for the next one's prefix."""
+
+    number: int
+    cached: list[int] = field(default_factory=list)
+    generation: Generation | None = None
+    next_token: int | None = None
+    used_at: float = 0.0
+
+
+class DecodeLoop:
+    """Runs generations on `slots` sequences of a runtime. `start` once, `stop` once; the rest is thread-safe."""
+
+    def __init__(self, runtime: Runtime, slots: int, prefill_chunk: int) -> None:
+        self._runtime = runtime
+        self._slots = [Slot(number) for number in range(slots)]
+        self._prefill_chunk = prefill_chunk
+        self._condition = threading.Condition()
+        self._arrived: deque[Generation] = deque()
+        self._stopping = False
+        self._waiting: deque[Generation] = deque()
+        #: Slots in the order in which their prompts were admitted, the oldest first.
+        self._prefilling: list[Slot] = []
+        self._deltas: list[tuple[Mailbox, Delta]] = []
+        self._thread = threading.Thread(target=self._run, name="llama-decode", daemon=True)
+        self._copy_gain = max(COPY_GAIN, runtime.n_ctx // 64)
+        self.steps = 0
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, generation: Generation) -> None:
+        """Queue a generation. Raises `BackendUnavailable` when the engine is stopping."""
+        with self._condition:
+            if self._stopping:
+                raise BackendUnavailable("the model is being unloaded")
+            self._arrived.append(generation)
+            self._condition.notify()
+
+    def cancel(self, generation: Generation) -> None:
+        """Free the generation's slot before the next step. Harmless when it has ended."""
+        generation.cancelled = True
+
+    def stop(self) -> None:
+        """End the thread after the step it is in; what still runs fails with `BackendUnavailable`. Blocks."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no sequence runs or waits. A snapshot, for tests and status only."""
+        return not (self._arrived or self._waiting or any(slot.generation for slot in self._slots))
+
+    # --- the thread
+
+    def _run(self) -> None:
+        if sys.platform == "linux":
+            # There a niceness is a thread's own, and the library's threads inherit it from this one.
+            thread = threading.get_native_id()
+            nice = os.getpriority(os.PRIO_PROCESS, thread) + COMPUTE_NICE
+            os.setpriority(os.PRIO_PROCESS, thread, min(19, nice))
+        try:
+            while self._wait_for_work():
+                try:
+                    self._step()
+                except Exception:
+                    log.exception("a decode step failed")
+                    self._runtime.discard()
+                    self._fail_running("the engine failed in a decode step")
+                self._deliver()
+        finally:
+            self._fail_running("the model was unloaded")
+            for generation in [*self._waiting, *self._arrived]:
+                self._end(generation, error=BackendUnavailable("the model was unloaded"))
+            self._deliver()
+
+    def _wait_for_work(self) -> bool:
+        with self._condition:
+            while not (self._stopping or self._arrived or self._waiting or self._busy()):
+                self._condition.wait()
+            self._waiting.extend(self._arrived)
+            self._arrived.clear()
+            return not self._stopping
+
+    def _busy(self) -> bool:
+        return any(slot.generation for slot in self._slots)
+
+    def _step(self) -> None:
+        self._reap()
+        self._admit()
+        rows = self._add_next_tokens()
+        self._add_prompts(rows)
+        if not self._runtime.batched:
+            return
+        code = self._runtime.decode()
+        self.steps += 1
+        if code != 0:
+            log.error("llama_decode failed with code %d", code)
+            self._fail([slot for slot, _ in rows], "the engine failed to decode")
+            return
+        for slot, row in rows:
+            self._after_decode(slot, row)
+
+    def _reap(self) -> None:
+        for slot in self._slots:
+            if slot.generation is not None and slot.generation.cancelled:
+                self._release(slot)
+        if any(generation.cancelled for generation in self._waiting):
+            for generation in self._waiting:
+                if generation.cancelled:
+                    self._end(generation)
+            self._waiting = deque(generation for generation in self._waiting if not generation.cancelled)
+
+    # --- admission and prefix reuse
+
+    def _admit(self) -> None:
+        postponed: deque[Generation] = deque()
+        idle = [slot for slot in self._slots if slot.generation is None]
+        while self._waiting and idle:
+            generation = self._waiting.popleft()
+            prompt = generation.prompt
+            # The longest common prefix wins; among equals the one unused for longest, whose cache is worth least.
+            slot = max(idle, key=lambda s: (_common_prefix(s.cached, prompt), -s.used_at))
+            own = _common_prefix(slot.cached, prompt)
+            if self._shares_with_a_prefill(prompt, own):
+                # The same long beginning is being evaluated right now: cheaper to wait for it than to do it again.
+                postponed.append(generation)
+                continue
+            idle.remove(slot)
+            self._occupy(slot, generation, own)
+        self._waiting.extendleft(reversed(postponed))
+
+    def _shares_with_a_prefill(self, prompt: list[int], own: int) -> bool:
+        prompts = [slot.generation.prompt for slot in self._prefilling if slot.generation is not None]
+        return any(_common_prefix(other, prompt) - own >= self._copy_gain for other in prompts)
+
+    def _occupy(self, slot: Slot, generation: Generation, own: int) -> None:
+        """Give the slot to a generation, with as much of its prompt as some slot's cache holds already."""
+        prompt = generation.prompt
+        donor = max(self._slots, key=lambda s: _common_prefix(s.cached, prompt))
+        if _common_prefix(donor.cached, prompt) - own >= self._copy_gain:
+            self._runtime.copy_slot(donor.number, slot.number)
+            slot.cached = list(donor.cached)
+            own = _common_prefix(slot.cached, prompt)
+        # At least one token is evaluated again, since its scores choose the first new one.
+        keep = 0 if generation.prompt_logprobs else min(own, len(prompt) - 1)
+        if not self._runtime.keep_prefix(slot.number, keep):
+            keep = 0
+        slot.cached = prompt[:keep]
+        slot.generation, slot.next_token = generation, None
+        generation.reused = keep
+        generation.started_at = time.perf_counter()
+        self._prefilling.append(slot)
+
+    # --- building the batch
+
+    def _add_next_tokens(self) -> list[tuple[Slot, range]]:
+        rows = []
+        for slot in self._slots:
+            if slot.next_token is not None:
+                rows.append(
+                    (slot, self._runtime.add(slot.number, len(slot.cached), (slot.next_token,), outputs="last"))
+                )
+                slot.cached.append(slot.next_token)
+        return rows
+
+    def _add_prompts(self, rows: list[tuple[Slot, range]]) -> None:
+        """Fill up the batch with pieces of prompts, the oldest first; `rows` gets an entry for each."""
+        room = min(self._runtime.n_batch - len(rows), self._prefill_chunk)
+        outputs = self._runtime.max_outputs - len(self._slots)
+        for slot in self._prefilling:
+            if room <= 0:
+                return
+            generation = slot.generation
+            assert generation is not None
+            start = len(slot.cached)
+            wanted = generation.prompt_logprobs
+            chunk = generation.prompt[start : start + (min(room, outputs) if wanted else room)]
+            if not chunk:
+                continue
+            last = start + len(chunk) == len(generation.prompt)
+            kind = "all" if wanted else "last" if last else "none"
+            rows.append((slot, self._runtime.add(slot.number, start, chunk, outputs=kind)))
+            slot.cached.extend(chunk)
+            room -= len(chunk)
+            outputs -= len(chunk) if wanted else 0
+
+    # --- after the step
+
+    def _after_decode(self, slot: Slot, row: range) -> None:
+        generation = slot.generation
+        assert generation is not None
+        if slot.next_token is None:
+            generation.evaluated += len(row)
+            if generation.prompt_logprobs:
+                self._note_prompt_logprobs(slot, generation, row)
+            if len(slot.cached) < len(generation.prompt):
+                return
+            self._prefilling.remove(slot)
+        if generation.limit <= 0:
+            self._finish(slot, generation, "", "length")
+            return
+        self._take_token(slot, generation, self._runtime.logits(row.stop - 1))
+
+    def _take_token(self, slot: Slot, generation: Generation, logits: Logits) -> None:
+        token = generation.sampler.choose(logits)
+        if generation.produced == 0:
+            generation.first_token_at = time.perf_counter()
+        if token == NO_TOKEN or (self._runtime.is_end(token) and not generation.ignore_eos):
+            generation.produced += token != NO_TOKEN
+            self._finish(slot, generation, generation.assembler.finish(), "stop")
+            return
+        generation.produced += 1
+        if generation.top_logprobs is not None:
+            self._note_logprobs(generation, logits, token)
+        text = generation.assembler.push(self._runtime.piece(token, special=generation.special))
+        if generation.assembler.stopped:
+            self._finish(slot, generation, text, "stop")
+        elif generation.produced >= generation.limit:
+            text += generation.assembler.finish()
+            self._finish(slot, generation, text, "stop" if generation.assembler.stopped else "length")
+        else:
+            slot.next_token = token
+            if text:
+                self._say(generation, Delta(generation.index, text))
+
+    def _note_prompt_logprobs(self, slot: Slot, generation: Generation, row: range) -> None:
+        """Row i scores the token after it; the first token of a prompt has no score."""
+        first = len(slot.cached) - len(row)
+        for offset, index in enumerate(row):
+            following = first + offset + 1
+            if following < len(generation.prompt):
+                token = generation.prompt[following]
+                self._note_logprobs(generation, self._runtime.logits(index), token)
+
+    def _note_logprobs(self, generation: Generation, logits: Logits, token: int) -> None:
+        logprob, top = top_logprobs(logits, token, generation.top_logprobs or 0)
+        piece = self._runtime.piece
+        named = tuple((piece(other, special=True), value) for other, value in top)
+        generation.pending_logprobs.append(TokenLogprob(piece(token, special=True), logprob, named))
+
+    # --- endings
+
+    def _finish(self, slot: Slot, generation: Generation, text: str, finish: str) -> None:
+        generation.ended_at = time.perf_counter()
+        self._say(generation, Delta(generation.index, text, finish=finish))
+        self._release(slot)
+
+    def _fail(self, slots: Sequence[Slot], message: str) -> None:
+        """End the generations of these slots with an error and forget their cache, which may be half written."""
+        for slot in slots:
+            if slot.generation is not None:
+                self._say(slot.generation, Delta(slot.generation.index, error=BackendUnavailable(message)))
+                self._release(slot)
+            slot.cached = []
+            self._runtime.keep_prefix(slot.number, 0)
+
+    def _fail_running(self, message: str) -> None:
+        self._fail([slot for slot in self._slots if slot.generation is not None], message)
+
+    def _release(self, slot: Slot) -> None:
+        """Free the slot; its cache stays for the next prompt with the same beginning."""
+        generation = slot.generation
+        assert generation is not None
+        if slot in self._prefilling:
+            self._prefilling.remove(slot)
+        slot.generation, slot.next_token, slot.used_at = None, None, time.perf_counter()
+        self._end(generation)
+
+    def _end(self, generation: Generation, error: PoolError | None = None) -> None:
+        generation.sampler.close()
+        if error is not None:
+            self._say(generation, Delta(generation.index, error=error))
+
+    # --- hand-over
+
+    def _say(self, generation: Generation, delta: Delta) -> None:
+        delta.logprobs, generation.pending_logprobs = generation.pending_logprobs, []
+        self._deltas.append((generation.mailbox, delta))
+
+    def _deliver(self) -> None:
+        if not self._deltas:
+            return
+        deltas, self._deltas = self._deltas, []
+        for loop in {mailbox.loop for mailbox, _ in deltas}:
+            try:
+                loop.call_soon_threadsafe(_put_all, [pair for pair in deltas if pair[0].loop is loop])
+            except RuntimeError:
+                log.warning("the event loop of a request has gone; its tokens are dropped")
+
+
+def _put_all(deltas: list[tuple[Mailbox, Delta]]) -> None:
+    for mailbox, delta in deltas:
+        mailbox.put(delta)
+
+
+def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    length = min(len(left), len(right))
+    low, high = 0, length
+    # Comparing slices runs in C, so a binary search beats a loop over the tokens.
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,194 @@
+"""From a call to the generations it needs: checks the body, renders the prompt, tokenizes it, builds the samplers.
+
+Everything here happens before the decode loop hears of the request, so that a refusal costs the running streams
+nothing. Nothing blocks the event loop for long: see `LlamaCppEngine.generate`, which runs `prepare` in a thread when
+the request is large.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
+from deployments.engines.chat.request import GenerationOptions, chat_options, completion_options
+from deployments.engines.chat.template import ChatTemplate
+from deployments.engines.chat.tools import CLOSE, OPEN, ToolPlan, tool_plan
+from deployments.engines.llama_cpp.runtime import Runtime, schema_to_grammar
+from deployments.engines.protocol import Call
+
+CHAT_PATH = "/v1/chat/completions"
+COMPLETIONS_PATH = "/v1/completions"
+PATHS = frozenset({CHAT_PATH, COMPLETIONS_PATH})
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A checked request: `prompts` as tokens (with `options.n` choices for each) and what to make of them."""
+
+    chat: bool
+    options: GenerationOptions
+    prompts: list[list[int]]
+    limits: list[int]
+    #: What to repeat in front of each prompt's answer (`echo`).
+    echoes: list[str]
+    plan: ToolPlan = field(default_factory=ToolPlan)
+    grammar: str | None = None
+    echo: bool = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(prompt) for prompt in self.prompts)
+
+
+class Preparer:
+    """Prepares calls for one loaded model. Thread-safe: it only reads the vocabulary."""
+
+    def __init__(self, runtime: Runtime, template: ChatTemplate | None) -> None:
+        self._runtime = runtime
+        self._template = template
+
+    def prepare(self, call: Call) -> Prepared:
+        """Raises `InvalidRequest` and its kin; touches no engine state."""
+        if call.path == CHAT_PATH:
+            return self._chat(call.body)
+        if call.path == COMPLETIONS_PATH:
+            return self._completion(call.body)
+        raise InvalidRequest(f"this model does not serve {call.path}")
+
+    def _chat(self, body: Mapping[str, Any]) -> Prepared:
+        options = chat_options(body)
+        plan = tool_plan(body)
+        if self._template is None:
+            raise InvalidRequest(
+                "this model has no chat template: use /v1/completions, or configure prompt_format", param="messages"
+            )
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise InvalidRequest("messages must be a list that is not empty", param="messages")
+        shown = plan.tools if plan.mode != "none" else ()
+        text = self._template.render(messages, shown, self._template_variables(body))
+        # A template that writes the BOS token itself must not get a second one.
+        bos = self._runtime.bos_text()
+        starts = bool(bos) and text.startswith(bos)
+        prompt = self._runtime.tokenize(text, add_special=not starts, parse_special=True)
+        return Prepared(
+            chat=True,
+            options=options,
+            prompts=[prompt],
+            limits=[self._limit(prompt, options, explicit=options.max_tokens is not None)],
+            echoes=[""],
+            plan=plan,
+            grammar=self._grammar(body, options, plan),
+        )
+
+    def _completion(self, body: Mapping[str, Any]) -> Prepared:
+        options = completion_options(body)
+        prompts = self._prompts(body.get("prompt"))
+        explicit = body.get("max_tokens") is not None
+        echo = body.get("echo") or False
+        return Prepared(
+            chat=False,
+            options=options,
+            prompts=prompts,
+            limits=[self._limit(prompt, options, explicit=explicit) for prompt in prompts],
+            echoes=self._echoes(body.get("prompt"), prompts) if echo else [""] * len(prompts),
+            grammar=self._grammar(body, options, ToolPlan()),
+            echo=bool(echo),
+        )
+
+    def _template_variables(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Values for the template; one that the template does not read, but should, is refused."""
+        assert self._template is not None
+        given = body.get("chat_template_kwargs") or {}
+        if not isinstance(given, Mapping):
+            raise InvalidRequest("chat_template_kwargs must be an object", param="chat_template_kwargs")
+        variables = dict(given)
+        if body.get("enable_thinking") is not None:
+            variables["enable_thinking"] = bool(body["enable_thinking"])
+        reasoning = body.get("reasoning")
+        effort = body.get("reasoning_effort") or (reasoning.get("effort") if isinstance(reasoning, Mapping) else None)
+        if effort is None:
+            return variables
+        if self._template.knows("reasoning_effort"):
+            variables["reasoning_effort"] = effort
+        elif self._template.knows("enable_thinking"):
+            variables["enable_thinking"] = effort != "none"
+        elif effort != "none":
+            raise UnsupportedParameter("this model does not reason", param="reasoning_effort")
+        return variables
+
+    def _prompts(self, prompt: Any) -> list[list[int]]:
+        """`prompt` is a string, a list of strings, a list of token ids, or a list of such lists."""
+        if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and _is_token(prompt[0])):
+            prompt = [prompt]
+        if not isinstance(prompt, list) or not prompt:
+            raise InvalidRequest("prompt must be a string, or a list of strings or token ids", param="prompt")
+        return [self._tokens(one) for one in prompt]
+
+    def _tokens(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            tokens = self._runtime.tokenize(prompt, add_special=True, parse_special=True)
+            return tokens or [self._runtime.start_token()]
+        if not isinstance(prompt, list) or not prompt or not all(_is_token(token) for token in prompt):
+            raise InvalidRequest("prompt must be a string, or a list of strings or token ids", param="prompt")
+        if not all(0 <= token < self._runtime.vocab_size for token in prompt):
+            raise InvalidRequest(f"token ids must be below {self._runtime.vocab_size}", param="prompt")
+        return list(prompt)
+
+    def _echoes(self, prompt: Any, prompts: list[list[int]]) -> list[str]:
+        given = prompt if isinstance(prompt, list) and not _is_token(prompt[0]) else [prompt]
+        return [one if isinstance(one, str) else self._text(tokens) for one, tokens in zip(given, prompts, strict=True)]
+
+    def _text(self, tokens: list[int]) -> str:
+        return b"".join(self._runtime.piece(token, special=True) for token in tokens).decode("utf-8", "replace")
+
+    def _limit(self, prompt: list[int], options: GenerationOptions, *, explicit: bool) -> int:
+        """How many tokens the answer may have. An explicit `max_tokens` that does not fit is refused, as by OpenAI."""
+        room = self._runtime.n_ctx - len(prompt)
+        wanted = options.max_tokens
+        if room < 1 or (explicit and wanted is not None and wanted > room):
+            asked = f" and {wanted} new ones" if explicit and wanted is not None else ""
+            raise ContextLengthExceeded(
+                f"this model's context is {self._runtime.n_ctx} tokens; the prompt has {len(prompt)}{asked}",
+                param="max_tokens" if room >= 1 else "messages",
+            )
+        return room if wanted is None else min(wanted, room)
+
+    def _grammar(self, body: Mapping[str, Any], options: GenerationOptions, plan: ToolPlan) -> str | None:
+        form = options.response_format
+        own = body.get("grammar")
+        if sum((form.kind != "text", plan.mode == "forced", own is not None)) > 1:
+            raise InvalidRequest(
+                "response_format, a forced tool_choice and grammar exclude each other", param="response_format"
+            )
+        if own is not None:
+            if not isinstance(own, str):
+                raise InvalidRequest("grammar must be a string in GBNF", param="grammar")
+            return own
+        if plan.mode == "forced":
+            call = _compiled(plan.grammar_schema(), "tools")
+            # The converter's rule for the whole schema is `root`; a call stands between the tags.
+            inner = "\n".join("call" + line[4:] if line.startswith("root ") else line for line in call.splitlines())
+            return f'root ::= "{OPEN}\\n" call "\\n{CLOSE}"\n{inner}'
+        if form.kind == "json_object":
+            return _compiled({"type": "object"}, "response_format")
+        if form.kind == "json_schema":
+            return _compiled(form.schema or {}, "response_format")
+        return None
+
+
+def _compiled(schema: Mapping[str, Any], param: str) -> str:
+    # The library's converter asserts, recurses and looks up keys without checks of its own.
+    failures = (AssertionError, KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError)
+    convert: Callable[[str], str] = schema_to_grammar
+    try:
+        return convert(json.dumps(schema))
+    except failures as error:
+        raise InvalidRequest(f"the JSON schema cannot be turned into a grammar: {error}", param=param) from error
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
