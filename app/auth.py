@@ -15,12 +15,12 @@ OPEN_PATHS = {"/health", "/ready"}
 ADMIN_PATHS = ("/v1/admin", "/admin")
 
 
-class Doorman:
+class ApiKeyMiddleware:
     """Turns away requests without a key that is good for the route.
 
     With `admin_keys`, the admin routes need one of these (401 without a known key, 403 with an ordinary one), and an
     admin key opens all other routes as well. Without, an ordinary key is good everywhere. Without any keys at all
-    there is no doorman.
+    nothing is asked for.
     """
 
     def __init__(self, app: ASGIApp, api_keys: tuple[str, ...], admin_keys: tuple[str, ...]) -> None:

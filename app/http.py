@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from app.answers import error_response
-from app.auth import Doorman, route_path
+from app.auth import ApiKeyMiddleware, route_path
 from app.routes import admin, openai, service
 from app.routes.openai import request_id_of
 from cluster import errors
@@ -37,7 +37,7 @@ def build_http(gateway: Gateway) -> FastAPI:
     app.add_exception_handler(Exception, _bug)
     config = gateway.config
     if config.api_keys or config.admin_keys:
-        app.add_middleware(Doorman, api_keys=config.api_keys, admin_keys=config.admin_keys)
+        app.add_middleware(ApiKeyMiddleware, api_keys=config.api_keys, admin_keys=config.admin_keys)
     return app
 
 

@@ -73,7 +73,7 @@ class LedgerActor:
         self._spec = spec
         self._parked: dict[str, _Parked] = {}
         self._replica_of_actor: dict[str, str] = {}
-        self._door_closes: dict[str, asyncio.Event] = {}
+        self._drains: dict[str, asyncio.Event] = {}
         self._holder_of_actor: dict[str, str] = {}
         self._progress: dict[str, float] = {}
         self._operators = OperatorCalls(self._ledger)
@@ -164,9 +164,9 @@ class LedgerActor:
         self._progress.pop(replica, None)
         self._post(ReplicaFailed(replica, reason))
 
-    async def door_closed(self, replica: str) -> None:
-        """Parks until the ledger next closes a replica's door, or the replica is dead."""
-        await self._door_closes.setdefault(replica, asyncio.Event()).wait()
+    async def drained(self, replica: str) -> None:
+        """Parks until the ledger next drains a replica, or the replica is dead."""
+        await self._drains.setdefault(replica, asyncio.Event()).wait()
 
     async def server_lost(self, url: str) -> None:
         """A request lost its external server, before or in its answer: look at once whether it is still there."""
@@ -258,7 +258,7 @@ class LedgerActor:
                 self._desired[command.model] = command.replicas
                 rescaled = True
             elif isinstance(command, Quiesce):
-                self._tell_of_door(command.replica)
+                self._tell_of_drain(command.replica)
         if rescaled:
             self._publish_desired()
 
@@ -271,8 +271,8 @@ class LedgerActor:
             logger.warning("grant %s has no taker, released", answer.request)
             self._post(LeaseReleased(answer.request, answer.generation))
 
-    def _tell_of_door(self, replica: str) -> None:
-        closes = self._door_closes.pop(replica, None)
+    def _tell_of_drain(self, replica: str) -> None:
+        closes = self._drains.pop(replica, None)
         if closes is not None:
             closes.set()
 
@@ -300,7 +300,7 @@ class LedgerActor:
         replica = self._replica_of_actor.pop(actor_id, None)
         if replica is not None:
             self._progress.pop(replica, None)
-            self._tell_of_door(replica)
+            self._tell_of_drain(replica)
             self._post(ReplicaGone(replica))
         holder = self._holder_of_actor.pop(actor_id, None)
         if holder is not None:

@@ -29,7 +29,7 @@ class LedgerClient:
 
     def __init__(self, spec: PoolSpec) -> None:
         self._spec = spec
-        self._actor: Any = effects.get_or_create_ledger(spec)
+        self._actor: Any = _ledger(spec)
         self._asked: list[tuple[Asked, asyncio.Future[Grant | Reject | None]]] = []
         self._unasked = asyncio.Event()
         self._settled: list[tuple[str, int | None]] = []
@@ -166,11 +166,11 @@ class LedgerClient:
         """A one-way message: `replica_progress`, `replica_ready`, `replica_failed` or `server_lost`."""
         getattr(self._actor, method).remote(*args)
 
-    async def door_closed(self, replica: str) -> None:
-        """Wait until the ledger closes a replica's door, which is when its successor is chosen."""
+    async def drained(self, replica: str) -> None:
+        """Wait until the ledger drains a replica, which is when its successor is chosen."""
         while True:
             try:
-                return await self._actor.door_closed.remote(replica)  # type: ignore[no-any-return]
+                return await self._actor.drained.remote(replica)  # type: ignore[no-any-return]
             except RayActorError:
                 await asyncio.sleep(RETRY_S)
 
@@ -183,7 +183,14 @@ class LedgerClient:
             except RayActorError:
                 await asyncio.sleep(RETRY_S)
                 # A detached actor can be gone for good, when somebody killed it with no_restart.
-                self._actor = await asyncio.to_thread(effects.get_or_create_ledger, self._spec)
+                self._actor = await asyncio.to_thread(_ledger, self._spec)
+
+
+def _ledger(spec: PoolSpec) -> Any:
+    # Imported here: most processes find the ledger running, and need none of its code.
+    from cluster.actor import LedgerActor
+
+    return effects.get_or_create_ledger(LedgerActor, spec)
 
 
 def as_error(reject: Reject | LoadRefused) -> errors.PoolError:

@@ -46,12 +46,10 @@ def deployment_name(model: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.\-]", "-", model)
 
 
-def get_or_create_ledger(spec: PoolSpec) -> Any:
+def get_or_create_ledger(actor_class: type[Any], spec: PoolSpec) -> Any:
     """The handle of the pool's one ledger actor, which outlives whoever started it. Blocks for a moment."""
-    from cluster.actor import LedgerActor
-
     return (
-        ray.remote(LedgerActor)
+        ray.remote(actor_class)
         .options(
             name=LEDGER_NAME,
             namespace=NAMESPACE,

@@ -129,7 +129,7 @@ class Replica:
     async def _help_successor(self) -> None:
         """Have a process started for the next model while the last streams of this one run, if there is none yet."""
         while True:
-            await self._ledger.door_closed(self._uid)
+            await self._ledger.drained(self._uid)
             if self._active:
                 await self._start_spares(1)
 

@@ -21,7 +21,7 @@ from cluster.servers.types import base_url
 class MaxWait(BaseModel):
     """The longest wait for a place, in seconds, that the pool strives for in each priority class.
 
-    When it is about to pass, the door of a resident model closes, its streams end, and the waiter's model loads. Longer
+    When it is about to pass, a resident model drains, its streams end, and the waiter's model loads. Longer
     bounds mean fewer swaps. A crowd that the GPUs cannot serve in that time waits longer, whatever is chosen.
     """
 

@@ -20,10 +20,10 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from cluster.ledger.books import checks
-from cluster.ledger.handlers import operators, replicas, requests, server_events
-from cluster.ledger.rules import server_turns
 from cluster.ledger import snapshot, tree
+from cluster.ledger.books import checks
+from cluster.ledger.books.pool import Pool
+from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.events import (
     Command,
     ConfigChanged,
@@ -44,10 +44,9 @@ from cluster.ledger.events import (
     Ticked,
     UnloadRequested,
 )
-from cluster.ledger.books.pool import Pool
-from cluster.ledger.books.queue import INFINITY
-from cluster.ledger.specs import PoolSpec
+from cluster.ledger.handlers import machines, operators, replicas, requests, server_events, server_slots
 from cluster.ledger.handlers.validate import fault
+from cluster.ledger.specs import PoolSpec
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +65,7 @@ _HANDLERS: dict[type[Any], Callable[[Pool, Any, float], None]] = {
     ReplicaReady: replicas.replica_ready,
     ReplicaFailed: replicas.replica_failed,
     ReplicaGone: replicas.replica_gone,
-    NodesChanged: operators.nodes_changed,
+    NodesChanged: machines.nodes_changed,
     ConfigChanged: operators.config_changed,
     LoadRequested: operators.load_requested,
     UnloadRequested: operators.unload_requested,
@@ -96,7 +95,7 @@ class Ledger:
     def __init__(self, spec: PoolSpec, *, epoch: str, now: float, recovering_until: float | None = None) -> None:
         self._pool = Pool(spec, epoch, now, recovering_until)
         operators.config_changed(self._pool, ConfigChanged(spec), now)
-        operators.nodes_changed(self._pool, NodesChanged(spec.nodes), now)
+        machines.nodes_changed(self._pool, NodesChanged(spec.nodes), now)
 
     @property
     def epoch(self) -> str:
@@ -132,7 +131,7 @@ class Ledger:
             tree.expire(pool, now)
         if pool.servers.known:
             _WITH_SERVERS[type(event)](pool, event, now)
-            server_turns.dispatch(pool, now)
+            server_slots.dispatch(pool, now)
         else:
             _HANDLERS[type(event)](pool, event, now)
         if pool.touched or pool.went_idle or pool.changed:

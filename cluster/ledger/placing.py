@@ -1,17 +1,18 @@
-"""The middle of the decision tree: place what fits, and where nothing fits, choose whose door to close.
+"""The middle of the decision tree: place what fits, and where nothing fits, choose what to drain.
 
 A chosen set of victims stands behind a *claim*: the room they leave is earmarked, so nobody overtakes, and the claim
-is taken back, with its doors reopened, if the waiters leave or room turns up elsewhere.
+is taken back, with its victims reopened, if the waiters leave or room turns up elsewhere.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cluster.ledger.rules import autoscale, eviction, policy
-from cluster.ledger.books.placement import Node, Place
-from cluster.ledger.rules.policy import Tier
+from cluster.ledger.books.placement import Node
 from cluster.ledger.books.records import Claim, Model, Replica
+from cluster.ledger.books.shapes import Place
+from cluster.ledger.rules import autoscale, eviction, policy
+from cluster.ledger.rules.policy import Tier
 from cluster.ledger.states import ReplicaState
 
 if TYPE_CHECKING:
@@ -29,19 +30,19 @@ LOOK_COST_S = 0.002
 
 def place(pool: Pool, touched: list[Model], now: float) -> None:
     """Place what fits: those who were promised room, then the waiting, best first, then what is kept anyway."""
-    hungry = [model for model in touched if model.hungry_key is not None]
+    pending = [model for model in touched if model.pending_rank is not None]
     floors = [model for model in touched if model in pool.understaffed]
     if pool.room_seen != pool.book.version:
         for model in list(pool.claims):
             _fulfil(pool, model, now)
         pool.room_seen = pool.book.version
-        hungry = pool.best_hungry(MAX_TRIES)
+        pending = pool.best_pending(MAX_TRIES)
         floors = list(pool.understaffed)[:MAX_TRIES]
     else:
-        hungry.sort(key=lambda model: model.hungry_key or 0.0)
+        pending.sort(key=lambda model: model.pending_rank or 0.0)
     # A second replica is no need: it takes what those who have none leave.
-    hungry.sort(key=lambda model: model.serving > 0)
-    for model in hungry:
+    pending.sort(key=lambda model: model.serving > 0)
+    for model in pending:
         while needed := autoscale.missing(pool, model, now):
             places = _free_places(pool, model, needed)
             if places is None:
@@ -80,8 +81,8 @@ def _start(pool: Pool, model: Model, places: list[Place], now: float) -> None:
 # --- claims ---------------------------------------------------------------------------------------------------------
 
 
-def _promise(pool: Pool, model: Model, plans: list[eviction.Plan], now: float) -> bool:
-    """Earmark the places and close the doors of the victims, before any of them is empty.
+def _promise(pool: Pool, model: Model, plans: list[policy.Plan], now: float) -> bool:
+    """Earmark the places and drain the victims, before any of them is empty.
 
     If all that is leaving was promised to others already, there is nothing to promise: room will turn up by itself.
     """
@@ -125,14 +126,14 @@ def drop_claim(pool: Pool, model: Model, now: float, reopen: bool = True) -> Non
 
 
 def may_reopen(pool: Pool, replica: Replica) -> bool:
-    """Nothing but the claim closed its door."""
+    """Nothing but the claim drains it."""
     model = replica.model
     if model.removed or model.unloading or model.serving >= model.spec.max_replicas:
         return False
-    return replica.revision == model.revision and not is_homeless(pool, replica)
+    return replica.revision == model.revision and not is_on_lost_node(pool, replica)
 
 
-def is_homeless(pool: Pool, replica: Replica) -> bool:
+def is_on_lost_node(pool: Pool, replica: Replica) -> bool:
     """Its node left the cluster: it drains; what it has left to do it may do."""
     return not pool.book.nodes[replica.place.node].present
 
@@ -158,16 +159,16 @@ def _fulfil(pool: Pool, model: Model, now: float) -> None:
 
 
 def choose(pool: Pool, touched: list[Model], now: float) -> None:
-    """For those who wait and do not fit: close the least hurtful doors, if it is time."""
+    """For those who wait and do not fit: drain the least hurtful victims, if it is time."""
     for model in touched:
-        if model.hungry_key is not None and now >= model.look_at:
+        if model.pending_rank is not None and now >= model.look_at:
             _choose_for(pool, model, now, None)
     if not pool.went_idle:
         return
     idle = [replica for replica in pool.went_idle if replica.state is READY and not replica.leases]
     pool.went_idle.clear()
     for replica in idle:
-        for model in pool.best_hungry(MAX_OFFERS):
+        for model in pool.best_pending(MAX_OFFERS):
             if model.claim is None and replica.state is READY:
                 _choose_for(pool, model, now, pool.book.node(replica.place.node))
 
@@ -177,7 +178,7 @@ def _choose_for(pool: Pool, model: Model, now: float, node: Node | None) -> None
     growth = bool(model.serving) and model.order is None
     bound = not growth and now >= policy.bound_at(pool, model)
     rights = Tier.SURPLUS if growth else Tier.PROTECTED if bound else Tier.BUSY
-    plans: list[eviction.Plan] = []
+    plans: list[policy.Plan] = []
     marks: list[int] = []
     gone: dict[Replica, None] = {}
     needed = autoscale.missing(pool, model, now)
@@ -196,7 +197,7 @@ def _choose_for(pool: Pool, model: Model, now: float, node: Node | None) -> None
         _look_later(pool, model, now, bound)
 
 
-def _is_right(pool: Pool, model: Model, plan: eviction.Plan, now: float, bound: bool, growth: bool) -> bool:
+def _is_right(pool: Pool, model: Model, plan: policy.Plan, now: float, bound: bool, growth: bool) -> bool:
     """It is time to do this to the victims."""
     if growth and plan.tier is Tier.IDLE:
         # A second replica for one model takes a warm one from another only if that was idle for as long as it would
@@ -212,7 +213,7 @@ def _look_later(pool: Pool, model: Model, now: float, bound: bool) -> None:
 
     A crowd of waiting models looks less often each, so that looking never takes more than a share of the time.
     """
-    pause = max(RETRY_S, LOOK_COST_S * pool.hungry_count)
+    pause = max(RETRY_S, LOOK_COST_S * pool.pending_count)
     model.look_at = now + pause
     if not bound and model.queue.count:
         model.look_at = max(now + 0.01, min(model.look_at, policy.bound_at(pool, model)))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cluster.ledger.rules import policy
-from cluster.ledger.books import servers
+from cluster.ledger.books import server_moves
 from cluster.ledger.books.queue import INFINITY
+from cluster.ledger.books.servers import is_remote
+from cluster.ledger.rules import policy
 from cluster.ledger.states import ReplicaState
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def take(pool: Pool) -> dict[str, Any]:
             for replica in model.replicas
         ],
         "models": {name: _model(pool, model) for name, model in pool.models.items()},
-        "servers": servers.rows(pool),
+        "servers": server_moves.rows(pool),
     }
 
 
@@ -86,7 +87,7 @@ def _model(pool: Pool, model: Model) -> dict[str, Any]:
     on_servers = sum(1 for lease in pool.servers.leases.values() if lease.model == model.name)
     return {
         "state": remote or best,
-        "remote": servers.is_remote(model),
+        "remote": is_remote(model),
         "queued": model.queue.count,
         "leases": model.leased + on_servers,
         "waiting_since": min((head.since for head in model.queue.heads()), default=None),

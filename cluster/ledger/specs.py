@@ -82,7 +82,7 @@ class PoolSpec:
 
     `variants`          public name -> ((model, weight), ...): A/B variants, chosen in turn by weight.
     `bound_s`           the longest wait for a *place* that the pool strives for, per class (high, medium, low). The
-                        door of a resident model closes early enough (expected drain and load) to keep it.
+                        drain of a resident model begins early enough (expected drain and load) to keep it.
     `ageing_s`          a class lower counts as having arrived this much later: high goes first, but a medium that
                         waits `ageing_s` longer than a high overtakes it. 0 = pure first come, first served.
     `min_residency_s`   how long a freshly loaded *busy* model keeps its place against swaps that merely pay; never

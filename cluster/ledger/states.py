@@ -14,7 +14,7 @@ state, until its process is *confirmed* dead: memory is credited at COLD and now
 STARTING   a process was asked for. It is *unbound* until one announces itself; only an unbound record may vanish
            without a death (`withdrawn` by way of `gone`): there is nothing yet that could hold memory.
 READY      serves, and is the only state that gets new leases.
-DRAINING   the door is closed, the leases inside go on. Its leases never grow. It may be reopened, since nobody has
+DRAINING   no new lease, the leases that it holds go on. Its leases never grow. It may be reopened, since nobody has
            been told to stop it. An empty one moves on in the same step, unless a newer one of its model still
            drains or any of it starts: Serve would stop that one first.
 STOPPING   the desired count was lowered and Serve may be killing it right now, so there is no way back, and it holds

@@ -11,14 +11,14 @@ import heapq
 import logging
 from typing import TYPE_CHECKING
 
-from cluster.ledger.rules import autoscale, policy
 from cluster.ledger import placing
-from cluster.ledger.events import LoadRefused
 from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.records import Model
+from cluster.ledger.books.servers import is_remote
+from cluster.ledger.events import LoadRefused
 from cluster.ledger.handlers.replicas import load_overdue
 from cluster.ledger.handlers.requests import expire_waiters, refuse_or_reroute, serve
-from cluster.ledger.books.servers import is_remote
+from cluster.ledger.rules import autoscale, policy
 from cluster.ledger.states import Cause, ReplicaState
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def due(pool: Pool, model: Model) -> float:
     if model.counts[DRAINING]:
         since = min(replica.since for replica in model.in_state(DRAINING))
         first = min(first, since + pool.spec.drain_timeout_s)
-    if model.hungry_key is not None:
+    if model.pending_rank is not None:
         first = min(first, model.look_at)
     elif model.queue.count and not model.free:
         grows = autoscale.grows_at(pool, model)
@@ -122,7 +122,7 @@ def expire(pool: Pool, now: float) -> None:
 
 
 def _end_recovery(pool: Pool, now: float) -> None:
-    """Who was to come has come: decide again, and say every desired count once, for Serve knows those of before."""
+    """The recovery window closed: decide again, and say every desired count once, for Serve knows those of before."""
     pool.recovering_until = None
     pool.orphans.clear()
     for model in pool.models.values():
@@ -156,15 +156,15 @@ def _trim(pool: Pool, model: Model, now: float) -> None:
             _forget(pool, model)
         return
     if model.removed or model.unloading:
-        doomed = list(model.replicas)
+        to_drain = list(model.replicas)
     else:
         revision = model.revision
-        doomed = [each for each in model.replicas if each.revision != revision or placing.is_homeless(pool, each)]
+        to_drain = [each for each in model.replicas if each.revision != revision or placing.is_on_lost_node(pool, each)]
         above = model.serving - model.spec.max_replicas
         if above > 0:
             # As Serve does it: what does not serve yet goes first, then the newest.
-            doomed += sorted(model.replicas, key=lambda each: (each.state is not STARTING, -each.serial))[:above]
-    for replica in doomed:
+            to_drain += sorted(model.replicas, key=lambda each: (each.state is not STARTING, -each.serial))[:above]
+    for replica in to_drain:
         if replica.state is READY:
             pool.quiesce(replica, now)
         elif replica.state is STARTING:
@@ -173,7 +173,7 @@ def _trim(pool: Pool, model: Model, now: float) -> None:
 
 def _forget(pool: Pool, model: Model) -> None:
     placing.drop_claim(pool, model, pool.now)
-    _not_hungry(pool, model)
+    _not_pending(pool, model)
     pool.understaffed.pop(model, None)
     model.armed_at = INFINITY
     del pool.models[model.name]
@@ -200,30 +200,30 @@ def _review(pool: Pool, model: Model, now: float) -> None:
     if model.counts[STARTING] and not model.queue.count:
         _withdraw_needless(pool, model, now)
     if not needed or model.claim is not None:
-        _not_hungry(pool, model)
+        _not_pending(pool, model)
     else:
         head = model.queue.head()
         key = -INFINITY if model.order is not None or head is None else head.rank
-        if key != model.hungry_key:
-            if model.hungry_key is None:
-                pool.hungry_count += 1
+        if key != model.pending_rank:
+            if model.pending_rank is None:
+                pool.pending_count += 1
                 model.look_at = now
-            elif key < model.hungry_key:
+            elif key < model.pending_rank:
                 model.look_at = now
-            model.hungry_key = key
+            model.pending_rank = key
             pool.serial += 1
-            heapq.heappush(pool.hungry, (key, pool.serial, model))
+            heapq.heappush(pool.pending, (key, pool.serial, model))
     if autoscale.floor_missing(model, now):
         pool.understaffed[model] = None
     else:
         pool.understaffed.pop(model, None)
 
 
-def _not_hungry(pool: Pool, model: Model) -> None:
-    if model.hungry_key is not None:
-        model.hungry_key = None
+def _not_pending(pool: Pool, model: Model) -> None:
+    if model.pending_rank is not None:
+        model.pending_rank = None
         model.look_at = INFINITY
-        pool.hungry_count -= 1
+        pool.pending_count -= 1
 
 
 def _reopen(pool: Pool, model: Model, now: float) -> bool:

@@ -1,7 +1,7 @@
 """The narrow waist between the pool and whatever runs a model.
 
 An engine speaks the OpenAI wire format: it takes a request body as a client sent it (already checked for its
-schema by the front door) and yields ready-made bytes. It knows nothing of leases, queues or Ray. It lives on one
+schema by the routes) and yields ready-made bytes. It knows nothing of leases, queues or Ray. It lives on one
 event loop and must never block it: model code runs in threads or processes of the engine's own.
 """
 

@@ -2,7 +2,7 @@
 
     python tests/bench/bench_policy.py [--json FILE] [--seed N] [--trace NAME]
 
-The rivals are given every advantage that their idea allows: both close doors before they swap, batch as many
+The rivals are given every advantage that their idea allows: both drain before they swap, batch as many
 requests as there are slots, keep models warm with the same least-recently-used rule, and fill free devices at once.
 
 fifo         one line for all; whoever is first gets its model loaded, and nobody overtakes ("swap on demand").

@@ -14,7 +14,7 @@ from tests.pool import Pool, fake, running_pool
 
 MODELS = {
     "calm": {**fake(tokens_per_s=20, tokens=100), "target_inflight": 8, "min_replicas": 1},
-    "doomed": {**fake(tokens_per_s=20, tokens=100), "target_inflight": 8, "min_replicas": 1},
+    "to_drain": {**fake(tokens_per_s=20, tokens=100), "target_inflight": 8, "min_replicas": 1},
     "ordered": fake(load_s=2, tokens=5),
 }
 
@@ -61,20 +61,20 @@ def kill_replica(model: str, unique_id: str) -> None:
 async def test_a_replica_killed_in_mid_stream_loses_only_its_own_streams(pool: Pool):
     begun = [asyncio.Event(), asyncio.Event()]
     streams = [
-        asyncio.create_task(read(pool, model, event)) for model, event in zip(("calm", "doomed"), begun, strict=True)
+        asyncio.create_task(read(pool, model, event)) for model, event in zip(("calm", "to_drain"), begun, strict=True)
     ]
     await asyncio.gather(*(event.wait() for event in begun))
     before = await asyncio.to_thread(pool.ledger)
-    victim = replica_of(before, "doomed")
+    victim = replica_of(before, "to_drain")
     assert victim["leases"] == 1
-    kill_replica("doomed", victim["replica"])
-    calm, doomed = await asyncio.gather(*streams)
+    kill_replica("to_drain", victim["replica"])
+    calm, to_drain = await asyncio.gather(*streams)
     assert calm == words("calm", 100)
-    assert doomed.startswith("doomed:0 ")
-    assert doomed.endswith("<the replica of doomed went away>")
-    after = await asyncio.to_thread(pool.wait, lambda ledger: ledger["models"]["doomed"]["ready"] == 1)
-    assert replica_of(after, "doomed")["replica"] != victim["replica"]
-    assert await read(pool, "doomed", asyncio.Event(), 5) == words("doomed", 5)
+    assert to_drain.startswith("to_drain:0 ")
+    assert to_drain.endswith("<the replica of to_drain went away>")
+    after = await asyncio.to_thread(pool.wait, lambda ledger: ledger["models"]["to_drain"]["ready"] == 1)
+    assert replica_of(after, "to_drain")["replica"] != victim["replica"]
+    assert await read(pool, "to_drain", asyncio.Event(), 5) == words("to_drain", 5)
 
 
 async def test_the_ledger_dies_and_comes_back_with_every_lease(pool: Pool):
@@ -89,12 +89,12 @@ async def test_the_ledger_dies_and_comes_back_with_every_lease(pool: Pool):
     before = await asyncio.to_thread(pool.ledger)
     with contextlib.suppress(ray.exceptions.RayActorError):
         ray.kill(effects.find_ledger(), no_restart=False)
-    late = asyncio.create_task(read(pool, "doomed", asyncio.Event(), 5))
+    late = asyncio.create_task(read(pool, "to_drain", asyncio.Event(), 5))
     after = await asyncio.to_thread(
         pool.wait, lambda ledger: ledger["epoch"] != before["epoch"] and ledger["leases"] >= 1
     )
     assert replica_of(after, "calm")["replica"] == replica_of(before, "calm")["replica"]
-    assert await late == words("doomed", 5)
+    assert await late == words("to_drain", 5)
     assert await stream == words("calm", 100)
     healed = await asyncio.to_thread(pool.wait, lambda ledger: ledger["leases"] == 0 and not ledger["recovering"])
     assert replica_of(healed, "calm")["replica"] == replica_of(before, "calm")["replica"]

@@ -269,11 +269,11 @@ async def test_two_models_share_one_gpu_and_no_stream_is_cut(pool: Pool):
     assert max(map(len, resident)) == 1, resident
 
 
-def test_a_replica_hears_that_its_door_closes(pool: Pool):
+def test_a_replica_hears_that_it_drains(pool: Pool):
     client = pool.openai()
     client.chat.completions.create(**body("a", max_tokens=1))
     (uid,) = [row["replica"] for row in pool.ledger()["replicas"] if row["model"] == "a"]
-    closed = effects.find_ledger().door_closed.remote(uid)
+    closed = effects.find_ledger().drained.remote(uid)
     assert not ray.wait([closed], timeout=0.5)[0]
     client.chat.completions.create(**body("b", max_tokens=1))
     assert ray.get(closed, timeout=5) is None

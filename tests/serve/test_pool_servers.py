@@ -20,10 +20,10 @@ from tests.upstream import Upstream
 class Site:
     """A pool with a model of its own and three servers: one that loads just in time, one that does not, one to kill."""
 
-    def __init__(self, pool: Pool, lazy: Upstream, eager: Upstream, doomed: Upstream) -> None:
-        self.pool, self.lazy, self.eager, self.doomed = pool, lazy, eager, doomed
+    def __init__(self, pool: Pool, lazy: Upstream, eager: Upstream, to_drain: Upstream) -> None:
+        self.pool, self.lazy, self.eager, self.to_drain = pool, lazy, eager, to_drain
         self.life = contextlib.ExitStack()
-        self.life.enter_context(doomed.listening())
+        self.life.enter_context(to_drain.listening())
         self.doomed_lives = True
 
     def kill_doomed(self) -> None:
@@ -32,9 +32,9 @@ class Site:
         self.life.close()
 
     def revive_doomed(self) -> None:
-        self.life.enter_context(self.doomed.listening())
+        self.life.enter_context(self.to_drain.listening())
         self.doomed_lives = True
-        self.wait_up(self.doomed)
+        self.wait_up(self.to_drain)
 
     def row(self, upstream: Upstream) -> dict[str, object]:
         return next(row for row in self.pool.ledger()["servers"] if row["url"] == upstream.url)
@@ -47,19 +47,19 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(port: int) -> Iterator[Site]:
-    lazy, eager, doomed = Upstream("m", "n"), Upstream("m", "both", "shared"), Upstream("only", "shared")
-    with doomed.listening():
+    lazy, eager, to_drain = Upstream("m", "n"), Upstream("m", "both", "shared"), Upstream("only", "shared")
+    with to_drain.listening():
         pass
     with lazy.listening(), eager.listening():
         servers = [
             {"url": lazy.url, "max_concurrent": 2, "server_type": "lmstudio"},
             {"url": eager.url, "max_concurrent": 2, "server_type": "vllm"},
-            {"url": doomed.url},
+            {"url": to_drain.url},
         ]
         local = {**fake(tokens=4, tokens_per_s=1000), "num_gpus": 0, "min_replicas": 1}
         with running_pool(port, {"models": {"local": local}, "servers": servers, "queue_max_size": 500}) as pool:
-            site = Site(pool, lazy, eager, doomed)
-            for upstream in (lazy, eager, doomed):
+            site = Site(pool, lazy, eager, to_drain)
+            for upstream in (lazy, eager, to_drain):
                 site.wait_up(upstream)
             yield site
             pool.check()
@@ -72,7 +72,7 @@ def healthy(site: Site) -> Iterator[None]:
     yield
     if not site.doomed_lives:
         site.revive_doomed()
-    for upstream in (site.lazy, site.eager, site.doomed):
+    for upstream in (site.lazy, site.eager, site.to_drain):
         upstream.fault = upstream.manifest_fault = None
         upstream.tokens, upstream.gap_s = 5, 0.0
         site.wait_up(upstream)
@@ -190,8 +190,8 @@ def test_a_cut_stream_ends_in_an_error_event_and_the_server_is_looked_at(site: S
 
 
 async def test_a_server_that_dies_fails_nobody_who_can_go_elsewhere_and_comes_back(site: Site):
-    pool, doomed = site.pool, site.doomed
-    doomed.tokens, doomed.gap_s = 100, 0.05
+    pool, to_drain = site.pool, site.to_drain
+    to_drain.tokens, to_drain.gap_s = 100, 0.05
     async with httpx.AsyncClient(base_url=pool.url, timeout=30) as client:
         ask = lambda model: asyncio.create_task(client.post("/v1/chat/completions", json=body(model)))  # noqa: E731
         running = asyncio.create_task(client.post("/v1/chat/completions", json=body("only", stream=True)))
@@ -211,7 +211,7 @@ async def test_a_server_that_dies_fails_nobody_who_can_go_elsewhere_and_comes_ba
         refused = await ask("only")
         assert (refused.status_code, refused.json()["error"]["code"]) == (502, "upstream_connection_error")
         assert (await client.get("/v1/models/only")).json()["status"] == "failed"
-        doomed.tokens, doomed.gap_s = 5, 0.0
+        to_drain.tokens, to_drain.gap_s = 5, 0.0
         await asyncio.to_thread(site.revive_doomed)
         assert (await ask("only")).status_code == 200
 

@@ -1,6 +1,6 @@
 """The ledger beside a small model of the world, driven by Hypothesis.
 
-Chance alone seldom closes a door while somebody is inside and somebody else comes, and just there are the bugs. So a
+Chance alone seldom drains a replica that holds a lease while somebody else comes, and just there are the bugs. So a
 rule of its own (`lead`) walks a model's replica along the ledger's own transition table to a state that was drawn, and
 the other rules do what they like from there. Illegal events have rules of their own, which demand that nothing happens.
 """

@@ -1,6 +1,6 @@
 """What an outsider knows of a pool, and what it may demand of the ledger.
 
-Which requests were sent and answered, which processes exist, whose door was closed, what was asked of Serve: no more.
+Which requests were sent and answered, which processes exist, who drains, what was asked of Serve: no more.
 Every command of the ledger is judged against that, and it can be driven: the usual acts of clients, processes and
 Serve are here; `machine.py` draws which of them happen, and when.
 """

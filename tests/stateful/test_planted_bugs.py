@@ -15,9 +15,9 @@ from hypothesis import Phase
 from cluster.ledger import ledger as front
 from cluster.ledger import placing, states
 from cluster.ledger.books import pool, queue, records
-from cluster.ledger.handlers import replicas, requests
-from cluster.ledger.events import HolderDied, LeaseReleased, ReplicaReady, RequestArrived
 from cluster.ledger.books.placement import Node, Place, Shape
+from cluster.ledger.events import HolderDied, LeaseReleased, ReplicaReady, RequestArrived
+from cluster.ledger.handlers import replicas, requests
 from cluster.ledger.states import Cause, ReplicaState
 from tests.stateful.budget import run_machine
 
@@ -136,7 +136,7 @@ def loaded_for_nobody(patch: pytest.MonkeyPatch) -> None:
     def wrong(books: pool.Pool, event: ReplicaReady, now: float) -> None:
         right(books, event, now)
         replica = books.replicas.get(event.replica)
-        if replica is not None and replica.state is ReplicaState.READY and books.hungry_count:
+        if replica is not None and replica.state is ReplicaState.READY and books.pending_count:
             books.quiesce(replica, now)
 
     patch.setitem(front._HANDLERS, ReplicaReady, wrong)
@@ -181,7 +181,7 @@ def one_of_two_never_loads(patch: pytest.MonkeyPatch) -> None:
         model.look_at = queue.INFINITY
 
     patch.setattr(placing, "_look_later", wrong)
-    patch.setattr(pool.Pool, "best_hungry", lambda self, limit: [])
+    patch.setattr(pool.Pool, "best_pending", lambda self, limit: [])
 
 
 BUGS = [

@@ -11,7 +11,7 @@ import pytest
 from starlette.responses import PlainTextResponse
 
 from app.answers import error_response
-from app.auth import Doorman
+from app.auth import ApiKeyMiddleware
 from app.routes.admin import LoadOptions
 from app.routes.admin_rows import admin_row, gpu_row, short_row
 from app.routes.service import _is_missed
@@ -22,7 +22,7 @@ from cluster.ledger.ledger import Ledger
 
 
 async def knock(path: str, key: str | None = None, *, api: tuple = (), admin: tuple = (), root: str = "") -> int:
-    app = Doorman(PlainTextResponse("in"), api, admin)
+    app = ApiKeyMiddleware(PlainTextResponse("in"), api, admin)
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     transport = httpx.ASGITransport(app, root_path=root)
     async with httpx.AsyncClient(transport=transport, base_url="http://pool") as client:

@@ -58,7 +58,7 @@ async def test_a_busy_replica_whose_door_closes_has_a_process_started_for_its_su
         def __init__(self) -> None:
             self.closed = asyncio.Event()
 
-        async def door_closed(self, uid: str) -> None:
+        async def drained(self, uid: str) -> None:
             await self.closed.wait()
             self.closed.clear()
 

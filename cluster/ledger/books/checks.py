@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cluster.ledger.books import servers
-from cluster.ledger.books.placement import UNIT
+from cluster.ledger.books import server_moves
+from cluster.ledger.books.shapes import UNIT
 from cluster.ledger.states import ReplicaState
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def check(pool: Pool) -> None:
         _check_node(node, [replica for replica in replicas if replica.place.node == node.name])
     _check_requests(pool, replicas)
     _check_claims(pool, replicas)
-    servers.check(pool)
+    server_moves.check(pool)
     if pool.spec.capacity:
         resident = {replica.model.name for replica in replicas}
         forced = any(replica.adopted for replica in replicas)
@@ -64,9 +64,9 @@ def _check_model(pool: Pool, model: Model) -> None:
     assert model.free == free, f"{name}: {model.free} slots counted free, {free} are"
     assert model.leased == leased, f"{name}: {model.leased} leases counted, {leased} are"
     assert sum(model.by_priority) == leased, f"{name}: leases by class {model.by_priority} are not {leased}"
-    shelved = {replica: used for used, bucket in enumerate(model.buckets) for replica in bucket}
+    indexed = {replica: used for used, bucket in enumerate(model.buckets) for replica in bucket}
     truth = {replica: len(replica.leases) for replica in model.in_state(READY)}
-    assert shelved == truth, f"{name}: READY replicas by use are {truth}, not {shelved}"
+    assert indexed == truth, f"{name}: READY replicas by use are {truth}, not {indexed}"
     if free:
         first = min(used for replica, used in truth.items() if used < replica.slots)
         assert model.low <= first, f"{name}: free slots below the shelf where the search begins"
@@ -125,7 +125,7 @@ def _check_claims(pool: Pool, replicas: list[Replica]) -> None:
         assert model.queue.count or model.order, f"{model.name}: a claim for nobody"
         for victim in claim.victims:
             assert victim.claim is claim, f"{victim} is a victim of two claims"
-            assert victim.state >= DRAINING, f"{victim} was chosen, and its door is open"
+            assert victim.state >= DRAINING, f"{victim} was chosen, and does not drain"
     for replica in replicas:
         claim = replica.claim
         assert claim is None or (claim.model.claim is claim and replica in claim.victims), f"{replica}: a dead claim"

@@ -3,59 +3,14 @@
 A fraction up to one lives on one device; more than one takes whole devices of one node. An *earmark* is a promise: it
 takes nothing, but nobody else may take what it needs, so that a big model is not overtaken for ever by small ones
 while its victims drain. Free amounts may fall below zero, when a process exists that nobody asked for; then nothing
-fits on that node until it is resolved. Floats become ten-thousandths (Ray's own resolution), so sums never drift.
+fits on that node until it is resolved.
 """
 
 from __future__ import annotations
 
-from math import ceil
-from typing import TYPE_CHECKING, NamedTuple
-
-from cluster.ledger.specs import ModelSpec, NodeSpec
-
-if TYPE_CHECKING:
-    from cluster.ledger.books.records import Replica
-
-UNIT = 10_000
-
-
-class Shape(NamedTuple):
-    """What one replica of a model needs, and whom it must or must not meet on a device."""
-
-    gpu: int
-    cpu: int
-    memory: int
-    group: str | None
-    share: bool
-    model: str
-
-    @property
-    def devices(self) -> int:
-        return ceil(self.gpu / UNIT)
-
-    @property
-    def per_device(self) -> int:
-        return min(self.gpu, UNIT)
-
-    @property
-    def memory_per_device(self) -> int:
-        return self.memory // self.devices if self.gpu else 0
-
-
-def shape_of(spec: ModelSpec, measured_mib: int | None) -> Shape:
-    """The need of one replica; a measured memory replaces the configured estimate."""
-    memory = spec.memory_mib if measured_mib is None else measured_mib
-    gpu, cpu = round(spec.num_gpus * UNIT), round(spec.num_cpus * UNIT)
-    # Only grouped models look at their neighbours; all others share one shape, so that a full pool is known as such.
-    return Shape(gpu, cpu, memory, spec.group, spec.group_share, spec.name if spec.group else "")
-
-
-class Place(NamedTuple):
-    """Part of a node: what one replica takes of it."""
-
-    node: str
-    devices: tuple[int, ...]
-    shape: Shape
+from cluster.ledger.books.records import Replica
+from cluster.ledger.books.shapes import UNIT, Place, Shape, conflicts
+from cluster.ledger.specs import NodeSpec
 
 
 class Node:
@@ -152,16 +107,9 @@ class Node:
                 continue
             if self.spec.device_memory_mib and memory < shape.memory_per_device:
                 continue
-            if not any(mates(tenant.place.shape, shape) for tenant in self.tenants[index]):
+            if not any(conflicts(tenant.place.shape, shape) for tenant in self.tenants[index]):
                 rooms.append((index, free))
         return rooms
-
-
-def mates(one: Shape, other: Shape) -> bool:
-    """Two models of a group that must not share a device."""
-    if one.group is None or one.group != other.group or one.share:
-        return False
-    return one.model != other.model
 
 
 def _holds(spec: NodeSpec, shape: Shape, enough: int) -> int:

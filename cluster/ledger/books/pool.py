@@ -11,11 +11,12 @@ import logging
 from collections import OrderedDict
 from typing import Any
 
-from cluster.ledger.events import Command, Grant, LeaseReannounced, Quiesce, Reject, Reopen, SetDesired
-from cluster.ledger.books.placement import Book, Place
-from cluster.ledger.books.queue import INFINITY, Deadlines, Waiter
-from cluster.ledger.books.records import Lease, Model, Replica
+from cluster.ledger.books.placement import Book
+from cluster.ledger.books.queue import INFINITY, Deadlines
+from cluster.ledger.books.records import Lease, Model, Replica, Waiter
 from cluster.ledger.books.servers import Servers
+from cluster.ledger.books.shapes import Place
+from cluster.ledger.events import Command, Grant, LeaseReannounced, Quiesce, Reject, Reopen, SetDesired
 from cluster.ledger.specs import PoolSpec
 from cluster.ledger.states import TRANSITIONS, Cause, ReplicaState
 
@@ -70,7 +71,7 @@ class Pool:
         self.replicas: dict[str, Replica] = {}
         self.waiters: dict[str, Waiter] = {}
         self.leases: dict[str, Lease] = {}
-        self.deadlines = Deadlines()
+        self.deadlines: Deadlines[Waiter] = Deadlines()
         self.book = Book()
         self.servers = Servers()
         self.idle: OrderedDict[Replica, None] = OrderedDict()
@@ -94,8 +95,8 @@ class Pool:
         self.touched: dict[Model, None] = {}
         self.understaffed: dict[Model, None] = {}
         self.claims: dict[Model, None] = {}
-        self.hungry: list[tuple[float, int, Model]] = []
-        self.hungry_count = 0
+        self.pending: list[tuple[float, int, Model]] = []
+        self.pending_count = 0
         self.went_idle: dict[Replica, None] = {}
         self.changed: dict[Model, None] = {}
         self.room_seen = -1
@@ -186,9 +187,9 @@ class Pool:
             model.by_priority[lease.priority - 1] -= 1
             model.by_priority[waiter.priority - 1] += 1
         self.generation = generation = self.generation + 1
-        heir = Lease(request, waiter.holder, replica, lease.slot, generation, waiter.priority, now, waits)
-        replica.leases[request] = self.leases[request] = heir
-        return heir
+        next_lease = Lease(request, waiter.holder, replica, lease.slot, generation, waiter.priority, now, waits)
+        replica.leases[request] = self.leases[request] = next_lease
+        return next_lease
 
     def release(self, lease: Lease, now: float) -> None:
         """Give a slot back, for whatever reason."""
@@ -210,7 +211,7 @@ class Pool:
                 model.low = used
             if model.queue.count:
                 self.touched[model] = None
-            elif self.hungry_count and used == 0:
+            elif self.pending_count and used == 0:
                 self.went_idle[replica] = None
             if used == 0:
                 replica.idle_since = now
@@ -253,7 +254,7 @@ class Pool:
                 self.drained = True
         model = replica.model
         if before is READY:
-            model.unshelve(replica)
+            model.unindex(replica)
             self.idle.pop(replica, None)
             self.went_idle.pop(replica, None)
         model.counts[before] -= before is not COLD
@@ -261,11 +262,11 @@ class Pool:
         replica.state = after
         replica.since = now
         if after is READY:
-            model.shelve(replica)
+            model.index_by_use(replica)
             if not replica.leases:
                 replica.idle_since = now
                 self.idle[replica] = None
-                if self.hungry_count:
+                if self.pending_count:
                     self.went_idle[replica] = None
         elif after is COLD:
             self._remove(replica)
@@ -288,7 +289,7 @@ class Pool:
         self.book.credit(replica)
 
     def quiesce(self, replica: Replica, now: float) -> None:
-        """Close the door of a READY replica. The tree moves it on to STOPPING when it is empty."""
+        """Drain a READY replica: no new lease. The tree moves it on to STOPPING when it is empty."""
         self.move(replica, Cause.QUIESCED, now)
         assert replica.uid is not None, "a READY replica has a process"
         self.out.append(Quiesce(replica.uid))
@@ -330,18 +331,18 @@ class Pool:
         model.resend = False
         self.out.append(SetDesired(model.name, model.desired))
 
-    def best_hungry(self, limit: int) -> list[Model]:
+    def best_pending(self, limit: int) -> list[Model]:
         """The models that wait for a place, best first, at most so many. Drops dead entries."""
         entries: list[tuple[float, int, Model]] = []
         found: dict[Model, None] = {}
-        while self.hungry and len(found) < limit:
-            entry = heapq.heappop(self.hungry)
+        while self.pending and len(found) < limit:
+            entry = heapq.heappop(self.pending)
             key, _, model = entry
-            if model.hungry_key == key and model not in found:
+            if model.pending_rank == key and model not in found:
                 found[model] = None
                 entries.append(entry)
         for entry in entries:
-            heapq.heappush(self.hungry, entry)
+            heapq.heappush(self.pending, entry)
         return list(found)
 
     # --- timers ------------------------------------------------------------------------------------------------

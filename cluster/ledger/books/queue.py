@@ -1,7 +1,7 @@
 """Those who wait: one queue per model with three classes and ageing, and the pool's deadlines.
 
 Lines are plain `deque`s, the cheapest and most compact there is. Who leaves from the middle is only marked
-(`Waiter.waits`) and skipped later; a line that is mostly marks is rebuilt, so its length stays within twice the number
+(`waits`) and skipped later; a line that is mostly marks is rebuilt, so its length stays within twice the number
 of those who wait, and every operation takes constant time on average.
 """
 
@@ -10,55 +10,25 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from cluster.ledger.books.records import Model
+from typing import Generic, Protocol, TypeVar
 
 INFINITY = float("inf")
 
 
-class Waiter:
-    """One request that waits for a slot. `rank` orders all waiters of the pool: lower goes first."""
+class Waiting(Protocol):
+    """What a line knows of those who stand in it. `rank` orders all waiters of the pool: lower goes first."""
 
-    __slots__ = (
-        "arrived",
-        "deadline",
-        "fallbacks",
-        "holder",
-        "keep_alive_s",
-        "model",
-        "priority",
-        "rank",
-        "request",
-        "since",
-        "waits",
-    )
-
-    def __init__(
-        self,
-        request: str,
-        holder: str,
-        model: Model,
-        priority: int,
-        deadline: float,
-        keep_alive_s: float | None,
-        now: float,
-    ) -> None:
-        self.request = request
-        self.holder = holder
-        self.model = model
-        self.priority = priority
-        self.deadline = deadline
-        self.keep_alive_s = keep_alive_s
-        self.arrived = now
-        self.since = now
-        self.rank = now
-        self.fallbacks: tuple[str, ...] = ()
-        self.waits = True
+    priority: int
+    deadline: float
+    rank: float
+    since: float
+    waits: bool
 
 
-class WaitQueue:
+W = TypeVar("W", bound=Waiting)
+
+
+class WaitQueue(Generic[W]):
     """The waiters of one model, by class; first come, first served within a class.
 
     Ageing needs no clock: a waiter of class p counts as having arrived `(p - 1) * ageing_s` later than it did, so the
@@ -69,7 +39,7 @@ class WaitQueue:
     __slots__ = ("count", "counts", "lines", "ranks", "since_sum")
 
     def __init__(self) -> None:
-        self.lines: list[deque[Waiter]] = [deque(), deque(), deque()]
+        self.lines: list[deque[W]] = [deque(), deque(), deque()]
         self.ranks = [INFINITY, INFINITY, INFINITY]
         self.counts = [0, 0, 0]
         self.count = 0
@@ -78,10 +48,10 @@ class WaitQueue:
     def __len__(self) -> int:
         return self.count
 
-    def __iter__(self) -> Iterator[Waiter]:
+    def __iter__(self) -> Iterator[W]:
         return (waiter for line in self.lines for waiter in line if waiter.waits)
 
-    def join(self, waiter: Waiter, now: float, ageing_s: float) -> None:
+    def join(self, waiter: W, now: float, ageing_s: float) -> None:
         """Put at the end of its class. Mutates the waiter."""
         index = waiter.priority - 1
         waiter.rank = rank = now + ageing_s * index
@@ -92,7 +62,7 @@ class WaitQueue:
         self.count += 1
         self.since_sum += now
 
-    def leave(self, waiter: Waiter) -> None:
+    def leave(self, waiter: W) -> None:
         """Take out one that is marked as waiting no longer."""
         index = waiter.priority - 1
         line = self.lines[index]
@@ -108,7 +78,7 @@ class WaitQueue:
         # An empty queue starts from zero again, so that rounding errors never add up.
         self.since_sum = self.since_sum - waiter.since if self.count else 0.0
 
-    def head(self) -> Waiter | None:
+    def head(self) -> W | None:
         """Who goes next."""
         if not self.count:
             return None
@@ -117,7 +87,7 @@ class WaitQueue:
             return self.lines[0][0] if high <= low else self.lines[2][0]
         return self.lines[1][0] if medium <= low else self.lines[2][0]
 
-    def heads(self) -> Iterator[Waiter]:
+    def heads(self) -> Iterator[W]:
         """The longest waiting of each class that has any."""
         return (line[0] for line in self.lines if line)
 
@@ -125,7 +95,7 @@ class WaitQueue:
         """All the time spent waiting here so far, in request-seconds."""
         return max(0.0, self.count * now - self.since_sum)
 
-    def position(self, waiter: Waiter, limit: int = 1000) -> int:
+    def position(self, waiter: W, limit: int = 1000) -> int:
         """1-based place in line, exact up to `limit` and never more than that: it is a comment for a human."""
         place = 1
         for line in self.lines:
@@ -138,7 +108,7 @@ class WaitQueue:
         return place
 
 
-class Deadlines:
+class Deadlines(Generic[W]):
     """When which waiter gives up, without a heap entry per request.
 
     Requests with equal timeouts reach their deadlines in the order in which they came. So a lane is a line whose
@@ -150,13 +120,13 @@ class Deadlines:
     LANES = 8
 
     def __init__(self) -> None:
-        self.lanes: list[deque[Waiter]] = [deque() for _ in range(self.LANES)]
-        self.heap: list[tuple[float, int, Waiter]] = []
+        self.lanes: list[deque[W]] = [deque() for _ in range(self.LANES)]
+        self.heap: list[tuple[float, int, W]] = []
         self.count = 0
         self.stale = 0
         self.serial = 0
 
-    def add(self, waiter: Waiter) -> None:
+    def add(self, waiter: W) -> None:
         self.count += 1
         for lane in self.lanes:
             if not lane or lane[-1].deadline <= waiter.deadline:
@@ -175,9 +145,9 @@ class Deadlines:
             heapq.heapify(self.heap)
             self.stale = 0
 
-    def first(self) -> Waiter | None:
+    def first(self) -> W | None:
         """Whose deadline comes next. Drops the marked that stand in front."""
-        best: Waiter | None = None
+        best: W | None = None
         for lane in self.lanes:
             while lane and not lane[0].waits:
                 lane.popleft()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
 
-from cluster.ledger.books.placement import Place, Shape, shape_of
 from cluster.ledger.books.queue import INFINITY, WaitQueue
+from cluster.ledger.books.shapes import Place, Shape, shape_of
 from cluster.ledger.specs import ModelSpec
 from cluster.ledger.states import ReplicaState
 
@@ -14,6 +14,46 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 READY, STARTING, DRAINING = ReplicaState.READY, ReplicaState.STARTING, ReplicaState.DRAINING
+
+
+class Waiter:
+    """One request that waits for a slot. `rank` orders all waiters of the pool: lower goes first."""
+
+    __slots__ = (
+        "arrived",
+        "deadline",
+        "fallbacks",
+        "holder",
+        "keep_alive_s",
+        "model",
+        "priority",
+        "rank",
+        "request",
+        "since",
+        "waits",
+    )
+
+    def __init__(
+        self,
+        request: str,
+        holder: str,
+        model: Model,
+        priority: int,
+        deadline: float,
+        keep_alive_s: float | None,
+        now: float,
+    ) -> None:
+        self.request = request
+        self.holder = holder
+        self.model = model
+        self.priority = priority
+        self.deadline = deadline
+        self.keep_alive_s = keep_alive_s
+        self.arrived = now
+        self.since = now
+        self.rank = now
+        self.fallbacks: tuple[str, ...] = ()
+        self.waits = True
 
 
 class Lease:
@@ -120,7 +160,6 @@ class Model:
         "free",
         "gap_s",
         "held_down",
-        "hungry_key",
         "keep_alive_s",
         "last_arrival",
         "last_error",
@@ -135,6 +174,7 @@ class Model:
         "order",
         "peak",
         "peak_since",
+        "pending_rank",
         "queue",
         "refusing",
         "removed",
@@ -149,7 +189,7 @@ class Model:
     def __init__(self, spec: ModelSpec, now: float) -> None:
         self.name = spec.name
         self.spec = spec
-        self.queue = WaitQueue()
+        self.queue: WaitQueue[Waiter] = WaitQueue()
         self.replicas: dict[Replica, None] = {}
         self.counts = [0] * len(ReplicaState)
         self.buckets: list[OrderedDict[Replica, None]] = [OrderedDict() for _ in range(spec.slots + 1)]
@@ -181,7 +221,7 @@ class Model:
         # timers and the scheduler's notes
         self.armed_at = INFINITY
         self.look_at = INFINITY
-        self.hungry_key: float | None = None
+        self.pending_rank: float | None = None
         self.peak = 0
         self.peak_since = now
         self.shape: Shape = shape_of(spec, None)
@@ -198,7 +238,7 @@ class Model:
 
     @property
     def serving(self) -> int:
-        """Replicas that serve or will: the door is not closed."""
+        """Replicas that serve or will."""
         return self.counts[STARTING] + self.counts[READY]
 
     @property
@@ -238,7 +278,7 @@ class Model:
 
     # --- free slots: READY replicas by their number of leases --------------------------------------------------
 
-    def shelve(self, replica: Replica) -> None:
+    def index_by_use(self, replica: Replica) -> None:
         """A replica became READY (again): its free slots count."""
         used = len(replica.leases)
         while len(self.buckets) <= replica.slots:
@@ -248,7 +288,7 @@ class Model:
         if used < self.low:
             self.low = used
 
-    def unshelve(self, replica: Replica) -> None:
+    def unindex(self, replica: Replica) -> None:
         """A replica is READY no more."""
         used = len(replica.leases)
         del self.buckets[used][replica]

@@ -1,34 +1,19 @@
-"""What operators and machines do: nodes come and go, the configuration changes, models are loaded and unloaded."""
+"""What operators do: the configuration changes, models are loaded and unloaded."""
 
 from __future__ import annotations
 
 import logging
 
-from cluster.ledger.rules import policy
-from cluster.ledger.handlers import server_events
-from cluster.ledger.events import ConfigChanged, LoadRefused, LoadRequested, NodesChanged, UnloadRequested
 from cluster.ledger.books.pool import Pool
 from cluster.ledger.books.records import Model, Order
-from cluster.ledger.handlers.requests import refuse_or_reroute
 from cluster.ledger.books.servers import is_remote
+from cluster.ledger.events import ConfigChanged, LoadRefused, LoadRequested, UnloadRequested
+from cluster.ledger.handlers import server_events
+from cluster.ledger.handlers.requests import refuse_or_reroute
+from cluster.ledger.rules import policy
 from cluster.ledger.states import ReplicaState
 
 log = logging.getLogger(__name__)
-
-
-def nodes_changed(pool: Pool, event: NodesChanged, now: float) -> None:
-    """Take the machines as they are. What stands on a machine that left is drained, until its death is confirmed."""
-    pool.book.set_nodes(event.nodes)
-    for model in pool.models.values():
-        if model.replicas or model.queue.count:
-            pool.touched[model] = None
-    if pool.is_recovering:
-        return
-    for model in [model for model in pool.models.values() if model.queue.count]:
-        refusal = policy.too_large(pool, model)
-        if refusal is not None:
-            for waiter in list(model.queue):
-                refuse_or_reroute(pool, waiter, now, refusal)
 
 
 def config_changed(pool: Pool, event: ConfigChanged, now: float) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 
-from cluster.ledger.rules import policy
-from cluster.ledger.events import ReplicaFailed, ReplicaGone, ReplicaReady, ReplicaStarted
 from cluster.ledger.books.pool import Pool
 from cluster.ledger.books.records import Model, Replica
+from cluster.ledger.events import ReplicaFailed, ReplicaGone, ReplicaReady, ReplicaStarted
 from cluster.ledger.handlers.requests import lease_reannounced, refuse_or_reroute
+from cluster.ledger.rules import policy
 from cluster.ledger.states import Cause, ReplicaState
 
 log = logging.getLogger(__name__)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 
-from cluster.ledger.rules import policy, server_turns
-from cluster.ledger.events import HolderDied, LeaseReannounced, LeaseReleased, RequestArrived, RequestCancelled
 from cluster.ledger.books.pool import Pool
-from cluster.ledger.books.queue import INFINITY, Waiter
-from cluster.ledger.books.records import Model
+from cluster.ledger.books.queue import INFINITY
+from cluster.ledger.books.records import Model, Waiter
+from cluster.ledger.events import HolderDied, LeaseReannounced, LeaseReleased, RequestArrived, RequestCancelled
+from cluster.ledger.handlers import server_slots
+from cluster.ledger.rules import policy
 from cluster.ledger.states import ReplicaState
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def _variant(pool: Pool, name: str, now: float) -> Model | None:
     ]
     if not variants:
         return None
-    variants = [each for each in variants if not policy.ails(pool, each[0], now)] or variants
+    variants = [each for each in variants if not policy.is_unhealthy(pool, each[0], now)] or variants
     turns = pool.turns.setdefault(name, {})
     for model, weight in variants:
         turns[model.name] = turns.get(model.name, 0.0) + weight
@@ -88,7 +89,7 @@ def _turn_away(pool: Pool, event: RequestArrived, model: Model | None, now: floa
     """Refuse what can never be served, whatever the pool's state; the model if it can be, after all."""
     pool.cancelled.fade(now)
     pool.dead_holders.fade(now)
-    model = model or server_turns.expected(pool, event.model, now)
+    model = model or server_slots.expected(pool, event.model, now)
     if event.request in pool.cancelled or event.holder in pool.dead_holders:
         # Nobody waits for it: its cancellation, or its holder's death, was faster than the arrival itself.
         pool.reject(event.request, event.holder, "BackendUnavailable", "the request was cancelled before it arrived")
@@ -145,11 +146,11 @@ def _admit(pool: Pool, model: Model, event: RequestArrived, now: float) -> None:
             return
     full = len(pool.waiters) >= pool.spec.queue_max_size
     if full or (model.spec.max_queued is not None and model.queue.count >= model.spec.max_queued):
-        if not server_turns.squeeze_in(pool, waiter, now):
+        if not server_slots.squeeze_in(pool, waiter, now):
             _queue_full(pool, waiter, model)
         return
     pool.enqueue(waiter, now)
-    if model.counts[DRAINING] or model.hungry_key is not None or model.desired < model.spec.max_replicas:
+    if model.counts[DRAINING] or model.pending_rank is not None or model.desired < model.spec.max_replicas:
         pool.touched[model] = None
 
 
@@ -204,13 +205,13 @@ def lease_released(pool: Pool, event: LeaseReleased, now: float) -> None:
     model.drain_s = took if took > model.drain_s else model.drain_s + 0.02 * (took - model.drain_s)
     if not pool.drained:
         pool.drain_s = max(pool.drain_s, took)
-    heir = model.queue.head() if lease.replica.state is READY and pool.recovering_until is None else None
-    if heir is None:
+    next_lease = model.queue.head() if lease.replica.state is READY and pool.recovering_until is None else None
+    if next_lease is None:
         pool.release(lease, now)
         return
-    pool.announce(pool.hand_over(lease, heir, now, policy.split_wait(model, heir, now)))
-    model.keep_alive_s = heir.keep_alive_s
-    if model.hungry_key is not None or model.claim is not None or model.counts[STARTING]:
+    pool.announce(pool.hand_over(lease, next_lease, now, policy.split_wait(model, next_lease, now)))
+    model.keep_alive_s = next_lease.keep_alive_s
+    if model.pending_rank is not None or model.claim is not None or model.counts[STARTING]:
         pool.touched[model] = None
 
 

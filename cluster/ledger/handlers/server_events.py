@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 
-from cluster.ledger.rules import policy
-from cluster.ledger.handlers import requests
-from cluster.ledger.books import servers
+from cluster.ledger.books import server_moves, servers
+from cluster.ledger.books.pool import Pool
+from cluster.ledger.books.records import Model
+from cluster.ledger.books.servers import Server, ServerLease
 from cluster.ledger.events import (
     HolderDied,
     LeaseReannounced,
@@ -20,9 +21,8 @@ from cluster.ledger.events import (
     ServerManifest,
     ServerSuspected,
 )
-from cluster.ledger.books.pool import Pool
-from cluster.ledger.books.records import Model
-from cluster.ledger.books.servers import Server, ServerLease
+from cluster.ledger.handlers import requests
+from cluster.ledger.rules import policy
 from cluster.ledger.specs import ServerSpec
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def configure(pool: Pool, specs: tuple[ServerSpec, ...], now: float) -> None:
     wanted = {spec.url: spec for spec in specs}
     for url, server in list(pool.servers.known.items()):
         if url not in wanted:
-            servers.retire(pool, server)
+            server_moves.retire(pool, server)
     for url, spec in wanted.items():
         known = pool.servers.known.get(url)
         if known is None:
@@ -111,7 +111,7 @@ def _offers_changed(pool: Pool, now: float) -> None:
 def request_arrived(pool: Pool, event: RequestArrived, now: float) -> None:
     lease = pool.servers.leases.get(event.request)
     if lease is not None:
-        servers.announce(pool, lease)
+        server_moves.announce(pool, lease)
     else:
         requests.request_arrived(pool, event, now)
 
@@ -119,7 +119,7 @@ def request_arrived(pool: Pool, event: RequestArrived, now: float) -> None:
 def request_cancelled(pool: Pool, event: RequestCancelled, now: float) -> None:
     lease = pool.servers.leases.get(event.request)
     if lease is not None:
-        servers.release(pool, lease, now)
+        server_moves.release(pool, lease, now)
         pool.cancelled.add(event.request, now)
     else:
         requests.request_cancelled(pool, event, now)
@@ -133,13 +133,13 @@ def lease_released(pool: Pool, event: LeaseReleased, now: float) -> None:
     if lease.generation <= pool.inherited:
         # Its re-announcement may come a second time.
         pool.released.add(f"{event.request}/{event.generation}", now)
-    servers.release(pool, lease, now)
+    server_moves.release(pool, lease, now)
 
 
 def holder_died(pool: Pool, event: HolderDied, now: float) -> None:
     requests.holder_died(pool, event, now)
     for lease in [each for each in pool.servers.leases.values() if each.holder == event.holder]:
-        servers.release(pool, lease, now)
+        server_moves.release(pool, lease, now)
 
 
 def lease_reannounced(pool: Pool, event: LeaseReannounced, now: float) -> None:
@@ -165,4 +165,4 @@ def lease_reannounced(pool: Pool, event: LeaseReannounced, now: float) -> None:
     pool.inherited = max(pool.inherited, event.generation)
     pool.generation = max(pool.generation, event.generation)
     lease = ServerLease(event.request, event.holder, event.model, server, event.generation, now, (0.0, 0.0))
-    servers.hold(pool, lease)
+    server_moves.hold(pool, lease)

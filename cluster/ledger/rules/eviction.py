@@ -1,4 +1,4 @@
-"""Which doors to close, so that a model gets in: the least hurtful set of victims on one node.
+"""Which replicas to drain, so that a model gets a place: the least hurtful set of victims on one node.
 
 The search looks at what each node would have once all that is leaving has left and all promises are kept, and adds
 victims, cheapest first, until the need fits. It changes nothing.
@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from cluster.ledger.books.placement import Node
+from cluster.ledger.books.shapes import Place, Shape, conflicts
 from cluster.ledger.rules import policy
-from cluster.ledger.books.placement import Node, Place, Shape, mates
-from cluster.ledger.rules.policy import Tier
+from cluster.ledger.rules.policy import Plan, Tier
 from cluster.ledger.states import ReplicaState
 
 if TYPE_CHECKING:
@@ -20,15 +21,6 @@ if TYPE_CHECKING:
 
 # A search looks at no more nodes than this; the next one goes on where it ended.
 MAX_NODES = 16
-
-
-class Plan(NamedTuple):
-    """A place, who must leave for it, and how much that hurts."""
-
-    tier: Tier
-    cost: float
-    place: Place
-    victims: list[Replica]
 
 
 class Candidate(NamedTuple):
@@ -90,7 +82,7 @@ class Prospect:
         if self.node.spec.device_memory_mib and self.device_memory[index] < shape.memory_per_device:
             return False
         tenants = self.node.tenants[index]
-        return not any(mates(each.place.shape, shape) for each in tenants if each not in self.gone)
+        return not any(conflicts(each.place.shape, shape) for each in tenants if each not in self.gone)
 
     def node_fits(self, shape: Shape) -> bool:
         if shape.cpu and self.cpu < shape.cpu:

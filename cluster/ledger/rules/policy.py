@@ -4,7 +4,7 @@ when a waiter's right to a place begins.
 A *swap* takes a place from a resident model V for a waiting model W. Learned figures stand behind it, per model:
 `load_s` (what its loads took), `service_s` and `drain_s` (what its leases last, on average and at most) and `gap_s`
 (the time between its arrivals). An idle V is swapped out at once. A busy V is left to run dry by itself, since every
-swap costs everybody two loads; its door is closed before that only if
+swap costs everybody two loads; it is drained before that only if
 
 * somebody's *bound* comes near (`bound_at`): a promise, whatever it costs; or
 * it *pays* (`pays`): V will not pause soon (`busy_time`), and what W's users lose until then outweighs what V's users
@@ -21,14 +21,14 @@ from enum import IntEnum
 from math import expm1, log
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cluster.ledger.books.queue import INFINITY, Waiter
+from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.servers import is_remote
 from cluster.ledger.states import ReplicaState
 
 if TYPE_CHECKING:
-    from cluster.ledger.rules.eviction import Plan
     from cluster.ledger.books.pool import Pool
-    from cluster.ledger.books.records import Model, Replica
+    from cluster.ledger.books.records import Model, Replica, Waiter
+    from cluster.ledger.books.shapes import Place
 
 READY, STARTING, DRAINING = ReplicaState.READY, ReplicaState.STARTING, ReplicaState.DRAINING
 
@@ -65,7 +65,7 @@ def unavailable(pool: Pool, model: Model, now: float) -> Refusal | None:
     return too_large(pool, model)
 
 
-def ails(pool: Pool, model: Model, now: float) -> bool:
+def is_unhealthy(pool: Pool, model: Model, now: float) -> bool:
     """A request would be refused, or would wait for a model that failed to load a moment ago."""
     return unavailable(pool, model, now) is not None or (now < model.backoff_until and not model.serving)
 
@@ -141,8 +141,17 @@ class Tier(IntEnum):
     PROTECTED = 4
 
 
-# A door closes this many times the expected drain and load before the bound: estimates are no promises. With 1.75 a
-# first swap on two busy cores came 0.4 s after its bound, before anything but an undisturbed load had been measured.
+class Plan(NamedTuple):
+    """A place, who must leave for it, and how much that hurts."""
+
+    tier: Tier
+    cost: float
+    place: Place
+    victims: list[Replica]
+
+
+# A drain begins this many times its expected time, and the load's, before the bound: estimates are no promises. With
+# 1.75 a first swap on two busy cores came 0.4 s after its bound, before anything but an undisturbed load had been measured.
 LEAD = 2.5
 
 # A swap that merely pays must promise this many times its cost. With 4, `bench_policy` has bursts (seeds 5 and 7) in
@@ -246,7 +255,7 @@ def best_class(model: Model) -> int:
 
 
 def bound_at(pool: Pool, model: Model) -> float:
-    """When the longest waiting of a class has waited so long that a door must close for it to keep its bound."""
+    """When the longest waiting of a class has waited so long that a drain must begin for it to keep its bound."""
     bounds = pool.spec.bound_s
     first = min((head.arrived + bounds[head.priority - 1] for head in model.queue.heads()), default=INFINITY)
     return first - LEAD * (load_time(pool, model) + pool.stop_s + pool.drain_s)

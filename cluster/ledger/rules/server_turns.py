@@ -1,62 +1,22 @@
 """Whose turn it is on an external server, and the just-in-time guard.
 
 A server that loads models just in time swaps as soon as it is asked for another model, and cuts what still runs. So
-while it holds a lease it gets requests for that lease's model only, and when others wait, somebody must close its
-door (see `next_model`): it then runs empty, and at zero leases the others get in. All of this is decided when a slot
-is free or becomes free, so no timer is needed.
+while it holds a lease it gets requests for that lease's model only, and when others wait, it must be drained (see
+`next_model`): at zero leases the others get in. All of this is decided when a slot is free or becomes free, so no
+timer is needed.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cluster.ledger.rules import policy
-from cluster.ledger.books import servers
-from cluster.ledger.books.queue import INFINITY, Waiter
+from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.records import Model
 from cluster.ledger.books.servers import Server
+from cluster.ledger.rules import policy
 
 if TYPE_CHECKING:
     from cluster.ledger.books.pool import Pool
-
-# How many models are waited for before it is known whether some server offers them.
-MAX_EXPECTED = 1000
-
-
-def dispatch(pool: Pool, now: float) -> None:
-    """Grant all that external servers can be given now: the best waiter first, on the least loaded server."""
-    while pool.waiters and not pool.is_recovering:
-        offers: dict[Model, list[Server]] = {}
-        for server in pool.servers.known.values():
-            if server.is_up and not server.is_busy and (model := next_model(pool, server, now)) is not None:
-                offers.setdefault(model, []).append(server)
-        if not offers:
-            return
-        model = min(offers, key=_rank)
-        head = model.queue.head()
-        assert head is not None, "a model's turn comes only while somebody waits for it"
-        server = min(offers[model], key=lambda each: _load(pool, each, model))
-        servers.grant(pool, server, head, now, policy.split_wait(model, head, now))
-
-
-def squeeze_in(pool: Pool, waiter: Waiter, now: float) -> bool:
-    """A request for which there is no room to wait is granted if it need not wait. Changes nothing otherwise."""
-    if not pool.servers.offers(waiter.model.name):
-        return False
-    pool.enqueue(waiter, now)
-    dispatch(pool, now)
-    if waiter.waits:
-        pool.dequeue(waiter)
-        return False
-    return True
-
-
-def expected(pool: Pool, name: str, now: float) -> Model | None:
-    """A record for a model that some server, which was not heard yet, may turn out to offer."""
-    if not pool.servers.undecided or len(pool.models) >= MAX_EXPECTED + len(pool.spec.models):
-        return None
-    model = pool.models[name] = Model(servers.remote_spec(name), now)
-    return model
 
 
 def next_model(pool: Pool, server: Server, now: float) -> Model | None:
@@ -69,7 +29,7 @@ def next_model(pool: Pool, server: Server, now: float) -> Model | None:
     * one of them is of a higher class than whoever would be let past, or,
     * where the server is empty, its first request since the swap ended `server_batch_s` ago.
 
-    Are the resident's own waiters due as well, it keeps its place for `server_turn_s` after a swap; after that
+    If the resident model's own waiters are due too, it stays for `server_turn_s` after a swap; after that
     the longest due goes first. Nobody starves: whoever is due is passed only by those who are due still longer.
     """
     waiting = [pool.models[name] for name in server.models if pool.models[name].queue.count]
@@ -77,7 +37,7 @@ def next_model(pool: Pool, server: Server, now: float) -> Model | None:
         return None
     due = {model: due_at(pool, server, model) for model in waiting}
     overdue = [model for model in waiting if due[model] <= now]
-    best = min(overdue, key=lambda model: due[model]) if overdue else min(waiting, key=_rank)
+    best = min(overdue, key=lambda model: due[model]) if overdue else min(waiting, key=rank)
     if not server.spec.just_in_time:
         return best
     resident = pool.models.get(server.current or server.last or "")
@@ -94,7 +54,7 @@ def next_model(pool: Pool, server: Server, now: float) -> Model | None:
 
 
 def due_at(pool: Pool, server: Server, model: Model) -> float:
-    """When the door of a server must close so that a model's waiters get in within their bounds.
+    """When a server must begin to run empty so that a model's waiters get in within their bounds.
 
     A request that would give up before its bound has half of its time. The time that the server will take to run
     empty counts, as for replicas.
@@ -112,7 +72,7 @@ def _is_fresh(server: Server, now: float, stay_s: float) -> bool:
     return server.settled_at is None or now < server.settled_at + stay_s
 
 
-def _rank(model: Model) -> float:
+def rank(model: Model) -> float:
     head = model.queue.head()
     return INFINITY if head is None else head.rank
 
@@ -122,7 +82,7 @@ def _class(model: Model) -> int:
     return 3 if head is None else head.priority
 
 
-def _load(pool: Pool, server: Server, model: Model) -> tuple[int, bool, int, int]:
+def load(pool: Pool, server: Server, model: Model) -> tuple[int, bool, int, int]:
     """Least loaded first; then who need not swap, then whom fewer others wait for, then in turn."""
     swaps = server.spec.just_in_time and server.last is not None and server.last != model.name
     rivals = sum(1 for name in server.models if pool.models[name].queue.count)

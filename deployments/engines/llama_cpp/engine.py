@@ -19,16 +19,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from cluster.errors import BackendUnavailable, ModelUnavailable
-from deployments.engines.llama_cpp.memory import DEFAULT_BATCH
 from deployments.engines.chat.template import ChatTemplate, choose_template
 from deployments.engines.chat.utf8 import TextAssembler
 from deployments.engines.llama_cpp.answer import Answer
 from deployments.engines.llama_cpp.generation import Generation, Mailbox
+from deployments.engines.llama_cpp.load_meter import LoadMeter
 from deployments.engines.llama_cpp.loop import DecodeLoop
+from deployments.engines.llama_cpp.memory import DEFAULT_BATCH
 from deployments.engines.llama_cpp.prepare import PATHS, Prepared, Preparer
 from deployments.engines.llama_cpp.runtime import FLASH_ATTENTION, KV_TYPES, Runtime, RuntimeOptions, load_library
 from deployments.engines.llama_cpp.sampling import Sampler
-from deployments.engines.llama_cpp.load_meter import LoadMeter
 from deployments.engines.protocol import Call, EngineInfo, Progress
 
 #: Prompt tokens that one step may evaluate beside the running streams. On a CPU a step of 63 delays them by one

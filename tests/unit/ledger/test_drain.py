@@ -1,4 +1,4 @@
-"""The drain guard: a door closes first, the last lease ends, then the replica stops, then its room is free."""
+"""The drain guard: new leases stop first, the last lease ends, then the replica stops, then its room is free."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def contended() -> Desk:
 
 def test_a_swap_step_by_step() -> None:
     desk = contended()
-    assert desk.arrive("a2", "A") == [], "the door is closed, though a slot is free"
+    assert desk.arrive("a2", "A") == [], "it drains, though a slot is free"
     assert desk.release("a1") == ["desire A 0"]
     assert desk.state("A#1") == "STOPPING"
     assert desk.gone("A#1") == ["desire B 1"]
@@ -135,7 +135,7 @@ def test_regression_two_queued_models_of_which_one_never_loads() -> None:
     assert sorted(served) == ["a1", "b1", "c1"]
 
 
-def test_door_closes_before_the_room_empties() -> None:
+def test_a_drain_begins_before_the_room_empties() -> None:
     """Overlapping streams on A for ever; B gets in all the same, and no stream is cut."""
     desk = Desk(model("A", slots=4), model("B"), bound_s=BOUND)
     desk.arrive("a0", "A")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.ledger import snapshot, tree
+from cluster.ledger.books.queue import INFINITY, WaitQueue
 from cluster.ledger.events import (
     ConfigChanged,
     LeaseReannounced,
@@ -18,7 +19,6 @@ from cluster.ledger.events import (
     RequestArrived,
     Ticked,
 )
-from cluster.ledger.books.queue import INFINITY, WaitQueue
 from cluster.ledger.states import TRANSITIONS, Cause, ReplicaState
 from tests.unit.ledger.desk import Desk, model
 

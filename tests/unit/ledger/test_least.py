@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from cluster.ledger.rules import eviction
-from cluster.ledger.events import NodesChanged, ReplicaFailed, ReplicaReady, ReplicaStarted
 from cluster.ledger.books.placement import Node
 from cluster.ledger.books.pool import Pool
+from cluster.ledger.events import NodesChanged, ReplicaFailed, ReplicaReady, ReplicaStarted
+from cluster.ledger.rules import eviction
 from cluster.ledger.specs import NodeSpec
 from tests.unit.ledger.desk import Desk, model
 
@@ -49,7 +49,7 @@ def test_two_where_no_single_one_is_enough() -> None:
     assert sorted(desk.arrive("r", "W")[:2]) == ["quiesce X#1", "quiesce Y#1"]
 
 
-def test_capacity_is_no_reason_to_close_a_busy_door_at_once() -> None:
+def test_capacity_is_no_reason_to_drain_a_busy_model_at_once() -> None:
     desk = Desk(model("A"), model("B"), gpus=2, capacity=1)
     desk.arrive("a1", "A")
     desk.boot("A", "A#1")

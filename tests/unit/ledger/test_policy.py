@@ -1,9 +1,9 @@
-"""Whose door is closed, and when: tiers, bounds, swaps that pay, residency, growth."""
+"""Who is drained, and when: tiers, bounds, swaps that pay, residency, growth."""
 
 from __future__ import annotations
 
-from cluster.ledger.rules import policy
 from cluster.ledger.events import ReplicaStarted, RequestCancelled
+from cluster.ledger.rules import policy
 from tests.unit.ledger.desk import Desk, model
 
 BOUND = (5.0, 8.0, 12.0)
@@ -47,7 +47,7 @@ def test_classes_have_their_own_bounds() -> None:
         assert desk.at(bound) == ["quiesce A#1"]
 
 
-def test_door_closes_early_enough_for_the_load() -> None:
+def test_a_drain_begins_early_enough_for_the_load() -> None:
     desk = Desk(model("A"), model("B"), bound_s=(30.0, 60.0, 120.0), load_prior_s=4.0, min_residency_s=1e9)
     desk.arrive("a1", "A")
     desk.boot("A", "A#1")
@@ -56,7 +56,7 @@ def test_door_closes_early_enough_for_the_load() -> None:
     assert desk.at(30.0 - policy.LEAD * 4.0) == ["quiesce A#1"]
 
 
-def test_door_closes_early_enough_for_the_drain() -> None:
+def test_a_drain_begins_early_enough_for_the_drain() -> None:
     """Before anybody has drained, the longest lease seen stands for a drain; then what drains take."""
     desk = Desk(model("A", slots=2), model("B"), bound_s=(30.0,) * 3, load_prior_s=0.0, min_residency_s=1e9)
     desk.arrive("a1", "A")

@@ -66,7 +66,7 @@ def test_a_request_that_would_time_out_has_half_of_its_time():
     assert granted(desk.done("a0", after=1.0)) == {"b": ONE}
 
 
-def test_a_higher_class_closes_the_door_and_its_leaving_opens_it():
+def test_a_higher_class_drains_the_server_and_its_leaving_reopens_it():
     desk = Desk(ServerSpec(ONE, 2), manifests={ONE: "a b"})
     desk.ask("a0", "a")
     desk.ask("b", "b", priority=1)

@@ -7,8 +7,8 @@ import logging
 
 import pytest
 
-from cluster.ledger.rules import server_turns
 from cluster.ledger.books import servers
+from cluster.ledger.books.records import Model
 from cluster.ledger.events import (
     ConfigChanged,
     HolderDied,
@@ -24,7 +24,7 @@ from cluster.ledger.events import (
     Ticked,
 )
 from cluster.ledger.ledger import Ledger
-from cluster.ledger.books.records import Model
+from cluster.ledger.rules import server_turns
 from cluster.ledger.specs import ModelSpec, NodeSpec, ServerSpec
 from tests.unit.ledger.server_desk import ONE, TWO, Desk, granted, refused
 

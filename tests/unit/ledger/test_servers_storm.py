@@ -7,13 +7,13 @@ import random
 
 import pytest
 
-from cluster.ledger.rules import server_turns
 from cluster.ledger.books import servers
 from cluster.ledger.events import (
     ConfigChanged,
     Grant,
     RequestCancelled,
 )
+from cluster.ledger.rules import server_turns
 from cluster.ledger.specs import ServerSpec
 from tests.unit.ledger.server_desk import Desk, refused
 
