@@ -15,7 +15,8 @@ from hypothesis import Phase
 from cluster.ledger import ledger as front
 from cluster.ledger import placing, states
 from cluster.ledger.books import pool, queue, records
-from cluster.ledger.books.placement import Node, Place, Shape
+from cluster.ledger.books.placement import Node
+from cluster.ledger.books.shapes import Place, Shape
 from cluster.ledger.events import HolderDied, LeaseReleased, ReplicaReady, RequestArrived
 from cluster.ledger.handlers import replicas, requests
 from cluster.ledger.states import Cause, ReplicaState
@@ -91,7 +92,7 @@ def eviction_does_not_wait(patch: pytest.MonkeyPatch) -> None:
 def last_come_first_served(patch: pytest.MonkeyPatch) -> None:
     """The queue is a stack."""
 
-    def wrong(self: queue.WaitQueue) -> queue.Waiter | None:
+    def wrong(self: queue.WaitQueue) -> records.Waiter | None:
         line = list(self)
         return line[-1] if line else None
 
@@ -146,7 +147,7 @@ def waiters_are_lost_on_a_failed_load(patch: pytest.MonkeyPatch) -> None:
     """After a failed load its waiters are dropped without an answer."""
     right = requests.refuse_or_reroute
 
-    def wrong(books: pool.Pool, waiter: queue.Waiter, now: float, error: Any) -> None:
+    def wrong(books: pool.Pool, waiter: records.Waiter, now: float, error: Any) -> None:
         right(books, waiter, now, error)
         if books.out:
             books.out.pop()

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 from app.build import estimated
-from cluster import effects, gguf, gpus
+from cluster import effects, gpus
 from cluster.config import ModelConfig, load_config
 from cluster.ledger.specs import NodeSpec
+from deployments.engines.llama_cpp import gguf
 from deployments.engines.llama_cpp.memory import SAFETENSORS_BASE, context_per_slot, estimate_mib
 from deployments.weights import weights_at_hand
 

@@ -151,7 +151,7 @@ class Plan(NamedTuple):
 
 
 # A drain begins this many times its expected time, and the load's, before the bound: estimates are no promises. With
-# 1.75 a first swap on two busy cores came 0.4 s after its bound, before anything but an undisturbed load had been measured.
+# 1.75 a first swap on two busy cores came too late, before anything but an undisturbed load had been measured.
 LEAD = 2.5
 
 # A swap that merely pays must promise this many times its cost. With 4, `bench_policy` has bursts (seeds 5 and 7) in

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cluster.ledger.books.placement import Book, shape_of
+from cluster.ledger.books.placement import Book
+from cluster.ledger.books.shapes import shape_of
 from cluster.ledger.events import ConfigChanged, NodesChanged, RequestCancelled
 from cluster.ledger.specs import ModelSpec, NodeSpec
 from tests.unit.ledger.desk import Desk, model
