@@ -77,7 +77,7 @@ async def test_manifests_are_read_over_http_and_a_failure_is_only_that_servers()
     ],
 )
 async def test_whatever_a_server_answers_it_has_a_reason(fault, reason, monkeypatch):
-    monkeypatch.setattr("cluster.servers.TIMEOUT_S", 0.3)
+    monkeypatch.setattr("cluster.servers.manifests.TIMEOUT_S", 0.3)
     with (upstream := Upstream("m")).listening():
         upstream.manifest_fault = fault
         pool = ServerPool([upstream.url])

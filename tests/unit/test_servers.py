@@ -8,18 +8,18 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from cluster import servers
 from cluster.ledger.events import ServerManifest
 from cluster.ledger.specs import ServerSpec
+from cluster.servers import manifests
 from cluster.servers.manifests import ManifestError, ManifestWatch
 from tests.upstream import Upstream
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "PERIOD_S", 0.05)
-    monkeypatch.setattr(servers, "BACKOFF_S", (0.01, 0.05))
-    monkeypatch.setattr(servers, "TIMEOUT_S", 0.3)
+    monkeypatch.setattr(manifests, "PERIOD_S", 0.05)
+    monkeypatch.setattr(manifests, "BACKOFF_S", (0.01, 0.05))
+    monkeypatch.setattr(manifests, "TIMEOUT_S", 0.3)
 
 
 @contextlib.asynccontextmanager
@@ -83,7 +83,7 @@ async def test_a_suspect_is_forgiven_nothing(quick):
 
 
 async def test_a_nudge_reads_at_once_and_nobody_else_is_asked(monkeypatch):
-    monkeypatch.setattr(servers, "BACKOFF_S", (0.01, 0.05))
+    monkeypatch.setattr(manifests, "BACKOFF_S", (0.01, 0.05))
     upstream = Upstream("m")
     with upstream.listening():
         spec = ServerSpec(upstream.url)
@@ -105,7 +105,7 @@ async def test_a_nudge_reads_at_once_and_nobody_else_is_asked(monkeypatch):
 async def test_a_manifest_has_a_bound_and_any_broken_answer_a_reason(monkeypatch):
     import httpx
 
-    monkeypatch.setattr(servers, "MAX_BYTES", 10)
+    monkeypatch.setattr(manifests, "MAX_BYTES", 10)
     upstream = Upstream("m")
     async with httpx.AsyncClient() as client:
         with upstream.listening(), pytest.raises(ManifestError, match="too long"):

@@ -6,8 +6,8 @@ from cluster.ledger.books import server_moves, servers
 from cluster.ledger.books.pool import Pool
 from cluster.ledger.books.records import Model, Waiter
 from cluster.ledger.books.servers import Server
-from cluster.ledger.rules import policy
-from cluster.ledger.rules.server_turns import load, next_model, rank
+from cluster.ledger.rules import policy, server_turns
+from cluster.ledger.rules.server_turns import load, rank
 
 # How many models are waited for before it is known whether some server offers them.
 MAX_EXPECTED = 1000
@@ -18,7 +18,11 @@ def dispatch(pool: Pool, now: float) -> None:
     while pool.waiters and not pool.is_recovering:
         offers: dict[Model, list[Server]] = {}
         for server in pool.servers.known.values():
-            if server.is_up and not server.is_busy and (model := next_model(pool, server, now)) is not None:
+            if (
+                server.is_up
+                and not server.is_busy
+                and (model := server_turns.next_model(pool, server, now)) is not None
+            ):
                 offers.setdefault(model, []).append(server)
         if not offers:
             return

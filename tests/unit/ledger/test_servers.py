@@ -23,6 +23,7 @@ from cluster.ledger.events import (
     SetDesired,
     Ticked,
 )
+from cluster.ledger.handlers import server_slots
 from cluster.ledger.ledger import Ledger
 from cluster.ledger.rules import server_turns
 from cluster.ledger.specs import ModelSpec, NodeSpec, ServerSpec
@@ -79,7 +80,7 @@ def test_requests_before_the_first_manifest_wait_for_it():
 
 
 def test_only_so_many_unheard_of_models_are_waited_for(monkeypatch):
-    monkeypatch.setattr(server_turns, "MAX_EXPECTED", 1)
+    monkeypatch.setattr(server_slots, "MAX_EXPECTED", 1)
     desk = Desk(ServerSpec(ONE))
     assert desk.ask("r1", "a") == []
     assert refused(desk.ask("r2", "b")) == {"r2": "ModelNotFound"}
@@ -330,4 +331,4 @@ def test_the_books_show_themselves():
     assert desk.ledger._pool.servers.state("nobody's") is None
     lonely = Model(servers.remote_spec("a"), 0.0)
     assert server_turns._class(lonely) == 3
-    assert server_turns._rank(lonely) == float("inf")
+    assert server_turns.rank(lonely) == float("inf")

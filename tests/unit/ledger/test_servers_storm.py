@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from cluster.ledger.books import servers
+from cluster.ledger.books import server_moves, servers
 from cluster.ledger.events import (
     ConfigChanged,
     Grant,
@@ -84,7 +84,7 @@ def _forgets_to_count(pool, lease):
         (server_turns, "next_model", _no_turns),
         (servers.Server, "is_busy", property(lambda self: False)),
         (servers.Server, "is_up", property(lambda self: True, lambda self, value: None)),
-        (servers, "hold", _forgets_to_count),
+        (server_moves, "hold", _forgets_to_count),
     ],
 )
 def test_the_random_events_find_planted_bugs(monkeypatch, where, name, bug):
