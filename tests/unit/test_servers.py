@@ -109,7 +109,7 @@ async def test_a_manifest_has_a_bound_and_any_broken_answer_a_reason(monkeypatch
     upstream = Upstream("m")
     async with httpx.AsyncClient() as client:
         with upstream.listening(), pytest.raises(ManifestError, match="too long"):
-            await servers.read_manifest(client, ServerSpec(upstream.url))
+            await manifests.read_manifest(client, ServerSpec(upstream.url))
 
         async def nonsense(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             writer.write(b"SSH-2.0-OpenSSH\r\n\r\n")
@@ -120,4 +120,4 @@ async def test_a_manifest_has_a_bound_and_any_broken_answer_a_reason(monkeypatch
         port = listener.sockets[0].getsockname()[1]
         async with listener:
             with pytest.raises(ManifestError, match="RemoteProtocolError"):
-                await servers.read_manifest(client, ServerSpec(f"http://127.0.0.1:{port}"))
+                await manifests.read_manifest(client, ServerSpec(f"http://127.0.0.1:{port}"))
