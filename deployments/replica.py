@@ -153,7 +153,9 @@ class Replica:
         self._calls += 1
         self._idle.clear()
         try:
-            source = coalesce(engine.generate(call), self._window_s, timeout_s)
+            async with asyncio.timeout(timeout_s):
+                reply = await engine.call(call)
+            source = coalesce(reply.chunks, self._window_s, timeout_s)
             async with contextlib.aclosing(source) as chunks:
                 async for chunk in chunks:
                     yield chunk

@@ -25,7 +25,14 @@ class FakeFaults(BaseModel):
     tokens_per_s: Annotated[float, Field(gt=0)] = 100.0
     tokens: Annotated[int, Field(ge=1)] = 16
     fault: Literal[
-        "none", "load_fails", "load_hangs", "cut_mid_stream", "hang_mid_stream", "rate_limited", "malformed"
+        "none",
+        "load_fails",
+        "load_hangs",
+        "cut_mid_stream",
+        "hang_mid_stream",
+        "rate_limited",
+        "malformed",
+        "dies_after",
     ] = "none"
 
 

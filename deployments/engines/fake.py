@@ -1,23 +1,28 @@
 """An engine without a model, for trying policies and injecting faults: known words at a known speed.
 
 It emits `ID:0 ID:1 ID:2 …`, one word a token, so that a test can see from the text alone which model answered and
-that nothing is missing.
+that nothing is missing. Two raw paths tell what a call met: `GET /fake/environment` (the process's id and its
+devices) and `POST /fake/echo` (the body as it came).
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from cluster.config import FakeFaults
-from cluster.errors import BackendUnavailable, ModelUnavailable, RateLimited
-from deployments.engines.protocol import Call, EngineInfo, Progress
+from cluster.errors import BackendUnavailable, InvalidRequest, ModelUnavailable, RateLimited
+from deployments.engines.protocol import EVENT_STREAM, JSON, Call, EngineInfo, Progress, Reply, Report
 from deployments.sse import DONE
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+ENVIRONMENT, ECHO = "/fake/environment", "/fake/echo"
+#: Environment variables that `GET /fake/environment` shows; never all of them, since some hold keys.
+SHOWN = ("CUDA_VISIBLE_DEVICES",)
 _LOAD_STEPS = 10
 
 
@@ -41,31 +46,60 @@ class FakeEngine:
     def info(self) -> EngineInfo:
         return EngineInfo(paths=frozenset({CHAT, COMPLETIONS}), format="fake")
 
-    async def generate(self, call: Call) -> AsyncIterator[bytes]:
+    async def call(self, call: Call) -> Reply:
+        if (call.method, call.path) == ("GET", ENVIRONMENT):
+            shown = {"pid": os.getpid(), **{name: os.environ.get(name) for name in SHOWN}}
+            return Reply(200, dict(JSON), _once(json.dumps(shown).encode()))
+        if (call.method, call.path) == ("POST", ECHO):
+            body = call.body if isinstance(call.body, bytes) else json.dumps(call.body).encode()
+            kind = call.headers.get("content-type", "application/octet-stream")
+            return Reply(200, {"content-type": kind}, _once(body))
+        if call.path not in (CHAT, COMPLETIONS):
+            raise InvalidRequest(f"this model does not serve {call.path}")
         if self._faults.fault == "rate_limited":
             raise RateLimited(f"{self._id} is rate limited, as configured", retry_after=1)
-        count = self._length(call.body)
+        report = Report(prompt_tokens=1, cached_tokens=0, output_tokens=0)
+        chunks = self._answer(call, report)
+        return Reply(200, dict(EVENT_STREAM if call.stream else JSON), chunks, report)
+
+    async def unload(self) -> None:
+        pass
+
+    async def _answer(self, call: Call, report: Report) -> AsyncGenerator[bytes, None]:
         started = time.monotonic()
+        words = self._stream(call, report, started) if call.stream else self._whole(call, report, started)
+        try:
+            async for chunk in words:
+                yield chunk
+        finally:
+            await words.aclose()
+            report.total_ms = (time.monotonic() - started) * 1e3
+
+    async def _whole(self, call: Call, report: Report, started: float) -> AsyncGenerator[bytes, None]:
+        count = self._length(call.json)
         await asyncio.sleep(self._faults.ttft_s)
-        if not call.stream:
-            await asyncio.sleep(count / self._faults.tokens_per_s)
-            self._fail_at(0, 0)
-            yield json.dumps(self._body(call, count)).encode()
-            return
+        report.ttft_ms = (time.monotonic() - started) * 1e3
+        await asyncio.sleep(count / self._faults.tokens_per_s)
+        self._fail_at(0, 0)
+        report.output_tokens = count
+        yield json.dumps(self._body(call, count)).encode()
+
+    async def _stream(self, call: Call, report: Report, started: float) -> AsyncGenerator[bytes, None]:
+        count = self._length(call.json)
+        await asyncio.sleep(self._faults.ttft_s)
+        report.ttft_ms = (time.monotonic() - started) * 1e3
         for index in range(count):
             self._fail_at(index, count // 2)
             if self._faults.fault == "hang_mid_stream" and index == count // 2:
                 await asyncio.Event().wait()
             broken = self._faults.fault == "malformed" and index == count // 2
+            report.output_tokens = index + 1
             yield b"data: {broken\n\n" if broken else self._chunk(call, self._word(index), None)
             await asyncio.sleep(
                 max(0.0, started + self._faults.ttft_s + (index + 1) / self._faults.tokens_per_s - time.monotonic())
             )
         yield self._chunk(call, "", "stop" if count == self._faults.tokens else "length", count)
         yield DONE
-
-    async def unload(self) -> None:
-        pass
 
     def _length(self, body: dict[str, Any]) -> int:
         return int(body.get("max_completion_tokens") or body.get("max_tokens") or self._faults.tokens)
@@ -74,14 +108,18 @@ class FakeEngine:
         return f"{self._id}:{index} "
 
     def _fail_at(self, index: int, where: int) -> None:
-        if self._faults.fault == "cut_mid_stream" and index == where:
+        if index != where:
+            return
+        if self._faults.fault == "cut_mid_stream":
             raise BackendUnavailable(f"{self._id} cuts the stream, as configured")
+        if self._faults.fault == "dies_after":
+            os._exit(1)
 
     def _usage(self, count: int) -> dict[str, int]:
         return {"prompt_tokens": 1, "completion_tokens": count, "total_tokens": count + 1}
 
     def _head(self, call: Call, kind: str) -> dict[str, Any]:
-        return {"id": call.request_id, "object": kind, "created": int(time.time()), "model": call.body.get("model")}
+        return {"id": call.request_id, "object": kind, "created": int(time.time()), "model": call.json.get("model")}
 
     def _chunk(self, call: Call, text: str, finish: str | None, count: int = 0) -> bytes:
         choice: dict[str, Any] = {"index": 0, "finish_reason": finish}
@@ -92,7 +130,7 @@ class FakeEngine:
             choice["text"] = text
             chunk = self._head(call, "text_completion")
         chunk["choices"] = [choice]
-        if finish and (call.body.get("stream_options") or {}).get("include_usage"):
+        if finish and (call.json.get("stream_options") or {}).get("include_usage"):
             chunk["usage"] = self._usage(count)
         return b"data: " + json.dumps(chunk).encode() + b"\n\n"
 
@@ -106,3 +144,7 @@ class FakeEngine:
             body = self._head(call, "text_completion")
             choice["text"] = text
         return {**body, "choices": [choice], "usage": self._usage(count)}
+
+
+async def _once(body: bytes) -> AsyncGenerator[bytes, None]:
+    yield body

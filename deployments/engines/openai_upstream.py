@@ -59,7 +59,7 @@ class Upstreams:
         request = self._client.build_request(
             "POST",
             base_url(server.url) + call.path,
-            content=json.dumps({**call.body, **hold_fields(server.server_type, keep_alive_s)}).encode(),
+            content=json.dumps({**call.json, **hold_fields(server.server_type, keep_alive_s)}).encode(),
             headers=_headers(call, key),
         )
         try:

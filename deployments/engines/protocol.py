@@ -1,40 +1,114 @@
 """The narrow waist between the pool and whatever runs a model.
 
-An engine speaks the OpenAI wire format: it takes a request body as a client sent it (already checked for its
-schema by the routes) and yields ready-made bytes. It knows nothing of leases, queues or Ray. It lives on one
-event loop and must never block it: model code runs in threads or processes of the engine's own.
+An engine takes a `Call` and returns a `Reply`: status, headers, a stream of bytes, and a `Report` that says what the
+call took once the bytes have ended. On the OpenAI routes the body is the client's JSON object (already checked against
+its schema by the routes) and the bytes are ready for the wire; on any other path body and answer are raw. An engine
+knows nothing of leases, queues or Ray. It lives on one event loop and must never block it: model code runs in threads
+or processes of the engine's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Protocol
 
 #: Called with the part of the load that is done, from 0.0 to 1.0. Safe to call from any thread.
 Progress = Callable[[float], None]
 
+#: Headers of the answers to OpenAI calls.
+EVENT_STREAM = {"content-type": "text/event-stream"}
+JSON = {"content-type": "application/json"}
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One inference request on its way into an engine.
+    """One request on its way into an engine.
 
-    `path` is the OpenAI route (`/v1/chat/completions` or `/v1/completions`), `body` the JSON object of the client
-    (its `model` is what answers must echo), `request_id` the id of the whole request. `queue_wait_ms` and
-    `load_wait_ms` say how long it waited before the lease, `pool_elapsed_ms` how long ago it arrived in all; the
-    engine copies them into the `metrics` object (CONTRACT section 2).
+    `body` is the JSON object of the client (its `model` is what answers must echo), or the raw bytes of whatever else
+    it sent; `request_id` the id of the whole request. `headers` have names in lower case. `slots` is how many
+    sequences the lease allows: choices beyond it run in turns. `queue_wait_ms` and `load_wait_ms` say how long the
+    request waited before the lease, `pool_elapsed_ms` how long ago it arrived in all; the engine copies them into the
+    `metrics` object (CONTRACT section 2).
     """
 
     path: str
-    body: dict[str, Any]
+    body: dict[str, Any] | bytes
     request_id: str
+    method: str = "POST"
+    query: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    slots: int = 1
     queue_wait_ms: float = 0.0
     load_wait_ms: float = 0.0
     pool_elapsed_ms: float = 0.0
 
     @property
     def stream(self) -> bool:
-        return bool(self.body.get("stream"))
+        return isinstance(self.body, dict) and bool(self.body.get("stream"))
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The body where it is a JSON object, else an empty one."""
+        return self.body if isinstance(self.body, dict) else {}
+
+    def head(self) -> dict[str, Any]:
+        """All but the body, as plain data."""
+        head = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "body"}
+        return {**head, "headers": dict(self.headers)}
+
+    @classmethod
+    def of(cls, head: Mapping[str, Any], body: dict[str, Any] | bytes) -> Call:
+        """The call of a `head()` and its body; members that this version does not know are left out."""
+        return cls(body=body, **_known(cls, head))
+
+
+@dataclass(slots=True)
+class Report:
+    """What one call took, as far as the engine knows; None is what it does not.
+
+    Times are milliseconds in the engine: `tokenize_ms` from the call's entry until its prompt is tokens, `queue_ms`
+    from there until the backend begins, `backend_ms` from then to the backend's end; `ttft_ms` from the entry to the
+    first token, `total_ms` from the entry to the end. Plain data, since it travels in the last frame of an answer.
+    """
+
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    output_tokens: int | None = None
+    ttft_ms: float | None = None
+    total_ms: float | None = None
+    tokenize_ms: float | None = None
+    queue_ms: float | None = None
+    backend_ms: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """What is known, as plain data."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """The report of an `as_dict()`; members that this version does not know are left out."""
+        return cls(**_known(cls, data))
+
+
+def _known(kind: type[Call] | type[Report], data: Mapping[str, Any]) -> dict[str, Any]:
+    return {each.name: data[each.name] for each in fields(kind) if each.name in data}
+
+
+@dataclass(slots=True)
+class Reply:
+    """The answer to one call. `report` is filled in when `chunks` has ended, however it ended.
+
+    A streamed answer is whole SSE events (`data: {…}` and a blank line; several may share one bytes object, none is
+    ever split) up to and including `data: [DONE]`; any other answer is a body in one or more parts. A failure on the
+    way is raised by `chunks` as a `PoolError`. Closing `chunks` aborts the work between two tokens; the work does not
+    begin before the first chunk is asked for, so a reply that is dropped unread costs nothing.
+    """
+
+    status: int
+    headers: dict[str, str]
+    chunks: AsyncGenerator[bytes, None]
+    report: Report = field(default_factory=Report)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +128,8 @@ class Engine(Protocol):
     def info(self) -> EngineInfo:
         """What the loaded engine offers. Does not block; valid after `load`."""
 
-    def generate(self, call: Call) -> AsyncIterator[bytes]:
-        """Answer one call.
-
-        With `stream`, yields whole SSE events (`data: {…}` and a blank line; several may share one bytes object,
-        none is ever split) up to and including `data: [DONE]`. Without, yields exactly one JSON body. A refusal is
-        raised as a `PoolError` before the first item; a later failure is raised as a `PoolError` too, and the host
-        turns it into an error event. Closing the iterator aborts the work between two tokens.
-        """
+    async def call(self, call: Call) -> Reply:
+        """Answer one call. Raises a `PoolError` for a refusal, before there is a reply; does not wait for tokens."""
 
     async def unload(self) -> None:
         """Stop the engine and free its memory. Idempotent."""

@@ -140,7 +140,13 @@ async def measure_idle(targets: dict[str, Target], seed: int) -> dict[str, float
 
 
 def in_process(engine: LlamaCppEngine) -> Target:
-    return lambda body: engine.generate(Call("/v1/chat/completions", {"model": "smollm2", **body}, "bench"))
+    async def stream(body: dict[str, Any]) -> AsyncIterator[bytes]:
+        reply = await engine.call(Call("/v1/chat/completions", {"model": "smollm2", **body}, "bench"))
+        async with contextlib.aclosing(reply.chunks) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    return stream
 
 
 def over_http(session: aiohttp.ClientSession, url: str) -> Target:

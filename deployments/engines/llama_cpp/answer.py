@@ -6,26 +6,30 @@ It owns nothing but the text of its own request. Deltas of one sequence that are
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from deployments.engines.chat.logprobs import TokenLogprob
-from deployments.engines.chat.metrics import Timing, metrics_object
+from deployments.engines.chat.metrics import metrics_object
 from deployments.engines.chat.tools import ToolDelta, ToolParser
 from deployments.engines.chat.wire import ChatWriter, Choice, CompletionWriter, usage_object
 from deployments.engines.llama_cpp.generation import Delta, Generation
 from deployments.engines.llama_cpp.prepare import Prepared
-from deployments.engines.protocol import Call
+from deployments.engines.protocol import Call, Report
 from deployments.sse import DONE
 
 
 class Answer:
-    """The answer to one call. Create it when the call arrives, `begin` once prepared, then `stream` or `whole`."""
+    """The answer to one call. Create it when the call arrives, `begin` once prepared, then `stream` or `whole`.
+
+    Whoever ends the answer calls `update_report`; the last chunk has done so before, for its own figures.
+    """
 
     def __init__(self, call: Call, model_id: str) -> None:
         self._call = call
         self._entered_at = time.perf_counter()
-        self._model = call.body.get("model") or model_id
+        self._model = call.json.get("model") or model_id
+        self.report = Report()
 
     def begin(self, prepared: Prepared, generations: Sequence[Generation]) -> None:
         self._prepared_at = time.perf_counter()
@@ -44,7 +48,7 @@ class Answer:
             names = frozenset(tool["function"]["name"] for tool in prepared.plan.tools)
             self._parsers = {generation.index: ToolParser(names) for generation in generations}
 
-    async def stream(self) -> AsyncIterator[bytes]:
+    async def stream(self) -> AsyncGenerator[bytes, None]:
         """SSE bytes, one item for all that was pending. Raises the `PoolError` of a failed sequence."""
         running = len(self._generations)
         opening = b"".join(self._echo_chunk(generation) for generation in self._generations)
@@ -58,6 +62,8 @@ class Answer:
                 parts.append(self._delta_chunk(delta))
                 if delta.finish is not None:
                     running -= 1
+                    if running == 0:
+                        self.update_report()
                     last = self._last() if running == 0 and not include_usage else {}
                     parts.append(self._writer.finish(delta.index, self._reason(delta), last))
             if running == 0:
@@ -67,7 +73,7 @@ class Answer:
             if chunk := b"".join(parts):
                 yield chunk
 
-    async def whole(self) -> AsyncIterator[bytes]:
+    async def whole(self) -> AsyncGenerator[bytes, None]:
         """One JSON body."""
         choices = [
             Choice(text=self._echo(generation), logprobs=self._echo_logprobs(generation))
@@ -86,6 +92,7 @@ class Answer:
                     choice.finish = self._reason(delta)
                     if delta.index in self._parsers:
                         choice.calls = self._parsers[delta.index].calls
+        self.update_report()
         yield self._writer.body(choices, self._usage(), self._last())
 
     def _parsed(self, delta: Delta) -> list[str | ToolDelta]:
@@ -129,29 +136,31 @@ class Answer:
 
     # --- the end
 
-    def _usage(self) -> dict[str, Any]:
-        generations = self._generations
+    def update_report(self) -> None:
+        """Bring the report up to date. The decode thread may still be at work: then the figures are a moment's."""
+        report, generations = self.report, self._generations
+        entered, prepared = self._entered_at, self._prepared_at
+        report.prompt_tokens = self._prepared.prompt_tokens
         # Of n choices for one prompt the prompt is counted once; what the others shared with it is no news to a client.
-        cached = sum(generation.reused for generation in generations[:: self._prepared.options.n])
-        return usage_object(self._prepared.prompt_tokens, self._output_tokens, cached)
+        report.cached_tokens = sum(generation.reused for generation in generations[:: self._prepared.options.n])
+        report.output_tokens = sum(generation.produced for generation in generations)
+        report.tokenize_ms = (prepared - entered) * 1e3
+        report.total_ms = (time.perf_counter() - entered) * 1e3
+        started = min((g.started_at for g in generations if g.started_at), default=None)
+        if started is not None:
+            report.queue_ms = max(0.0, (started - prepared) * 1e3)
+            ended = max(g.ended_at for g in generations) or time.perf_counter()
+            report.backend_ms = (ended - started) * 1e3
+        if firsts := [g.first_token_at for g in generations if g.first_token_at]:
+            report.ttft_ms = (min(firsts) - entered) * 1e3
 
-    @property
-    def _output_tokens(self) -> int:
-        return sum(generation.produced for generation in self._generations)
+    def _usage(self) -> dict[str, Any]:
+        report = self.report
+        return usage_object(report.prompt_tokens or 0, report.output_tokens or 0, report.cached_tokens or 0)
 
     def _last(self) -> dict[str, Any]:
         """The members of the last chunk, or of the body, beside OpenAI's."""
-        entered = self._entered_at
-        firsts = [generation.first_token_at for generation in self._generations if generation.first_token_at]
-        timing = Timing(
-            total_s=time.perf_counter() - entered,
-            tokenize_s=self._prepared_at - entered,
-            backend_start_s=min(generation.started_at for generation in self._generations) - entered,
-            first_token_s=min(firsts) - entered if firsts else None,
-            backend_end_s=max(generation.ended_at for generation in self._generations) - entered,
-        )
-        metrics = metrics_object(self._call, timing, self._prepared.prompt_tokens, self._output_tokens)
-        return {"metrics": metrics}
+        return {"metrics": metrics_object(self._call, self.report)}
 
 
 def _merged(deltas: Sequence[Delta]) -> list[Delta]:

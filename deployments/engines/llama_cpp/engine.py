@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,7 +29,7 @@ from deployments.engines.llama_cpp.memory import DEFAULT_BATCH
 from deployments.engines.llama_cpp.prepare import PATHS, Prepared, Preparer
 from deployments.engines.llama_cpp.runtime import FLASH_ATTENTION, KV_TYPES, Runtime, RuntimeOptions, load_library
 from deployments.engines.llama_cpp.sampling import Sampler
-from deployments.engines.protocol import Call, EngineInfo, Progress
+from deployments.engines.protocol import EVENT_STREAM, JSON, Call, EngineInfo, Progress, Reply
 
 #: Prompt tokens that one step may evaluate beside the running streams. On a CPU a step of 63 delays them by one
 #: quarter of a second with SmolLM2. Larger chunks gain little (a token takes 4.7 ms in chunks of 16, 4.0 at 64, 3.9
@@ -123,21 +123,14 @@ class LlamaCppEngine:
             return EngineInfo(paths=PATHS, format="gguf")
         return EngineInfo(context_length=runtime.n_ctx, paths=PATHS, format="gguf", memory_mib=self._memory_mib)
 
-    async def generate(self, call: Call) -> AsyncIterator[bytes]:
+    async def call(self, call: Call) -> Reply:
         answer = Answer(call, self._model_id)
         prepared, generations = await self._prepare(call)
         answer.begin(prepared, generations)
-        loop = self._loop
-        if loop is None:
+        if self._loop is None:
             raise BackendUnavailable("the model is being unloaded")
-        try:
-            for generation in generations:
-                loop.submit(generation)
-            async for chunk in answer.stream() if call.stream else answer.whole():
-                yield chunk
-        finally:
-            for generation in generations:
-                loop.cancel(generation)
+        chunks = _run(self._loop, answer, generations, stream=call.stream)
+        return Reply(200, dict(EVENT_STREAM if call.stream else JSON), chunks, answer.report)
 
     async def unload(self) -> None:
         """Stop the loop and free the model; running calls fail with `BackendUnavailable`. Idempotent."""
@@ -161,7 +154,7 @@ class LlamaCppEngine:
             prepared = preparer.prepare(call)
             return prepared, _generations(prepared, runtime, mailbox)
 
-        if not _is_large(call.body):
+        if not _is_large(call.json):
             return prepare()
         # Shielded, since the thread outlives a cancelled request and `unload` must know of it.
         task = asyncio.ensure_future(asyncio.to_thread(prepare))
@@ -190,6 +183,23 @@ def _load_and_measure(options: RuntimeOptions, progress: Progress) -> tuple[Runt
     partly = runtime.offloads and options.n_gpu_layers > 0
     grown = meter.grown_mib()
     return runtime, floor if grown is None else grown if partly else max(grown, floor)
+
+
+async def _run(
+    loop: DecodeLoop, answer: Answer, generations: list[Generation], *, stream: bool
+) -> AsyncGenerator[bytes, None]:
+    """The answer's bytes. The decode loop hears of it with the first one that is asked for, and of its end."""
+    chunks = answer.stream() if stream else answer.whole()
+    try:
+        for generation in generations:
+            loop.submit(generation)
+        async for chunk in chunks:
+            yield chunk
+    finally:
+        for generation in generations:
+            loop.cancel(generation)
+        answer.update_report()
+        await chunks.aclose()
 
 
 def _close_loaded(loading: asyncio.Future[tuple[Runtime, int]]) -> None:

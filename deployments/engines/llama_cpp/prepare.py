@@ -1,7 +1,7 @@
 """From a call to the generations it needs: checks the body, renders the prompt, tokenizes it, builds the samplers.
 
 Everything here happens before the decode loop hears of the request, so that a refusal costs the running streams
-nothing. Nothing blocks the event loop for long: see `LlamaCppEngine.generate`, which runs `prepare` in a thread when
+nothing. Nothing blocks the event loop for long: see `LlamaCppEngine.call`, which runs `prepare` in a thread when
 the request is large.
 """
 
@@ -53,9 +53,9 @@ class Preparer:
     def prepare(self, call: Call) -> Prepared:
         """Raises `InvalidRequest` and its kin; touches no engine state."""
         if call.path == CHAT_PATH:
-            return self._chat(call.body)
+            return self._chat(call.json)
         if call.path == COMPLETIONS_PATH:
-            return self._completion(call.body)
+            return self._completion(call.json)
         raise InvalidRequest(f"this model does not serve {call.path}")
 
     def _chat(self, body: Mapping[str, Any]) -> Prepared:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
-from deployments.engines.llama_cpp.engine import LlamaCppEngine
-from deployments.engines.protocol import Call
+from deployments.engines.protocol import Call, Engine
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -17,22 +18,29 @@ def ask(text: str, **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 24, **fields}
 
 
-async def body(engine: LlamaCppEngine, fields: dict[str, Any], path: str = CHAT) -> dict[str, Any]:
-    items = [item async for item in engine.generate(Call(path, fields, "r"))]
+async def stream_of(engine: Engine, call: Call) -> AsyncGenerator[bytes, None]:
+    """The bytes of the answer to a call."""
+    async with aclosing((await engine.call(call)).chunks) as answer:
+        async for chunk in answer:
+            yield chunk
+
+
+async def body(engine: Engine, fields: dict[str, Any], path: str = CHAT) -> dict[str, Any]:
+    items = [item async for item in stream_of(engine, Call(path, fields, "r"))]
     assert len(items) == 1
     answer: dict[str, Any] = json.loads(items[0])
     return answer
 
 
-async def text(engine: LlamaCppEngine, fields: dict[str, Any]) -> str:
+async def text(engine: Engine, fields: dict[str, Any]) -> str:
     content: str = (await body(engine, fields))["choices"][0]["message"]["content"]
     return content
 
 
-async def events(engine: LlamaCppEngine, fields: dict[str, Any], path: str = CHAT) -> list[dict[str, Any]]:
+async def events(engine: Engine, fields: dict[str, Any], path: str = CHAT) -> list[dict[str, Any]]:
     """The stream's events, after checking how it is framed."""
     raw = b""
-    async for item in engine.generate(Call(path, {**fields, "stream": True}, "r")):
+    async for item in stream_of(engine, Call(path, {**fields, "stream": True}, "r")):
         assert item.endswith(b"\n\n"), "an event was split"
         raw += item
     parts = raw.decode().split("\n\n")

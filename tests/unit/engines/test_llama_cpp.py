@@ -30,7 +30,7 @@ from cluster.errors import (
 from deployments.engines.llama_cpp.engine import LlamaCppEngine
 from deployments.engines.llama_cpp.loop import COMPUTE_NICE
 from deployments.engines.protocol import Call
-from tests.unit.engines.drive import CHAT, COMPLETIONS, ask, body, events, text
+from tests.unit.engines.drive import CHAT, COMPLETIONS, ask, body, events, stream_of, text
 
 SEA = "Write one sentence about the sea."
 WEATHER = {
@@ -135,7 +135,7 @@ async def test_a_long_prompt_does_not_stall_a_running_stream(engine: LlamaCppEng
     running = asyncio.Event()
 
     async def short() -> None:
-        async for _ in engine.generate(Call(CHAT, ask(SEA, stream=True, max_tokens=60, ignore_eos=True), "s")):
+        async for _ in stream_of(engine, Call(CHAT, ask(SEA, stream=True, max_tokens=60, ignore_eos=True), "s")):
             order.append("s")
             running.set()
 
@@ -143,7 +143,7 @@ async def test_a_long_prompt_does_not_stall_a_running_stream(engine: LlamaCppEng
         await running.wait()
         order.append("submitted")
         prompt = " ".join(str(number) for number in range(150))
-        async for _ in engine.generate(Call(CHAT, ask(prompt, stream=True, max_tokens=1), "l")):
+        async for _ in stream_of(engine, Call(CHAT, ask(prompt, stream=True, max_tokens=1), "l")):
             order.append("l")
 
     await asyncio.gather(short(), long())
@@ -153,7 +153,9 @@ async def test_a_long_prompt_does_not_stall_a_running_stream(engine: LlamaCppEng
 
 
 async def test_closing_the_iterator_frees_the_sequence(engine: LlamaCppEngine) -> None:
-    async with aclosing(engine.generate(Call(CHAT, ask(SEA, stream=True, max_tokens=900, ignore_eos=True), "c"))) as s:  # type: ignore[type-var]
+    async with aclosing(
+        stream_of(engine, Call(CHAT, ask(SEA, stream=True, max_tokens=900, ignore_eos=True), "c"))
+    ) as s:
         async for _ in s:
             break
         assert not loop_of(engine).idle
@@ -390,7 +392,7 @@ async def test_unload_during_a_call_fails_it_and_is_idempotent(smollm2: str) -> 
     await engine.load(progress.append)
     assert progress == sorted(progress)
     assert progress[-1] == 1.0
-    stream = engine.generate(Call(CHAT, ask(SEA, stream=True, max_tokens=400, ignore_eos=True), "u"))
+    stream = stream_of(engine, Call(CHAT, ask(SEA, stream=True, max_tokens=400, ignore_eos=True), "u"))
     assert b"data: " in await anext(stream)
     waiting = [asyncio.ensure_future(text(engine, ask(SEA, max_tokens=400, ignore_eos=True))) for _ in range(3)]
     await asyncio.sleep(0)

@@ -11,11 +11,11 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from cluster.errors import InvalidRequest, UnsupportedParameter
 from deployments.engines.chat.logprobs import TokenLogprob
-from deployments.engines.chat.metrics import Timing, metrics_object
+from deployments.engines.chat.metrics import metrics_object
 from deployments.engines.chat.request import ResponseFormat, chat_options, completion_options
 from deployments.engines.chat.tools import ToolCall, ToolDelta
 from deployments.engines.chat.wire import ChatWriter, Choice, CompletionWriter, usage_object
-from deployments.engines.protocol import Call
+from deployments.engines.protocol import Call, Report
 
 SCORES = [TokenLogprob(b"He", -0.5, ((b"He", -0.5), (b"\xf0\x9f", -1.5))), TokenLogprob("é\n".encode(), -2.0)]
 USAGE = usage_object(3, 2, 1)
@@ -101,12 +101,15 @@ def test_completion_stream_and_body() -> None:
 
 def test_metrics_nest_and_say_null_for_the_unknown() -> None:
     call = Call("/v1/chat/completions", {}, "r", queue_wait_ms=5, load_wait_ms=7, pool_elapsed_ms=20)
-    known = metrics_object(call, Timing(1.0, 0.01, 0.1, 0.3, 0.9), 10, 40)
+    report = Report(10, 0, 40, ttft_ms=300.0, total_ms=1000.0, tokenize_ms=10.0, queue_ms=90.0, backend_ms=800.0)
+    known = metrics_object(call, report)
     assert known["pool_total_wall_ms"] >= known["engine_total_wall_ms"] >= known["backend_inference_wall_ms"]
     assert known["engine_tokens_per_second"] == 50.0
     assert known["gpu_time_to_first_token_ms"] == 200.0
-    unknown = metrics_object(call, Timing(1.0), 10, 0)
+    assert known["gpu_decode_after_first_token_ms"] == 600.0
+    unknown = metrics_object(call, Report(total_ms=1000.0))
     assert unknown["backend_inference_wall_ms"] is None
+    assert unknown["pool_total_wall_ms"] == 1020.0
     assert set(unknown) == set(known)
 
 
