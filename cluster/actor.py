@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from cluster import effects, watchdog
-from cluster.announcements import Asked, HolderState, ReplicaState
+from cluster.announcements import HolderState, ReplicaState
 from cluster.ledger.events import (
     ConfigChanged,
     Grant,
@@ -40,7 +40,9 @@ from cluster.ledger.events import (
 )
 from cluster.ledger.ledger import Ledger
 from cluster.ledger.specs import PoolSpec
-from cluster.operator_calls import OperatorCalls, Outcome, refuse_unload
+from cluster.metrics import Outcome
+from cluster.operator_calls import Ended, OperatorCalls, refuse_unload
+from cluster.request import Request
 
 logger = logging.getLogger("slotpool.ledger")
 
@@ -92,29 +94,27 @@ class LedgerActor:
 
     # --- the request path ---------------------------------------------------------------------------------------
 
-    async def acquire(
-        self, request: str, holder: str, model: str, priority: int, timeout_s: float, keep_alive_s: float | None
-    ) -> Grant | Reject:
-        """Wait for a slot. Parks until the request is granted, refused or out of time; idempotent by `request`."""
-        answer = await asyncio.shield(self._arrive(request, holder, model, priority, timeout_s, keep_alive_s))
-        self._parked.pop(request, None)
+    async def acquire(self, holder: str, request: Request) -> Grant | Reject:
+        """Wait for a slot. Parks until the request is granted, refused or out of time; idempotent by its id."""
+        answer = await asyncio.shield(self._arrive(holder, request))
+        self._parked.pop(request.id, None)
         return answer
 
-    async def acquire_now(self, asked: list[Asked]) -> list[Grant | Reject | None]:
+    async def acquire_now(self, holder: str, requests: list[Request]) -> list[Grant | Reject | None]:
         """Many arrivals in one message. What is decided at once is answered, None stands for a request that waits.
 
         Its answer is kept until the caller takes it with `acquire` under the same id, or gives up with `settle`.
         """
-        answers = [self._arrive(*each) for each in asked]
+        answers = [self._arrive(holder, request) for request in requests]
         decided = [answer.result() if answer.done() else None for answer in answers]
-        for each, answer in zip(asked, decided, strict=True):
+        for request, answer in zip(requests, decided, strict=True):
             if answer is not None:
-                self._parked.pop(each.request, None)
+                self._parked.pop(request.id, None)
         return decided
 
-    async def settle(self, settled: list[tuple[str, int | None]]) -> None:
+    async def settle(self, settled: list[tuple[str, int | None, Outcome | None]]) -> None:
         """Give leases back, each by its request and generation; with None the client has left, wherever it stood."""
-        for request, generation in settled:
+        for request, generation, _ in settled:
             if generation is not None:
                 self._post(LeaseReleased(request, generation))
                 continue
@@ -135,16 +135,17 @@ class LedgerActor:
         self._post(ReplicaStarted(state.model, state.replica, state.node))
         if state.failed is not None:
             self._post(ReplicaFailed(state.replica, state.failed))
-        elif state.ready:
-            self._post(ReplicaReady(state.replica, state.memory_mib))
+        elif state.engine is not None:
+            self._post(ReplicaReady(state.replica, state.engine.memory_mib))
         await self._park_while_alive(state.actor_id)
 
     async def attach_holder(self, state: HolderState) -> None:
         """Announce an ingress with the leases it holds, and the configuration it runs. Parks like a replica's."""
         self._holder_of_actor[state.actor_id] = state.holder
-        if state.spec != self._spec:
-            self._spec = state.spec
-            self._post(ConfigChanged(state.spec))
+        spec = state.configuration.pool.spec()
+        if spec != self._spec:
+            self._spec = spec
+            self._post(ConfigChanged(spec))
             await self._follow_servers()
         for lease in state.leases:
             self._post(LeaseReannounced(lease.request, lease.holder, lease.model, lease.replica, lease.generation))
@@ -183,7 +184,7 @@ class LedgerActor:
 
     # --- operators ----------------------------------------------------------------------------------------------
 
-    async def load(self, model: str, replicas: int) -> Outcome:
+    async def load(self, model: str, replicas: int) -> Ended:
         """Load so many replicas, all or none. Parks until they are ready, refused, or have failed and are gone."""
         await self._recovered()
         for command in self._post(LoadRequested(model, replicas)):
@@ -191,7 +192,7 @@ class LedgerActor:
                 return command
         return await self._operators.until(model, replicas)
 
-    async def unload(self, model: str) -> Outcome:
+    async def unload(self, model: str) -> Ended:
         """Unload a model: its queue is refused, its streams finish. Parks until it is gone; refused while it loads."""
         await self._recovered()
         refusal = refuse_unload(model, self._ledger.model(model))
@@ -227,15 +228,16 @@ class LedgerActor:
 
     # --- inside -------------------------------------------------------------------------------------------------
 
-    def _arrive(
-        self, request: str, holder: str, model: str, priority: int, timeout_s: float, keep_alive_s: float | None
-    ) -> asyncio.Future[Grant | Reject]:
+    def _arrive(self, holder: str, request: Request) -> asyncio.Future[Grant | Reject]:
         """The answer to a request, which has arrived now or before."""
-        parked = self._parked.get(request)
+        parked = self._parked.get(request.id)
         if parked is None:
-            parked = self._parked[request] = _Parked(holder, asyncio.get_running_loop().create_future())
-            deadline = time.monotonic() + timeout_s
-            self._post(RequestArrived(request, holder, model, priority, deadline, keep_alive_s))
+            parked = self._parked[request.id] = _Parked(holder, asyncio.get_running_loop().create_future())
+            deadline = time.monotonic() + request.timeout_s
+            arrived = RequestArrived(
+                request.id, holder, request.model, request.priority, deadline, request.keep_alive_s
+            )
+            self._post(arrived)
         return parked.answer
 
     def _post(self, event: Any) -> list[Any]:

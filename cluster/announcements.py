@@ -1,40 +1,41 @@
-"""What the ledger actor is told: requests, and what replicas and ingresses say of themselves, complete each time."""
+"""What replicas and ingresses say of themselves to the ledger actor: complete, and again to each new life of it."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from cluster.config.version import Configuration
 from cluster.ledger.events import Grant
-from cluster.ledger.specs import PoolSpec
-
-
-class Asked(NamedTuple):
-    """One request of an ingress for a slot, as it travels to the ledger. `timeout_s` counts from its arrival there."""
-
-    request: str
-    holder: str
-    model: str
-    priority: int
-    timeout_s: float
-    keep_alive_s: float | None = None
+from cluster.orders import EngineState
 
 
 class ReplicaState(NamedTuple):
-    """One replica. `ready` is false while its engine loads; `failed` is why the load failed, if it did."""
+    """One replica. `started_at` is `time.time()` of its start, so that its age survives a restart of the ledger.
+
+    `engine` is what it has loaded, `failed` is why its load failed; with `loading` an order to load is being carried
+    out, so that another one is not needed.
+    """
 
     model: str
     replica: str
     actor_id: str
     node: str
-    ready: bool
+    started_at: float
+    engine: EngineState | None = None
     failed: str | None = None
-    memory_mib: int | None = None
+    loading: bool = False
 
 
 class HolderState(NamedTuple):
-    """One ingress, the configuration it runs, and the leases it holds, for a ledger that has forgotten them."""
+    """One ingress: the configuration it has, and all the leases it holds and the requests that wait for one.
+
+    What the ledger has in its books for this holder and stands in neither is released. `sent` is the number of the
+    holder's last message with arrivals: a state that a later message has overtaken says nothing about those.
+    """
 
     holder: str
     actor_id: str
-    spec: PoolSpec
+    configuration: Configuration
     leases: tuple[Grant, ...] = ()
+    waiting: tuple[str, ...] = ()
+    sent: int = 0

@@ -14,9 +14,10 @@ from typing import Any
 from ray.exceptions import RayActorError
 
 from cluster import effects, errors
-from cluster.announcements import Asked
 from cluster.ledger.events import Grant, LoadRefused, Reject
 from cluster.ledger.specs import PoolSpec
+from cluster.metrics import Outcome
+from cluster.request import Request
 
 #: Pause between two attempts to reach a ledger that is being restarted, in seconds.
 RETRY_S = 0.1
@@ -27,30 +28,29 @@ OPERATOR_PATIENCE_S = 30.0
 class LedgerClient:
     """Speaks to the ledger actor from one event loop. Making one blocks for a moment."""
 
-    def __init__(self, spec: PoolSpec) -> None:
+    def __init__(self, spec: PoolSpec, holder: str = "") -> None:
         self._spec = spec
+        self._holder = holder
         self._actor: Any = _ledger(spec)
-        self._asked: list[tuple[Asked, asyncio.Future[Grant | Reject | None]]] = []
+        self._asked: list[tuple[Request, asyncio.Future[Grant | Reject | None]]] = []
         self._unasked = asyncio.Event()
-        self._settled: list[tuple[str, int | None]] = []
+        self._settled: list[tuple[str, int | None, Outcome | None]] = []
         self._unsent = asyncio.Event()
         self._senders = [asyncio.create_task(self._send_asked()), asyncio.create_task(self._send_settled())]
 
-    async def acquire(
-        self, request: str, holder: str, model: str, priority: int, timeout_s: float, keep_alive_s: float | None = None
-    ) -> Grant:
-        """A lease on a slot of `model`. Waits at most `timeout_s`. Raises the `PoolError` that the ledger decides.
+    async def acquire(self, request: Request) -> Grant:
+        """A lease for a request. Waits at most its `timeout_s`. Raises the `PoolError` that the ledger decides.
 
         Cancelling this call takes the request out of the queue.
         """
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + request.timeout_s
         while True:
             left = deadline - time.monotonic()
-            asked = Asked(request, holder, model, priority, left, keep_alive_s)
+            asked = request._replace(timeout_s=left)
             try:
                 answer = await self._ask(asked)
                 if answer is None:
-                    answer = await self._actor.acquire.remote(*asked)
+                    answer = await self._actor.acquire.remote(self._holder, asked)
             except RayActorError:
                 if left <= 0:
                     raise errors.BackendTimeout("the scheduler could not be reached", phase="queued") from None
@@ -59,13 +59,13 @@ class LedgerClient:
             except BaseException:
                 # Besides CancelledError also Ray's TaskCancelledError: of a cancelled request and its remote calls,
                 # either can be the first to hear of it.
-                self._settle(request, None)
+                self._settle(request.id, None)
                 raise
             if isinstance(answer, Reject):
                 raise as_error(answer)
             return answer
 
-    async def _ask(self, asked: Asked) -> Grant | Reject | None:
+    async def _ask(self, asked: Request) -> Grant | Reject | None:
         answer: asyncio.Future[Grant | Reject | None] = asyncio.get_running_loop().create_future()
         self._asked.append((asked, answer))
         self._unasked.set()
@@ -85,7 +85,7 @@ class LedgerClient:
             if not batch:
                 continue
             try:
-                answers = await self._actor.acquire_now.remote([asked for asked, _ in batch])
+                answers = await self._actor.acquire_now.remote(self._holder, [asked for asked, _ in batch])
             except RayActorError as error:
                 for _, waiting in batch:
                     if not waiting.done():
@@ -95,12 +95,12 @@ class LedgerClient:
                 if not waiting.done():
                     waiting.set_result(answer)
 
-    def release(self, lease: Grant) -> None:
-        """Give a lease back; does not wait."""
-        self._settle(lease.request, lease.generation)
+    def release(self, lease: Grant, outcome: Outcome | None = None) -> None:
+        """Give a lease back, and say how its request ended; does not wait."""
+        self._settle(lease.request, lease.generation, outcome)
 
-    def _settle(self, request: str, generation: int | None) -> None:
-        self._settled.append((request, generation))
+    def _settle(self, request: str, generation: int | None, outcome: Outcome | None = None) -> None:
+        self._settled.append((request, generation, outcome))
         self._unsent.set()
 
     async def _send_settled(self) -> None:

@@ -22,7 +22,7 @@ class Done(NamedTuple):
     replicas: int
 
 
-Outcome = Done | LoadRefused
+Ended = Done | LoadRefused
 
 
 class _Call(NamedTuple):
@@ -30,7 +30,7 @@ class _Call(NamedTuple):
 
     model: str
     replicas: int
-    answer: asyncio.Future[Outcome]
+    answer: asyncio.Future[Ended]
 
 
 class OperatorCalls:
@@ -40,7 +40,7 @@ class OperatorCalls:
         self._ledger = ledger
         self._parked: list[_Call] = []
 
-    async def until(self, model: str, replicas: int) -> Outcome:
+    async def until(self, model: str, replicas: int) -> Ended:
         """Wait until so many replicas of a model are ready or have failed; with 0, until it is unloaded."""
         call = _Call(model, replicas, asyncio.get_running_loop().create_future())
         self._parked.append(call)
@@ -58,14 +58,14 @@ class OperatorCalls:
         for call in self._parked:
             if call.answer.done():
                 continue
-            outcome: Outcome | None = refused.get(call.model) if call.replicas else None
-            if outcome is None:
-                outcome = judge(call.model, call.replicas, self._ledger.model(call.model))
-            if outcome is not None:
-                call.answer.set_result(outcome)
+            ended: Ended | None = refused.get(call.model) if call.replicas else None
+            if ended is None:
+                ended = judge(call.model, call.replicas, self._ledger.model(call.model))
+            if ended is not None:
+                call.answer.set_result(ended)
 
 
-def judge(model: str, replicas: int, view: ModelView | None) -> Outcome | None:
+def judge(model: str, replicas: int, view: ModelView | None) -> Ended | None:
     """How a call has ended, by what the ledger knows of its model; None while it has not.
 
     A failure is told only when no process of it is left.

@@ -24,7 +24,9 @@ from cluster import effects, errors
 from cluster.announcements import HolderState
 from cluster.client import LedgerClient
 from cluster.config import PoolConfig, ServerEntry
+from cluster.config.version import Configuration
 from cluster.ledger.events import Grant
+from cluster.request import Request
 from deployments.direct import call_directly
 from deployments.engines.protocol import Call
 from deployments.sse import DONE, comment, error_event
@@ -58,17 +60,18 @@ class Gateway:
 
     def __init__(self, config: PoolConfig, handles: Mapping[str, Any]) -> None:
         self.config = config
-        self.ledger = LedgerClient(config.spec())
+        self._holder = uuid.uuid4().hex
+        self.ledger = LedgerClient(config.spec(), self._holder)
         self._handles = handles
         self._pinned: dict[str, Any] = {}
         self._upstreams: Upstreams | None = None
-        self._holder = uuid.uuid4().hex
         self._leases: dict[str, Grant] = {}
         self._actor_id, _ = effects.this_actor()
         self._attached = asyncio.create_task(self.ledger.stay_attached("attach_holder", self._state))
 
     def _state(self) -> HolderState:
-        return HolderState(self._holder, self._actor_id, self.config.spec(), tuple(self._leases.values()))
+        configuration = Configuration((0.0, 0), self.config)
+        return HolderState(self._holder, self._actor_id, configuration, tuple(self._leases.values()))
 
     async def stream(self, ask: Ask) -> AsyncGenerator[bytes, None]:
         """The answer of the engine: SSE events for a streaming body, one JSON body otherwise.
@@ -112,7 +115,15 @@ class Gateway:
         request = uuid.uuid4().hex
         waiting = asyncio.ensure_future(
             self.ledger.acquire(
-                request, self._holder, ask.model, ask.priority, self._left(ask, arrived), ask.keep_alive_s
+                Request(
+                    request,
+                    ask.model,
+                    ask.path,
+                    ask.priority,
+                    self._left(ask, arrived),
+                    ask.keep_alive_s,
+                    trace=ask.request_id,
+                )
             )
         )
         lease = None

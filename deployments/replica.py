@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator
 
@@ -20,6 +21,7 @@ from cluster.client import LedgerClient
 from cluster.config import PoolConfig
 from cluster.errors import BackendTimeout, BackendUnavailable, PoolError, ReplicaGone
 from cluster.ledger.events import Grant
+from cluster.orders import Address, EngineState
 from deployments.coalesce import coalesce
 from deployments.direct import DirectServer
 from deployments.engines.build import build_engine
@@ -58,6 +60,7 @@ class Replica:
 
     async def __init__(self, config: PoolConfig, model: str) -> None:  # type: ignore[misc]
         self._model = model
+        self._started_at = time.time()
         self._uid: str = serve.get_replica_context().replica_id.unique_id
         self._model_config = config.models[model]
         self._engine: Engine | None = None
@@ -81,9 +84,14 @@ class Replica:
         ]
 
     def _state(self) -> ReplicaState:
-        memory_mib = self._engine.info().memory_mib if self._engine else None
-        ready = self._engine is not None
-        return ReplicaState(self._model, self._uid, self._actor_id, self._node, ready, self._failed, memory_mib)
+        engine = None
+        if self._engine is not None:
+            address = Address(self._node, str(effects.socket_path(self._uid)))
+            revision = self._model_config.revision
+            engine = EngineState(address, os.getpid(), self._engine.info().memory_mib, None, revision)
+        return ReplicaState(
+            self._model, self._uid, self._actor_id, self._node, self._started_at, engine, self._failed, engine is None
+        )
 
     async def _load(self) -> Engine:
         """The engine, once it serves. Its progress is told through the event loop, so not before there is a ledger."""

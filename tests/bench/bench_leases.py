@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from cluster import effects
 from cluster.client import LedgerClient
 from cluster.config import load_config
+from cluster.request import Request
 from tests.pool import fake, local_serve, running_pool
 
 MODELS = {"m": {**fake(), "target_inflight": 256, "min_replicas": 1}}
@@ -34,15 +35,15 @@ Cycle = Callable[[str], Awaitable[None]]
 
 def batched(client: LedgerClient) -> Cycle:
     async def cycle(request: str) -> None:
-        client.release(await client.acquire(request, "bench", "m", 2, 60.0))
+        client.release(await client.acquire(Request(request, "m", timeout_s=60.0)))
 
     return cycle
 
 
 def one_by_one(actor: Any) -> Cycle:
     async def cycle(request: str) -> None:
-        lease = await actor.acquire.remote(request, "bench", "m", 2, 60.0, None)
-        actor.settle.remote([(request, lease.generation)])
+        lease = await actor.acquire.remote("bench", Request(request, "m", timeout_s=60.0))
+        actor.settle.remote([(request, lease.generation, None)])
 
     return cycle
 
@@ -60,7 +61,7 @@ async def rate(cycle: Cycle, name: str, clients: int, leases: int) -> float:
 
 
 async def compare(leases: int) -> dict[str, dict[int, float]]:
-    client = LedgerClient(load_config({"models": MODELS}, environ={}).spec())
+    client = LedgerClient(load_config({"models": MODELS}, environ={}).spec(), "bench")
     cycles = {"one by one": one_by_one(effects.find_ledger()), "batched": batched(client)}
     rates: dict[str, dict[int, float]] = {name: {} for name in cycles}
     print(f"{'clients':<10}" + "".join(f"{name + ' /s':>16}" for name in cycles))
