@@ -132,7 +132,8 @@ class LedgerActor:
     async def attach_replica(self, state: ReplicaState) -> None:
         """Announce a replica. Parks for as long as this ledger lives, so that its end is an event for the caller."""
         self._replica_of_actor[state.actor_id] = state.replica
-        self._post(ReplicaStarted(state.model, state.replica, state.node))
+        # Its engine loads unasked, from its start.
+        self._post(ReplicaStarted(state.model, state.replica, state.node, loading=True))
         if state.failed is not None:
             self._post(ReplicaFailed(state.replica, state.failed))
         elif state.engine is not None:
@@ -148,7 +149,16 @@ class LedgerActor:
             self._post(ConfigChanged(spec))
             await self._follow_servers()
         for lease in state.leases:
-            self._post(LeaseReannounced(lease.request, lease.holder, lease.model, lease.replica, lease.generation))
+            self._post(
+                LeaseReannounced(
+                    lease.request,
+                    lease.holder,
+                    lease.model,
+                    lease.replica,
+                    lease.generation,
+                    slots=len(lease.slots),
+                )
+            )
         await self._park_while_alive(state.actor_id)
 
     async def replica_progress(self, replica: str, fraction: float) -> None:

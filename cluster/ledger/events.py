@@ -19,6 +19,8 @@ class RequestArrived(NamedTuple):
     """A request wants a slot of `model`. `priority` 1 is high, 2 medium, 3 low; `deadline` is absolute.
 
     `keep_alive_s` is how long the model should stay after this request: None = the model's idle timeout, -1 = pin.
+    `slots` is how many sequences it will run at once: it gets so many slots of one replica, or all that a replica has.
+    `principal` is who asks: the name of an API key.
     """
 
     request: str
@@ -27,6 +29,8 @@ class RequestArrived(NamedTuple):
     priority: int
     deadline: float
     keep_alive_s: float | None = None
+    slots: int = 1
+    principal: str = "anonymous"
 
 
 class RequestCancelled(NamedTuple):
@@ -48,19 +52,40 @@ class HolderDied(NamedTuple):
     holder: str
 
 
+class HolderAnnounced(NamedTuple):
+    """All that a holder holds, as (request, generation), and all that it has asked for and not settled.
+
+    What the ledger has for it beyond that was given up by a message that was lost, and ends now.
+    """
+
+    holder: str
+    leases: tuple[tuple[str, int], ...]
+    waiting: tuple[str, ...]
+
+
 class ReplicaStarted(NamedTuple):
-    """A replica process of `model` exists and has begun to load its engine."""
+    """A replica process of `model` exists. `started_at` (any clock, the same for all) orders the replicas of a model.
+
+    `loading`: its engine is loaded, is being loaded or has failed already, so no `LoadEngine` is wanted.
+    """
 
     model: str
     replica: str
     node: str
+    started_at: float = 0.0
+    loading: bool = False
 
 
 class ReplicaReady(NamedTuple):
-    """The engine of a replica serves. `memory_mib` is what it was seen to take (None = not measured)."""
+    """The engine of a replica serves. `memory_mib` is what it was seen to take (None = not measured).
+
+    `address` is where it listens; the ledger only passes it on. `devices` are those that its process really has.
+    """
 
     replica: str
     memory_mib: int | None = None
+    address: Any = None
+    devices: tuple[str, ...] | None = None
 
 
 class ReplicaFailed(NamedTuple):
@@ -68,6 +93,19 @@ class ReplicaFailed(NamedTuple):
 
     replica: str
     reason: str
+
+
+class EngineDied(NamedTuple):
+    """The engine of a replica is confirmed dead, with all that it did; the replica itself lives and can load again."""
+
+    replica: str
+    reason: str
+
+
+class ReplicaSuspected(NamedTuple):
+    """A holder of a lease saw that a replica's engine hangs."""
+
+    replica: str
 
 
 class ReplicaGone(NamedTuple):
@@ -113,6 +151,7 @@ class LeaseReannounced(NamedTuple):
     replica: str
     generation: int
     priority: int = 2
+    slots: int = 1
 
 
 class ServerManifest(NamedTuple):
@@ -137,16 +176,20 @@ class Ticked(NamedTuple):
 
 
 class Grant(NamedTuple):
-    """A slot is leased to `request`. `load_wait_s` is the part of `queue_wait_s + load_wait_s` spent on a load."""
+    """Slots are leased to `request`. `load_wait_s` is the part of `queue_wait_s + load_wait_s` spent on a load.
+
+    `address` is what the replica's `ReplicaReady` said.
+    """
 
     request: str
     holder: str
     model: str
     replica: str
-    slot: int
+    slots: tuple[int, ...]
     generation: int
     queue_wait_s: float
     load_wait_s: float
+    address: Any = None
 
 
 class Reject(NamedTuple):
@@ -178,6 +221,20 @@ class Reopen(NamedTuple):
     replica: str
 
 
+class LoadEngine(NamedTuple):
+    """A replica shall load its engine on these devices of its node."""
+
+    replica: str
+    model: str
+    devices: tuple[int, ...]
+
+
+class RestartEngine(NamedTuple):
+    """A replica shall kill its engine, which hangs; `EngineDied` then says that it is dead."""
+
+    replica: str
+
+
 class LoadRefused(NamedTuple):
     """A `LoadRequested` changed nothing: not all of its replicas can be placed. Fields as in `Reject`."""
 
@@ -192,9 +249,12 @@ Event = (
     | RequestCancelled
     | LeaseReleased
     | HolderDied
+    | HolderAnnounced
     | ReplicaStarted
     | ReplicaReady
     | ReplicaFailed
+    | EngineDied
+    | ReplicaSuspected
     | ReplicaGone
     | NodesChanged
     | ConfigChanged
@@ -205,4 +265,4 @@ Event = (
     | ServerSuspected
     | Ticked
 )
-Command = Grant | Reject | SetDesired | Quiesce | Reopen | LoadRefused
+Command = Grant | Reject | SetDesired | Quiesce | Reopen | LoadEngine | RestartEngine | LoadRefused

@@ -27,7 +27,9 @@ from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.events import (
     Command,
     ConfigChanged,
+    EngineDied,
     Event,
+    HolderAnnounced,
     HolderDied,
     LeaseReannounced,
     LeaseReleased,
@@ -37,6 +39,7 @@ from cluster.ledger.events import (
     ReplicaGone,
     ReplicaReady,
     ReplicaStarted,
+    ReplicaSuspected,
     RequestArrived,
     RequestCancelled,
     ServerManifest,
@@ -44,7 +47,7 @@ from cluster.ledger.events import (
     Ticked,
     UnloadRequested,
 )
-from cluster.ledger.handlers import machines, operators, replicas, requests, server_events, server_slots
+from cluster.ledger.handlers import holders, machines, operators, replicas, requests, server_events, server_slots
 from cluster.ledger.handlers.validate import fault
 from cluster.ledger.specs import PoolSpec
 
@@ -59,11 +62,14 @@ _HANDLERS: dict[type[Any], Callable[[Pool, Any, float], None]] = {
     RequestArrived: requests.request_arrived,
     RequestCancelled: requests.request_cancelled,
     LeaseReleased: requests.lease_released,
-    HolderDied: requests.holder_died,
-    LeaseReannounced: requests.lease_reannounced,
+    HolderDied: holders.holder_died,
+    HolderAnnounced: holders.holder_announced,
+    LeaseReannounced: holders.lease_reannounced,
     ReplicaStarted: replicas.replica_started,
     ReplicaReady: replicas.replica_ready,
     ReplicaFailed: replicas.replica_failed,
+    EngineDied: replicas.engine_died,
+    ReplicaSuspected: replicas.replica_suspected,
     ReplicaGone: replicas.replica_gone,
     NodesChanged: machines.nodes_changed,
     ConfigChanged: operators.config_changed,
@@ -80,6 +86,7 @@ _WITH_SERVERS: dict[type[Any], Callable[[Pool, Any, float], None]] = {
     RequestCancelled: server_events.request_cancelled,
     LeaseReleased: server_events.lease_released,
     HolderDied: server_events.holder_died,
+    HolderAnnounced: server_events.holder_announced,
     LeaseReannounced: server_events.lease_reannounced,
 }
 

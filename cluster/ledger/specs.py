@@ -14,6 +14,8 @@ class ModelSpec:
 
     `group` names models that are placed with an eye on each other: with `group_share` False (the default) no two
     models of the group stand on one device, with True a replica only goes where another of the group already is.
+    `devices` are the only ones that it may stand on: "0" (of any node), "node/1", "GPU-uuid" or "node/GPU-uuid"; empty
+    means any. A node is named as in `NodeSpec.name` or one of its `hosts`.
     `revision` is any text that changes whenever the engine's own configuration did: replicas of an older revision
     are drained and started anew on demand.
     """
@@ -36,13 +38,15 @@ class ModelSpec:
     group: str | None = None
     group_share: bool = False
     revision: str = ""
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class NodeSpec:
     """One machine of the cluster: whole devices, CPUs, and device memory in MiB (0 = unknown, not limited).
 
-    `memory_mib` is the budget of the whole node, `device_memory_mib` that of each of its devices.
+    `memory_mib` is the budget of the whole node, `device_memory_mib` that of each of its devices. `device_uuids` are
+    the driver's names of the devices, in order, and `hosts` other names by which people know the node.
     """
 
     name: str
@@ -50,6 +54,8 @@ class NodeSpec:
     cpus: float = 0.0
     memory_mib: int = 0
     device_memory_mib: int = 0
+    device_uuids: tuple[str, ...] = ()
+    hosts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

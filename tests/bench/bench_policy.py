@@ -217,7 +217,7 @@ class Rival:
         self.generation += 1
         place.leases[request.request] = now
         place.used = now
-        out.append(Grant(request.request, request.holder, request.model, place.uid, 0, self.generation, 0.0, 0.0))
+        out.append(Grant(request.request, request.holder, request.model, place.uid, (0,), self.generation, 0.0, 0.0))
 
     def can_grant(self, place: Place | None) -> bool:
         return place is not None and place.state == "ready" and len(place.leases) < self.slots[place.model]

@@ -16,6 +16,7 @@ from cluster.ledger.events import (
     HolderDied,
     LeaseReannounced,
     LeaseReleased,
+    LoadEngine,
     LoadRefused,
     LoadRequested,
     Quiesce,
@@ -108,8 +109,8 @@ class Outside:
         assert seen.state is READY, f"{grant} goes to {seen}"
         assert not sent.answered, f"{grant} was answered before"
         assert sent.holder not in self.dead, f"{grant} goes to a dead holder"
-        taken = {self.sent[each].grant.slot for each in seen.leases}  # type: ignore[union-attr]
-        assert grant.slot not in taken, f"slot {grant.slot} of {seen} is leased twice"
+        taken = {slot for each in seen.leases for slot in self.sent[each].grant.slots}  # type: ignore[union-attr]
+        assert not taken & set(grant.slots), f"slots {grant.slots} of {seen} are leased twice"
         assert len(seen.leases) < MODELS[seen.model].slots, f"{seen} is full"
         # Who was sent to a fallback waits in another line.
         if sent.model == seen.model and not MODELS[sent.model].fallbacks:
@@ -153,6 +154,9 @@ class Outside:
         seen = self.seen[command.replica]
         assert seen.state is DRAINING, f"{command} of {seen}"
         seen.state = READY
+
+    def _loadengine(self, command: LoadEngine) -> None:
+        assert self.seen[command.replica].state is STARTING, f"{command} of {self.seen[command.replica]}"
 
     def _loadrefused(self, command: LoadRefused) -> None:
         assert command.model in MODELS

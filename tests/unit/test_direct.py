@@ -15,7 +15,7 @@ from cluster.ledger.events import Grant
 from deployments.direct import DirectServer, call_directly
 from deployments.engines.protocol import Call
 
-LEASE = Grant("r1", "h1", "m", "uid", 0, 1, 0.0, 0.0)
+LEASE = Grant("r1", "h1", "m", "uid", (0,), 1, 0.0, 0.0)
 
 
 def call(**body: object) -> Call:

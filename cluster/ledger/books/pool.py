@@ -16,7 +16,7 @@ from cluster.ledger.books.queue import INFINITY, Deadlines
 from cluster.ledger.books.records import Lease, Model, Replica, Waiter
 from cluster.ledger.books.servers import Servers
 from cluster.ledger.books.shapes import Place
-from cluster.ledger.events import Command, Grant, LeaseReannounced, Quiesce, Reject, Reopen, SetDesired
+from cluster.ledger.events import Command, Grant, LeaseReannounced, Quiesce, Reject, Reopen, ReplicaReady, SetDesired
 from cluster.ledger.specs import PoolSpec
 from cluster.ledger.states import TRANSITIONS, Cause, ReplicaState
 
@@ -85,7 +85,7 @@ class Pool:
         self.released = Memory(4096, 60.0)
         self.dead_holders = Memory(1024, 600.0)
         self.dead_replicas = Memory(4096, 600.0)
-        self.early_ready: dict[str, int | None] = {}
+        self.early_ready: dict[str, ReplicaReady] = {}
         self.orphans: dict[str, dict[str, LeaseReannounced]] = {}
         # learned of the whole pool: what a stop takes, and what a drain takes (at first, what the longest lease took)
         self.stop_s = 0.0
@@ -168,7 +168,19 @@ class Pool:
         replica = lease.replica
         queued, loading = lease.waits
         name, uid = replica.model.name, replica.uid or ""
-        self.out.append(Grant(lease.request, lease.holder, name, uid, lease.slot, lease.generation, queued, loading))
+        self.out.append(
+            Grant(
+                lease.request,
+                lease.holder,
+                name,
+                uid,
+                (lease.slot,),
+                lease.generation,
+                queued,
+                loading,
+                replica.address,
+            )
+        )
 
     def hand_over(self, lease: Lease, waiter: Waiter, now: float, waits: tuple[float, float]) -> Lease:
         """A slot goes straight from one request to one that waits: the replica is as full as before."""

@@ -86,8 +86,10 @@ class Replica:
     """One replica record. `uid` is the process that announced itself; None as long as none did."""
 
     __slots__ = (
+        "address",
         "adopted",
         "claim",
+        "devices",
         "free",
         "idle_since",
         "leases",
@@ -98,6 +100,7 @@ class Replica:
         "since",
         "slots",
         "state",
+        "suspected",
         "uid",
     )
 
@@ -115,6 +118,10 @@ class Replica:
         self.free = list(range(self.slots - 1, -1, -1))
         self.adopted = False
         self.claim: Claim | None = None
+        # what its engine process said of itself
+        self.address: object = None
+        self.devices: tuple[str, ...] | None = None
+        self.suspected = False
 
     def __repr__(self) -> str:
         return f"<Replica {self.model.name}/{self.uid or '?'} {self.state.name} {len(self.leases)}/{self.slots}>"

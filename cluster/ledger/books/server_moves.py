@@ -31,7 +31,9 @@ def hold(pool: Pool, lease: ServerLease) -> None:
 def announce(pool: Pool, lease: ServerLease) -> None:
     """Tell the holder of its lease; told twice it changes nothing."""
     url = lease.server.spec.url
-    pool.out.append(Grant(lease.request, lease.holder, lease.model, url, lease.slot, lease.generation, *lease.waits))
+    # A server takes one request as one, however many sequences it runs for it: that is the server's own business.
+    slots = (lease.slot,)
+    pool.out.append(Grant(lease.request, lease.holder, lease.model, url, slots, lease.generation, *lease.waits))
 
 
 def release(pool: Pool, lease: ServerLease, now: float) -> None:

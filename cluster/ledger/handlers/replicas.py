@@ -6,8 +6,18 @@ import logging
 
 from cluster.ledger.books.pool import Pool
 from cluster.ledger.books.records import Model, Replica
-from cluster.ledger.events import ReplicaFailed, ReplicaGone, ReplicaReady, ReplicaStarted
-from cluster.ledger.handlers.requests import lease_reannounced, refuse_or_reroute
+from cluster.ledger.events import (
+    EngineDied,
+    LoadEngine,
+    ReplicaFailed,
+    ReplicaGone,
+    ReplicaReady,
+    ReplicaStarted,
+    ReplicaSuspected,
+    RestartEngine,
+)
+from cluster.ledger.handlers.holders import lease_reannounced
+from cluster.ledger.handlers.requests import refuse_or_reroute
 from cluster.ledger.rules import policy
 from cluster.ledger.states import Cause, ReplicaState
 
@@ -37,10 +47,13 @@ def replica_started(pool: Pool, event: ReplicaStarted, now: float) -> None:
         replica.uid = event.replica
         pool.replicas[event.replica] = replica
         pool.touched[model] = None
+        if not event.loading:
+            pool.out.append(LoadEngine(event.replica, model.name, replica.place.devices))
     else:
         _adopt(pool, model, event, now)
-    if event.replica in pool.early_ready:
-        replica_ready(pool, ReplicaReady(event.replica, pool.early_ready.pop(event.replica)), now)
+    early = pool.early_ready.pop(event.replica, None)
+    if early is not None:
+        replica_ready(pool, early, now)
 
 
 def _adopt(pool: Pool, model: Model, event: ReplicaStarted, now: float) -> None:
@@ -69,11 +82,12 @@ def replica_ready(pool: Pool, event: ReplicaReady, now: float) -> None:
     replica = pool.replicas.get(event.replica)
     if replica is None:
         if event.replica not in pool.dead_replicas and len(pool.early_ready) < MAX_EARLY:
-            pool.early_ready[event.replica] = event.memory_mib
+            pool.early_ready[event.replica] = event
         return
     if replica.state is not ReplicaState.STARTING:
         log.info("%r is ready: ignored", replica)
         return
+    replica.address, replica.devices = event.address, event.devices
     model = replica.model
     took = now - replica.since
     if not replica.adopted:
@@ -111,6 +125,20 @@ def replica_failed(pool: Pool, event: ReplicaFailed, now: float) -> None:
     pool.revoke(replica, now)
     pool.move(replica, Cause.FAILED, now)
     back_off(pool, replica.model, event.reason, now)
+
+
+def engine_died(pool: Pool, event: EngineDied, now: float) -> None:
+    replica_failed(pool, ReplicaFailed(event.replica, event.reason), now)
+
+
+def replica_suspected(pool: Pool, event: ReplicaSuspected, now: float) -> None:
+    """An engine that hangs is killed, once; its death is then an event of its own."""
+    replica = pool.replicas.get(event.replica)
+    if replica is None or not replica.state.may_hold_leases or replica.suspected:
+        log.info("suspicion against replica %s ignored: unknown, not serving, or known", event.replica)
+        return
+    replica.suspected = True
+    pool.out.append(RestartEngine(event.replica))
 
 
 def replica_gone(pool: Pool, event: ReplicaGone, now: float) -> None:

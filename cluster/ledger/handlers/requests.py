@@ -1,4 +1,4 @@
-"""What requests and their holders do: arrive, leave, release, die, and come back after a restart of the ledger.
+"""What requests do: arrive, leave, and give their leases back.
 
 The two hot paths, an arrival that finds a free slot and a release, touch a handful of dictionaries and never reach
 the decision tree.
@@ -11,7 +11,7 @@ import logging
 from cluster.ledger.books.pool import Pool
 from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.records import Model, Waiter
-from cluster.ledger.events import HolderDied, LeaseReannounced, LeaseReleased, RequestArrived, RequestCancelled
+from cluster.ledger.events import LeaseReleased, RequestArrived, RequestCancelled
 from cluster.ledger.handlers import server_slots
 from cluster.ledger.rules import policy
 from cluster.ledger.states import ReplicaState
@@ -20,11 +20,9 @@ log = logging.getLogger(__name__)
 
 READY, STARTING, DRAINING = ReplicaState.READY, ReplicaState.STARTING, ReplicaState.DRAINING
 
-MAX_ORPHANS = 10_000
-
 
 def request_arrived(pool: Pool, event: RequestArrived, now: float) -> None:
-    request, holder, name, _, deadline, _ = event
+    request, holder, name, _, deadline, _, _, _ = event
     lease = pool.leases.get(request)
     if lease is not None:
         pool.announce(lease)
@@ -194,7 +192,7 @@ def lease_released(pool: Pool, event: LeaseReleased, now: float) -> None:
         # since after a restart of the ledger its re-announcement may be slower than its release.
         log.info("release of unknown lease %s/%s ignored", event.request, event.generation)
         pool.released.add(f"{event.request}/{event.generation}", now)
-        _drop_orphan(pool, event.request, event.generation)
+        drop_orphan(pool, event.request, event.generation)
         return
     if lease.generation <= pool.inherited:
         # Its re-announcement may come a second time.
@@ -238,57 +236,13 @@ def request_cancelled(pool: Pool, event: RequestCancelled, now: float) -> None:
         pool.release(lease, now)
         pool.touched[lease.replica.model] = None
     else:
-        _drop_orphan(pool, event.request, None)
+        drop_orphan(pool, event.request, None)
         log.info("cancellation of unknown request %s remembered", event.request)
     # The arrival may still be on its way, or come a second time; nobody waits for it any more.
     pool.cancelled.add(event.request, now)
 
 
-def holder_died(pool: Pool, event: HolderDied, now: float) -> None:
-    pool.dead_holders.add(event.holder, now)
-    for orphans in pool.orphans.values():
-        for request in [each.request for each in orphans.values() if each.holder == event.holder]:
-            del orphans[request]
-    # A pass over everything, since holders are few, die seldom, and hold a good part of it; an index by holder would
-    # cost every single request four dictionary operations.
-    for waiter in [each for each in pool.waiters.values() if each.holder == event.holder]:
-        pool.dequeue(waiter)
-        pool.finished += 1
-        pool.touched[waiter.model] = None
-    for lease in [each for each in pool.leases.values() if each.holder == event.holder]:
-        pool.release(lease, now)
-        pool.touched[lease.replica.model] = None
-
-
-def lease_reannounced(pool: Pool, event: LeaseReannounced, now: float) -> None:
-    # The replica says which model it is; the event may name an alias, or what was asked for before a fallback.
-    if event.request in pool.leases or event.holder in pool.dead_holders:
-        log.info("re-announced lease %s ignored: known already, or of nobody", event.request)
-        return
-    ended = f"{event.request}/{event.generation}" in pool.released
-    if ended or event.request in pool.cancelled or event.replica in pool.dead_replicas:
-        log.info("re-announced lease %s ignored: it has ended", event.request)
-        return
-    replica = pool.replicas.get(event.replica)
-    if replica is None or replica.state is STARTING:
-        if sum(map(len, pool.orphans.values())) < MAX_ORPHANS:
-            pool.orphans.setdefault(event.replica, {})[event.request] = event
-        return
-    if replica.state is not READY or not replica.free:
-        log.warning("re-announced lease %s ignored: %r cannot hold it", event.request, replica)
-        return
-    waiter = pool.waiters.get(event.request)
-    if waiter is not None:
-        pool.dequeue(waiter)
-    else:
-        pool.submitted += 1
-    pool.inherited = max(pool.inherited, event.generation)
-    pool.generation = max(pool.generation, event.generation)
-    pool.lease(event.request, event.holder, replica, event.priority, now, generation=event.generation)
-    pool.touched[replica.model] = None
-
-
-def _drop_orphan(pool: Pool, request: str, generation: int | None) -> None:
+def drop_orphan(pool: Pool, request: str, generation: int | None) -> None:
     """Forget a re-announced lease whose replica has not come yet."""
     for orphans in pool.orphans.values():
         event = orphans.get(request)

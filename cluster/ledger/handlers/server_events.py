@@ -13,6 +13,7 @@ from cluster.ledger.books.pool import Pool
 from cluster.ledger.books.records import Model
 from cluster.ledger.books.servers import Server, ServerLease
 from cluster.ledger.events import (
+    HolderAnnounced,
     HolderDied,
     LeaseReannounced,
     LeaseReleased,
@@ -21,7 +22,7 @@ from cluster.ledger.events import (
     ServerManifest,
     ServerSuspected,
 )
-from cluster.ledger.handlers import requests
+from cluster.ledger.handlers import holders, requests
 from cluster.ledger.rules import policy
 from cluster.ledger.specs import ServerSpec
 
@@ -137,16 +138,25 @@ def lease_released(pool: Pool, event: LeaseReleased, now: float) -> None:
 
 
 def holder_died(pool: Pool, event: HolderDied, now: float) -> None:
-    requests.holder_died(pool, event, now)
+    holders.holder_died(pool, event, now)
     for lease in [each for each in pool.servers.leases.values() if each.holder == event.holder]:
         server_moves.release(pool, lease, now)
+
+
+def holder_announced(pool: Pool, event: HolderAnnounced, now: float) -> None:
+    holders.holder_announced(pool, event, now)
+    held, waiting = set(event.leases), set(event.waiting)
+    for lease in [each for each in pool.servers.leases.values() if each.holder == event.holder]:
+        if lease.request not in waiting and (lease.request, lease.generation) not in held:
+            log.warning("lease %s on %r is not known to its holder any more, released", lease.request, lease.server)
+            lease_released(pool, LeaseReleased(lease.request, lease.generation), now)
 
 
 def lease_reannounced(pool: Pool, event: LeaseReannounced, now: float) -> None:
     """A stream of the epoch before still runs on a server, whose manifest need not have been read yet."""
     server = pool.servers.known.get(event.replica)
     if server is None:
-        requests.lease_reannounced(pool, event, now)
+        holders.lease_reannounced(pool, event, now)
         return
     ended = f"{event.request}/{event.generation}" in pool.released or event.request in pool.cancelled
     if ended or event.request in pool.servers.leases or event.holder in pool.dead_holders:

@@ -11,19 +11,22 @@ from cluster.ledger.specs import NodeSpec, PoolSpec
 _TEXT, _NUMBER, _COUNT = (str,), (int, float), (int,)
 
 _FIELDS: dict[type[Any], tuple[tuple[type[Any], ...], ...]] = {
-    events.RequestArrived: (_TEXT, _TEXT, _TEXT, _COUNT, _NUMBER, (int, float, type(None))),
+    events.RequestArrived: (_TEXT, _TEXT, _TEXT, _COUNT, _NUMBER, (int, float, type(None)), _COUNT, _TEXT),
     events.RequestCancelled: (_TEXT,),
     events.LeaseReleased: (_TEXT, _COUNT),
     events.HolderDied: (_TEXT,),
-    events.ReplicaStarted: (_TEXT, _TEXT, _TEXT),
-    events.ReplicaReady: (_TEXT, (int, type(None))),
+    events.HolderAnnounced: (_TEXT, (tuple,), (tuple,)),
+    events.ReplicaStarted: (_TEXT, _TEXT, _TEXT, _NUMBER, (bool,)),
+    events.ReplicaReady: (_TEXT, (int, type(None)), (object,), (tuple, type(None))),
     events.ReplicaFailed: (_TEXT, _TEXT),
+    events.EngineDied: (_TEXT, _TEXT),
+    events.ReplicaSuspected: (_TEXT,),
     events.ReplicaGone: (_TEXT,),
     events.NodesChanged: ((dict,),),
     events.ConfigChanged: ((PoolSpec,),),
     events.LoadRequested: (_TEXT, _COUNT),
     events.UnloadRequested: (_TEXT,),
-    events.LeaseReannounced: (_TEXT, _TEXT, _TEXT, _TEXT, _COUNT, _COUNT),
+    events.LeaseReannounced: (_TEXT, _TEXT, _TEXT, _TEXT, _COUNT, _COUNT, _COUNT),
     events.ServerManifest: (_TEXT, (tuple, type(None)), (str, type(None))),
     events.ServerSuspected: (_TEXT,),
     events.Ticked: (),
@@ -44,6 +47,9 @@ def fault(event: Any) -> str | None:
         and 1 <= event.priority <= 3
         and type(event.deadline) is float
         and event.keep_alive_s is None
+        and type(event.slots) is int
+        and event.slots >= 1
+        and type(event.principal) is str
         and isfinite(event.deadline)
     ):
         return None
@@ -59,6 +65,8 @@ def _fault(event: Any) -> str | None:
             return f"{name} is {value!r}"
     if type(event) in (events.RequestArrived, events.LeaseReannounced) and event.priority not in (1, 2, 3):
         return f"priority is {event.priority!r}"
+    if type(event) in (events.RequestArrived, events.LeaseReannounced) and event.slots < 1:
+        return f"slots is {event.slots!r}"
     if type(event) is events.RequestArrived:
         if not isfinite(event.deadline):
             return f"deadline is {event.deadline!r}"
@@ -70,6 +78,22 @@ def _fault(event: Any) -> str | None:
                 return f"node {name!r} is {spec!r}"
     if type(event) is events.ServerManifest and not all(isinstance(name, str) for name in event.models or ()):
         return f"models is {event.models!r}"
-    if type(event) is events.ReplicaReady and event.memory_mib is not None and event.memory_mib < 0:
-        return f"memory_mib is {event.memory_mib!r}"
+    if type(event) is events.HolderAnnounced:
+        return _holder_fault(event)
+    if type(event) is events.ReplicaStarted and not isfinite(event.started_at):
+        return f"started_at is {event.started_at!r}"
+    if type(event) is events.ReplicaReady:
+        if event.memory_mib is not None and event.memory_mib < 0:
+            return f"memory_mib is {event.memory_mib!r}"
+        if not all(isinstance(device, str) for device in event.devices or ()):
+            return f"devices is {event.devices!r}"
+    return None
+
+
+def _holder_fault(event: events.HolderAnnounced) -> str | None:
+    pairs = (isinstance(each, tuple) and len(each) == 2 for each in event.leases)
+    if not all(pairs) or not all(isinstance(name, str) and isinstance(number, int) for name, number in event.leases):
+        return f"leases is {event.leases!r}"
+    if not all(isinstance(name, str) for name in event.waiting):
+        return f"waiting is {event.waiting!r}"
     return None

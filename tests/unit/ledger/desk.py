@@ -10,6 +10,7 @@ from cluster.ledger.events import (
     Event,
     Grant,
     LeaseReleased,
+    LoadEngine,
     LoadRefused,
     Quiesce,
     Reject,
@@ -18,6 +19,7 @@ from cluster.ledger.events import (
     ReplicaReady,
     ReplicaStarted,
     RequestArrived,
+    RestartEngine,
     SetDesired,
     Ticked,
 )
@@ -43,6 +45,10 @@ def word(command: Command) -> str:
             return f"quiesce {command.replica}"
         case Reopen():
             return f"reopen {command.replica}"
+        case LoadEngine():
+            return f"load {command.replica} {','.join(map(str, command.devices))}"
+        case RestartEngine():
+            return f"restart {command.replica}"
         case LoadRefused():
             return f"refuse {command.model} {command.error}"
 
@@ -64,6 +70,8 @@ class Desk:
         self.now = 0.0
         self.out: list[Command] = []
         self.grants: dict[str, Grant] = {}
+        # orders to load go with every start, so they are kept here, out of what a test compares
+        self.loads: list[LoadEngine] = []
         self.ledger = Ledger(self.spec, epoch="e1", now=0.0, recovering_until=recovering_until)
 
     def tell(self, *events: Event) -> list[str]:
@@ -73,6 +81,8 @@ class Desk:
             self.out += self.ledger.decide(event, self.now)
             self.ledger.check()
         self.grants |= {each.request: each for each in self.out if isinstance(each, Grant)}
+        self.loads += [each for each in self.out if isinstance(each, LoadEngine)]
+        self.out = [each for each in self.out if not isinstance(each, LoadEngine)]
         return [word(each) for each in self.out]
 
     def at(self, now: float) -> list[str]:

@@ -38,12 +38,12 @@ def test_a_manifest_makes_models_known_and_its_slots_are_granted():
     assert desk.server()["current_model"] is None
     assert granted(desk.ask("r1", "a")) == {"r1": ONE}
     assert granted(desk.ask("r2", "a")) == {"r2": ONE}
-    assert [desk.held[each].slot for each in ("r1", "r2")] == [0, 1]
+    assert [desk.held[each].slots for each in ("r1", "r2")] == [(0,), (1,)]
     row = desk.server()
     assert (row["active_requests"], row["current_model"], row["is_busy"]) == (2, "a", True)
     assert desk.ask("r3", "a") == []
     assert granted(desk.done("r1")) == {"r3": ONE}
-    assert desk.held["r3"].slot == 0
+    assert desk.held["r3"].slots == (0,)
     assert desk.held["r3"].queue_wait_s == 1.0
     desk.done("r2")
     desk.done("r3")
