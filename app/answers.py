@@ -36,6 +36,8 @@ def error_response(error: errors.PoolError, *, path: str = "", model: str | None
     headers = {}
     if status in (429, 503):
         headers["Retry-After"] = str(max(1, round(error.retry_after or 1)))
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return Response(json.dumps(body), status, headers, media_type="application/json")
 
 

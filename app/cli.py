@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import yaml
 
+from app.loopback import is_loopback
 from cluster.config import ConfigError, PoolConfig, load_config, read_yaml
 
 DEFAULT_FILE = Path("serve_config.yaml")
@@ -73,6 +74,7 @@ def run(file: Path, config: Path | None, port: int | None, gpus: int | None) -> 
     document = lay_over(read_yaml(file), config, port)
     pool = load_config(document["applications"][0].get("args"))
     http = document["http_options"]
+    refuse_strangers_without_keys(http["host"], pool)
     refuse_taken_port(http["host"], http["port"])
     for flag, value in RAY_FLAGS.items():
         os.environ.setdefault(flag, value)
@@ -110,6 +112,12 @@ def lay_over(document: dict[str, Any], config: Path | None, port: int | None) ->
     http["host"] = os.environ.get("ROUTER_HOST", http["host"])
     http["port"] = port or int(os.environ.get("ROUTER_PORT", http["port"]))
     return {**document, "http_options": http, "applications": [application]}
+
+
+def refuse_strangers_without_keys(host: str, pool: PoolConfig) -> None:
+    """Raises `ConfigError` when other machines could reach a pool that asks nobody for a key."""
+    if not (pool.api_keys or pool.admin_keys or is_loopback(host)):
+        raise ConfigError(f"http_options.host: {host} is open to other machines; configure api_keys, or use 127.0.0.1")
 
 
 def refuse_taken_port(host: str, port: int) -> None:

@@ -35,9 +35,7 @@ def build_http(gateway: Gateway) -> FastAPI:
     app.add_exception_handler(errors.PoolError, _pool_error)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _bug)
-    config = gateway.config
-    if config.api_keys or config.admin_keys:
-        app.add_middleware(ApiKeyMiddleware, api_keys=config.api_keys, admin_keys=config.admin_keys)
+    app.add_middleware(ApiKeyMiddleware, gateway=gateway)
     return app
 
 
@@ -48,12 +46,14 @@ async def _pool_error(request: Request, error: errors.PoolError) -> Response:
 async def _http_error(request: Request, error: HTTPException) -> Response:
     known: dict[int, str] = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}
     message = f"{request.method} {request.url.path}: {error.detail}"
+    code = known.get(error.status_code, "INVALID_REQUEST")
     return error_response(
-        errors.InvalidRequest(message, status=error.status_code, code=known.get(error.status_code, "INVALID_REQUEST"))
+        errors.InvalidRequest(message, status=error.status_code, code=code), path=route_path(request.scope)
     )
 
 
 async def _bug(request: Request, error: Exception) -> Response:
     request_id = request_id_of(request)
     logger.error("request %s failed", request_id, exc_info=error)
-    return error_response(errors.PoolError(f"internal error; its id is {request_id}", id=request_id))
+    failure = errors.PoolError(f"internal error; its id is {request_id}", id=request_id)
+    return error_response(failure, path=route_path(request.scope))

@@ -53,6 +53,7 @@ class Ask:
     priority: int = 2
     timeout_s: float = 600.0
     keep_alive_s: float | None = None
+    principal: str = "anonymous"
 
 
 class Gateway:

@@ -12,12 +12,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from cluster import errors
-from cluster.config import PoolConfig
+from cluster.config import Caller, PoolConfig
 from deployments.gateway import Ask
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 PRIORITIES = {"high": 1, "medium": 2, "low": 3, "1": 1, "2": 2, "3": 3}
+#: Who calls from inside the cluster.
+TRUSTED = Caller()
 #: The pool's own fields, which no engine sees.
 EXTENSIONS = ("priority", "keep_alive", "allow_remote", "timeout_s")
 
@@ -118,12 +120,24 @@ def unknown_model(name: str, available: list[str]) -> errors.ModelNotFound:
     )
 
 
+def is_allowed(config: PoolConfig, caller: Caller, model: str) -> bool:
+    """Whether the caller's key is good for a model, by the name that `resolve_model` gives."""
+    return not caller.models or model in {config.resolve(name) or name for name in caller.models}
+
+
 def parse_ask(
-    config: PoolConfig, path: str, body: Any, *, request_id: str, headers: Mapping[str, str] | None = None
+    config: PoolConfig,
+    path: str,
+    body: Any,
+    *,
+    request_id: str,
+    headers: Mapping[str, str] | None = None,
+    caller: Caller = TRUSTED,
 ) -> Ask:
     """A checked request. `headers` may carry `x-priority` and `x-request-timeout`; fields of the body win.
 
-    Raises `InvalidRequest` with the field at fault, `ModelRequired` or `ModelNotFound`.
+    What the caller's key does not allow is brought down to what it does (class, stay), or refused (model). Raises
+    `InvalidRequest` with the field at fault, `ModelRequired`, `ModelNotFound` or `Forbidden`.
     """
     if not isinstance(body, dict):
         raise errors.InvalidRequest("the body must be a JSON object")
@@ -132,15 +146,20 @@ def parse_ask(
     except ValidationError as error:
         raise _invalid(error) from None
     model = resolve_model(config, checked.model)
+    if not is_allowed(config, caller, model):
+        message = f"the key {caller.principal!r} is not good for the model {model!r}"
+        raise errors.Forbidden(message, param="model", available_models=list(caller.models))
+    priority = checked.priority or _header(headers, "x-priority", parse_priority) or 2
     longest_s = config.request_timeout_s(model)
     return Ask(
         model=model,
         path=path,
         body={"model": model, **{key: value for key, value in body.items() if key not in EXTENSIONS}},
         request_id=request_id,
-        priority=checked.priority or _header(headers, "x-priority", parse_priority) or 2,
+        priority=max(priority, caller.best_priority),
         timeout_s=min(longest_s, checked.timeout_s or _header(headers, "x-request-timeout", _seconds) or longest_s),
-        keep_alive_s=checked.keep_alive,
+        keep_alive_s=caller.keep_alive_s(checked.keep_alive, config.max_keep_alive),
+        principal=caller.principal,
     )
 
 

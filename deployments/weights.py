@@ -1,12 +1,19 @@
-"""Finds the file that `model_path` names. Nothing is fetched unless the configuration says so with `hf:`."""
+"""Finds the file that `model_path` names. Nothing is fetched unless the configuration says so with `hf:`.
+
+What is raised here reaches clients, so it names a file at most, never where it lies on the machine.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 
-from cluster.errors import ModelUnavailable
+from cluster.errors import Forbidden, InvalidRequest, ModelUnavailable
+
+#: The written forms that are not paths.
+KINDS = ("package", "hf")
 
 
 def resolve_weights(model_path: str | None) -> str:
@@ -24,7 +31,8 @@ def resolve_weights(model_path: str | None) -> str:
     else:
         path = Path(model_path).expanduser()
     if not path.is_file():
-        raise ModelUnavailable(f"no model file at model_path {model_path!r}")
+        shown = model_path if kind in KINDS else path.name
+        raise ModelUnavailable(f"there is no model file {shown!r} where model_path says")
     return str(path)
 
 
@@ -51,9 +59,48 @@ def weights_at_hand(model_path: str | None) -> Path | None:
     return path if model_path and path.exists() else None
 
 
+def check_runtime_path(model_path: str | None, roots: Iterable[str]) -> None:
+    """Whether a model that is registered at run time may use this file. Blocks for a look at the disk; fetches nothing.
+
+    `roots` are folders, `package:NAME`, `hf:OWNER` or `hf:OWNER/REPO`. A path must be absolute, and lie under one of
+    the folders on this machine when all links are followed. Raises `InvalidRequest` or `Forbidden`.
+    """
+    if model_path is None:
+        return
+    kind, _, rest = model_path.partition(":")
+    written = rest if kind in KINDS else model_path
+    if ".." in written.split("/") or (kind in KINDS and "" in written.split("/")):
+        raise InvalidRequest("model_path must not contain '..' or empty parts", param="model_path", status=422)
+    if kind in KINDS:
+        allowed = any(_is_below(model_path, root) for root in roots)
+    elif not model_path.startswith(("/", "~")):
+        raise InvalidRequest("model_path must be absolute", param="model_path", status=422)
+    else:
+        allowed = any(_is_inside(model_path, root) for root in roots if root.partition(":")[0] not in KINDS)
+    if not allowed:
+        raise Forbidden(f"model_path {model_path!r} is not below the pool's model_roots", param="model_path")
+
+
+def _is_below(name: str, root: str) -> bool:
+    """Whether `package:a/b` or `hf:a/b/c` is `root`, or begins with it and goes on."""
+    return name == root or name.startswith(root.rstrip("/") + "/")
+
+
+def _is_inside(path: str, folder: str) -> bool:
+    try:
+        return Path(path).expanduser().resolve().is_relative_to(Path(folder).expanduser().resolve())
+    except (OSError, RuntimeError, ValueError):
+        return False  # A circle of links, a home that nobody has, characters that no path may have.
+
+
 def _in_package(name: str) -> Path:
     package, _, file = name.partition("/")
-    # find_spec does not run the package: some weight packages import a whole framework.
+    # find_spec runs nothing of the package it looks for (some with weights import a whole framework), but it runs the
+    # parents of a dotted name.
+    if not package.isidentifier():
+        raise ModelUnavailable(f"package:{package} must be the name of one package, without dots")
+    if file.startswith("/") or ".." in file.split("/"):
+        raise ModelUnavailable(f"package:{name} must name a file inside the package")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ModelUnavailable(f"the Python package {package!r}, which carries the model, is not installed")

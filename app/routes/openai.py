@@ -12,11 +12,12 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from app.auth import caller_of
 from app.early_body import BODY
 from cluster import errors
 from cluster.config import ModelConfig, PoolConfig
 from deployments.gateway import Gateway
-from deployments.requests import CHAT, COMPLETIONS, parse_ask, resolve_model, unknown_model
+from deployments.requests import CHAT, COMPLETIONS, is_allowed, parse_ask, resolve_model, unknown_model
 
 router = APIRouter(tags=["openai"])
 
@@ -37,7 +38,14 @@ async def infer(request: Request, path: str) -> Response:
     """Run the request's body through the pool. The status is sent only once there is something to say."""
     gateway: Gateway = request.app.state.gateway
     body = await read_json(request, gateway.config.max_body_mb)
-    ask = parse_ask(gateway.config, path, body, request_id=request_id_of(request), headers=request.headers)
+    ask = parse_ask(
+        gateway.config,
+        path,
+        body,
+        request_id=request_id_of(request),
+        headers=request.headers,
+        caller=caller_of(request),
+    )
     chunks = gateway.stream(ask)
     if not ask.body.get("stream"):
         async with contextlib.aclosing(chunks):
@@ -103,6 +111,8 @@ async def list_models(request: Request, model: str | None = None) -> Response:
     ledger = await gateway.ledger.status()
     rows = [_row(gateway.config, name, ledger["models"]) for name in gateway.config.models]
     rows += [remote_row(name, ledger) for name in remote_models(gateway.config, ledger)]
+    caller = caller_of(request)
+    rows = [row for row in rows if is_allowed(gateway.config, caller, row["id"])]
     loaded = [row["id"] for row in rows if row["status"] == "loaded"]
     return JSONResponse({"object": "list", "data": rows, "models": loaded})
 

@@ -1,11 +1,15 @@
 """The configuration: one Pydantic schema, and how files and environment variables are laid over it."""
 
+from cluster.config.keys import ANONYMOUS, ApiKey, Caller, find_key
 from cluster.config.load import ConfigError, load_config, read_yaml
 from cluster.config.models import CacheType, FakeFaults, FlashAttention, Group, LlamaCppKwargs, ModelConfig, ServerEntry
 from cluster.config.pool import MaxWait, PoolConfig
 
 __all__ = [
+    "ANONYMOUS",
+    "ApiKey",
     "CacheType",
+    "Caller",
     "ConfigError",
     "FakeFaults",
     "FlashAttention",
@@ -15,6 +19,7 @@ __all__ = [
     "ModelConfig",
     "PoolConfig",
     "ServerEntry",
+    "find_key",
     "load_config",
     "read_yaml",
 ]

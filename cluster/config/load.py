@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from cluster.config.keys import ApiKey, hashed
 from cluster.config.models import FakeFaults, Group, LlamaCppKwargs, ModelConfig, ServerEntry
 from cluster.config.pool import PoolConfig
 
@@ -39,11 +40,13 @@ ENVIRONMENT = {
 def load_config(args: Mapping[str, Any] | None, environ: Mapping[str, str] = os.environ) -> PoolConfig:
     """Read the configuration from an application's `args`: the keys themselves, or `config: path` alone.
 
-    Values of the environment variables in `ENVIRONMENT` win. Raises `ConfigError` with one line per mistake.
+    Values of the environment variables in `ENVIRONMENT` win. Keys in clear are taken from a file only. Raises
+    `ConfigError` with one line per mistake.
     """
     data = dict(args or {})
     source = "serve_config.yaml: args"
-    if "config" in data:
+    is_file = "config" in data
+    if is_file:
         path = Path(str(data.pop("config"))).expanduser()
         if data:
             raise ConfigError(f"args: 'config' stands alone, but {sorted(data)} stand beside it")
@@ -51,6 +54,12 @@ def load_config(args: Mapping[str, Any] | None, environ: Mapping[str, str] = os.
     for variable, key in ENVIRONMENT.items():
         if variable in environ:
             data[key] = environ[variable]
+    try:
+        for field in ("api_keys", "admin_keys"):
+            if field in data:
+                data[field] = hashed(data[field], field, environ, may_be_clear=is_file)
+    except ValueError as error:
+        raise ConfigError(f"{source}: {error}") from None
     try:
         config = PoolConfig.model_validate(data)
     except ValidationError as error:
@@ -70,7 +79,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
+        # Not the whole message, which quotes the line: there may be a key in it.
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}: line {mark.line + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not YAML: {getattr(error, 'problem', None) or 'unreadable'}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected a mapping at the top")
     return data
@@ -92,6 +104,8 @@ def _known_keys(location: list[str]) -> list[str]:
         return [*FakeFaults.model_fields, *LlamaCppKwargs.model_fields]
     if location[0] == "servers" and len(location) > 2:
         return [*ServerEntry.model_fields]
+    if location[0] in ("api_keys", "admin_keys"):
+        return [*ApiKey.model_fields]
     if "group" in location[2:-1]:
         return [*Group.model_fields]
     fields = ModelConfig.model_fields if location[0] == "models" and len(location) > 2 else PoolConfig.model_fields

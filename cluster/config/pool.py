@@ -6,12 +6,14 @@ Frozen after it is read. `serve_config.yaml` carries this schema under `applicat
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
+from cluster.config.keys import ApiKey, check_keys
 from cluster.config.models import ModelConfig, ServerEntry
 from cluster.config.names import Names, check_references
 from cluster.ledger.specs import ModelSpec, PoolSpec
@@ -40,6 +42,8 @@ class PoolConfig(BaseModel):
     the model's `cpu_offload_model`, and are refused with 429 where there is none) or off; unset, it is on when the
     configuration names a `cpu_offload_model` or a threshold. It holds in gpu mode, for models on GPUs.
     `health_check_interval` is the time between two of Serve's health checks of a replica, in seconds.
+    `max_keep_alive` (s) bounds the `keep_alive` of requests without an admin key. `model_roots` says where the files of
+    models that are registered at run time may lie: folders, `package:NAME`, `hf:OWNER` or `hf:OWNER/REPO`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -58,8 +62,10 @@ class PoolConfig(BaseModel):
     enable_cpu_offload: bool | None = None
     offload_queue_threshold: Annotated[int, Field(ge=0)] = 3
     health_check_interval: Annotated[float, Field(gt=0)] = 10.0
-    api_keys: tuple[str, ...] = ()
-    admin_keys: tuple[str, ...] = ()
+    api_keys: tuple[ApiKey, ...] = ()
+    admin_keys: tuple[ApiKey, ...] = ()
+    max_keep_alive: Annotated[float, Field(gt=0)] = 3600.0
+    model_roots: tuple[str, ...] = ()
     max_body_mb: Annotated[float, Field(gt=0)] = 32.0
 
     _estimates: dict[str, int] = PrivateAttr(default_factory=dict)
@@ -69,6 +75,19 @@ class PoolConfig(BaseModel):
         on_cpu = self.execution_mode == "cpu"
         check_references(self.models, self.names, self.default_model, on_cpu=on_cpu, has_servers=bool(self.servers))
         return self
+
+    @model_validator(mode="after")
+    def _keys_are_unique(self) -> PoolConfig:
+        check_keys(self.api_keys, self.admin_keys)
+        return self
+
+    @field_validator("model_roots")
+    @classmethod
+    def _roots_are_absolute(cls, roots: tuple[str, ...]) -> tuple[str, ...]:
+        for root in roots:
+            if not re.match(r"/|~|package:[A-Za-z0-9_]+|hf:[^/]+", root):
+                raise ValueError(f"{root!r} is neither an absolute folder nor package:NAME nor hf:OWNER[/REPO]")
+        return roots
 
     @model_validator(mode="after")
     def _servers_are_unique(self) -> PoolConfig:
@@ -98,6 +117,12 @@ class PoolConfig(BaseModel):
     def names(self) -> Names:
         """Every name that a client may use: ids, aliases, and the public names of variants."""
         return Names.of(self.models)
+
+    @property
+    def runtime_roots(self) -> tuple[str, ...]:
+        """Where the file of a model that is registered at run time may lie: `model_roots`, and the files in use."""
+        in_use = (model.model_path for model in self.models.values() if model.model_path)
+        return (*self.model_roots, *in_use)
 
     @property
     def mode(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import hashlib
 import os
 import signal
 import threading
@@ -42,7 +43,7 @@ POOL = {
     "mem_budget_mb": 10_000,
     "offload_queue_threshold": 2,
     "startup_timeout": 6,
-    "admin_keys": ["operator"],
+    "admin_keys": [f"sha256:{hashlib.sha256(b'operator').hexdigest()}"],
 }
 
 

@@ -1,4 +1,4 @@
-"""Keys, the operators' rows and the shape of their errors, without a pool."""
+"""The operators' rows and the shape of their errors, without a pool."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
-from starlette.responses import PlainTextResponse
 
 from app.answers import error_response
-from app.auth import ApiKeyMiddleware
 from app.routes.admin import LoadOptions
 from app.routes.admin_rows import admin_row, gpu_row, short_row
 from app.routes.service import _is_missed
@@ -19,43 +16,6 @@ from cluster import errors
 from cluster.config import load_config
 from cluster.gpus import Gpu
 from cluster.ledger.ledger import Ledger
-
-
-async def knock(path: str, key: str | None = None, *, api: tuple = (), admin: tuple = (), root: str = "") -> int:
-    app = ApiKeyMiddleware(PlainTextResponse("in"), api, admin)
-    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    transport = httpx.ASGITransport(app, root_path=root)
-    async with httpx.AsyncClient(transport=transport, base_url="http://pool") as client:
-        return (await client.get(path, headers=headers)).status_code
-
-
-@pytest.mark.parametrize(
-    ("path", "key", "api", "admin", "status"),
-    [
-        ("/v1/models", None, (), (), 200),
-        ("/v1/models", None, ("a",), (), 401),
-        ("/v1/models", "a", ("a",), (), 200),
-        ("/v1/models", "b", ("a",), (), 401),
-        ("/health", None, ("a",), ("o",), 200),
-        ("/ready", None, ("a",), ("o",), 200),
-        ("/v1/admin/models", "a", ("a",), (), 200),
-        ("/v1/admin/models", "a", ("a",), ("o",), 403),
-        ("/v1/admin/models", None, ("a",), ("o",), 401),
-        ("/v1/admin/models", "o", ("a",), ("o",), 200),
-        ("/admin/models", "a", ("a",), ("o",), 403),
-        ("/admin", None, (), ("o",), 401),
-        ("/v1/models", "o", ("a",), ("o",), 200),
-        ("/v1/models", None, (), ("o",), 200),
-        ("/admin/models", "o", (), ("o",), 200),
-        ("/administrators", None, (), ("o",), 200),
-    ],
-)
-async def test_who_may_come_in(path, key, api, admin, status):
-    assert await knock(path, key, api=api, admin=admin) == status
-
-
-async def test_a_prefix_of_the_application_opens_no_back_door():
-    assert await knock("/pool/v1/admin/models", admin=("o",), root="/pool") == 401
 
 
 def test_errors_of_the_admin_families_carry_detail():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from app.cli import declared_gpus, lay_over
+from app.cli import declared_gpus, lay_over, refuse_strangers_without_keys
 from cluster.config import ConfigError, FakeFaults, load_config
 from cluster.ledger.specs import ServerSpec
 
@@ -205,6 +205,15 @@ def test_the_command_line_lies_over_the_file(tmp_path, monkeypatch):
     assert lay_over(document, None, None)["http_options"]["port"] == 9001
     with pytest.raises(ConfigError, match="exactly one application"):
         lay_over({"applications": []}, None, None)
+
+
+def test_a_pool_without_keys_is_not_opened_to_other_machines():
+    key = {"api_keys": [f"sha256:{'0' * 64}"]}
+    for host, args in (("127.0.0.1", {}), ("localhost", {}), ("::1", {}), ("0.0.0.0", key)):
+        refuse_strangers_without_keys(host, load_config(args, environ={}))
+    for host in ("0.0.0.0", "::", "192.168.0.5", "gpu-box", ""):
+        with pytest.raises(ConfigError, match="configure api_keys"):
+            refuse_strangers_without_keys(host, load_config({}, environ={}))
 
 
 def test_external_servers_become_slots():

@@ -8,9 +8,9 @@ import pytest
 
 from cluster import errors
 from cluster.client import as_error
-from cluster.config import load_config
+from cluster.config import Caller, load_config
 from cluster.ledger.events import Reject
-from deployments.requests import CHAT, COMPLETIONS, parse_ask
+from deployments.requests import CHAT, COMPLETIONS, TRUSTED, parse_ask
 
 CONFIG = load_config(
     {"models": {"a": {"backend": "fake", "aliases": ["nick"]}}, "request_timeout_seconds": 100}, environ={}
@@ -18,8 +18,8 @@ CONFIG = load_config(
 CHAT_BODY = {"model": "a", "messages": [{"role": "user", "content": "hi"}]}
 
 
-def ask(body, path=CHAT, headers=None):
-    return parse_ask(CONFIG, path, body, request_id="r", headers=headers)
+def ask(body, path=CHAT, headers=None, caller=TRUSTED):
+    return parse_ask(CONFIG, path, body, request_id="r", headers=headers, caller=caller)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,20 @@ def test_headers_count_unless_the_body_says_otherwise():
     for bad in ({"x-priority": "no"}, {"x-request-timeout": "-1"}, {"x-request-timeout": "nan"}):
         with pytest.raises(errors.InvalidRequest):
             ask(CHAT_BODY, headers=bad)
+
+
+def test_what_a_key_allows():
+    guest = Caller("guest", may_pin=False, models=("nick",), best_priority=2)
+    asked = ask({**CHAT_BODY, "priority": "high", "keep_alive": -1}, caller=guest)
+    assert (asked.principal, asked.priority, asked.keep_alive_s) == ("guest", 2, 3600)
+    modest = ask({**CHAT_BODY, "priority": "low", "keep_alive": 5}, caller=guest)
+    assert (modest.priority, modest.keep_alive_s) == (3, 5)
+    assert ask({**CHAT_BODY, "keep_alive": 1e9}, caller=guest).keep_alive_s == 3600
+    assert ask(CHAT_BODY, caller=guest).keep_alive_s is None
+    assert ask({**CHAT_BODY, "keep_alive": -1}, caller=Caller("boss")).keep_alive_s == -1
+    with pytest.raises(errors.Forbidden) as refused:
+        ask(CHAT_BODY, caller=Caller("other", models=("b",)))
+    assert refused.value.body()["error"]["available_models"] == ["b"]
 
 
 @pytest.mark.parametrize("prompt", ["x", ["x", "y"], [1, 2], [[1], [2]]])

@@ -341,7 +341,9 @@ def load_library() -> Any:
             try:
                 import llama_cpp
             except (ImportError, OSError, RuntimeError) as error:
-                raise ModelUnavailable(f"llama-cpp-python is not installed or does not start: {error}") from error
+                log.warning("llama-cpp-python does not start", exc_info=True)
+                reason = type(error).__name__
+                raise ModelUnavailable(f"llama-cpp-python is not installed or does not start: {reason}") from error
             _log_callback = llama_cpp.llama_log_callback(_on_log)
             llama_cpp.llama_log_set(_log_callback, ctypes.c_void_p(0))
             llama_cpp.llama_backend_init()
