@@ -1,0 +1,299 @@
+"""The supervisor's side of an engine process: it is born, told to load, asked whether it lives, and ended.
+
+Children are forked from the machine's nursery, which is started here when it is not there yet, or started by another
+environment's interpreter. Nothing here knows of Ray, but for the process id of its raylet, with which all of it ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.errors import ModelUnavailable
+from deployments import nursery
+from deployments.engine_process import CONTROL_LIMITS, message
+from deployments.frames import Connection, ConnectionEnded, make_private, user_of
+
+#: Where the packages lie, for interpreters that are started here.
+ROOT = str(Path(__file__).resolve().parent.parent)
+
+#: A nursery listens within this time, in seconds: its imports, on a busy machine.
+NURSERY_S = 60.0
+#: A child says that it is born within this time, in seconds; another environment's interpreter imports first.
+BIRTH_S = 60.0
+#: An engine process that has not answered after this time, in seconds, hangs.
+PING_S = 2.0
+#: After its last call, an engine process ends within this time, in seconds, or is killed.
+FINISH_S = 10.0
+
+
+class EngineDied(Exception):
+    """The engine process is gone; the message says why, in words for an operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """Where the engine processes of one Ray on this machine live: the pool's own folder for them, and the raylet."""
+
+    folder: Path
+    raylet: int
+
+
+def home_of(raylet: int) -> Home:
+    """The folder for this Ray, this code and this interpreter, made where it is not there. Blocks for a moment.
+
+    Not in Ray's own, which everybody may write to. Raises `PermissionError` where another user has made it.
+    """
+    born = Path("/proc", str(raylet), "stat").read_text().rsplit(") ", 1)[1].split()[19]
+    base = make_private(Path(f"/tmp/slotpool-{os.geteuid()}"))
+    _remove_left_over(base)
+    code = hashlib.sha256(f"{ROOT} {sys.executable}".encode()).hexdigest()[:8]
+    return Home(make_private(base / f"{raylet}-{born}-{code}"), raylet)
+
+
+def _remove_left_over(base: Path) -> None:
+    """Remove what a nursery that was killed has left behind."""
+    for folder in base.iterdir():
+        raylet, born, *_ = (*folder.name.split("-"), "", "")
+        try:
+            is_there = Path("/proc", raylet, "stat").read_text().rsplit(") ", 1)[1].split()[19] == born
+        except (OSError, IndexError):
+            is_there = False
+        if raylet.isdigit() and not is_there:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def start_nursery(home: Home) -> Path:
+    """The socket of the nursery that listens there, which is started if there is none. Blocks until it listens.
+
+    Raises `ModelUnavailable` if it does not.
+    """
+    path = home.folder / nursery.SOCKET_NAME
+    with open(home.folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if _listens(path):
+            return path
+        with open(home.folder / "nursery.log", "a") as log:
+            subprocess.run(
+                [sys.executable, "-m", "deployments.nursery", str(home.folder), "--raylet", str(home.raylet)],
+                env={**os.environ, **nursery.ENVIRONMENT, "PYTHONPATH": _python_path()},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=ROOT,
+                start_new_session=True,
+                check=False,
+            )
+        deadline = time.monotonic() + NURSERY_S
+        while not _listens(path):
+            if time.monotonic() > deadline:
+                raise ModelUnavailable("the process that starts engines did not start")
+            time.sleep(0.01)
+    return path
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
+        probe.connect(str(path))
+        return user_of(probe) == os.geteuid()
+    return False
+
+
+def _python_path() -> str:
+    return os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+class EngineChild:
+    """One engine process. `ended` is done once it is gone, with the reason in words."""
+
+    def __init__(
+        self, control: Connection, kill: Callable[[], None], status: asyncio.Future[int] | None = None
+    ) -> None:
+        """`status` is the exit status of a child of this very process; the nursery's children have theirs told."""
+        self._control, self._kill, self._status = control, kill, status
+        self.pid = 0
+        self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._born = asyncio.Event()
+        self._pong = asyncio.Event()
+        self._is_killed = False
+        self._loaded: asyncio.Future[dict[str, Any]] | None = None
+        self._progress: Callable[[float], None] = _ignore
+        self._listening = asyncio.create_task(self._listen())
+
+    @classmethod
+    async def fork(cls, home: Home, environment: dict[str, str], log: Path) -> EngineChild:
+        """A child of the nursery. Raises `EngineDied` if it is not born, `ModelUnavailable` without a nursery."""
+        path = await asyncio.to_thread(start_nursery, home)
+        control = Connection(CONTROL_LIMITS, own_user_only=True)
+        await asyncio.get_running_loop().create_unix_connection(lambda: control, str(path))
+        request = {"environment": environment, "folder": str(home.folder), "log": str(log)}
+        control.write(json.dumps(request).encode() + b"\n")
+        # The nursery kills the child when this end closes, or says that nothing more will come.
+        return await cls(control, control.finish_writing)._wait_for_birth()
+
+    @classmethod
+    async def start(cls, python: str, home: Home, environment: dict[str, str], log: Path) -> EngineChild:
+        """A child that another environment's interpreter runs. Raises `EngineDied` if it is not born.
+
+        Must be called from a thread that lives as long as the child: its death is the child's.
+        """
+        process, ours = _start(python, home, environment, log)
+        control = Connection(CONTROL_LIMITS)
+        await asyncio.get_running_loop().create_connection(lambda: control, sock=ours)
+
+        def kill() -> None:
+            # Not once it was waited for: its number may be another's by then.
+            if process.returncode is None:
+                for each in (os.killpg, os.kill):
+                    with contextlib.suppress(OSError):
+                        each(process.pid, signal.SIGKILL)
+
+        return await cls(control, kill, _status_of(process, kill))._wait_for_birth()
+
+    async def load(self, order: dict[str, Any], progress: Callable[[float], None]) -> dict[str, Any]:
+        """Load an engine; what the process says of it. Raises `ModelUnavailable`, or `EngineDied`."""
+        self._progress = progress
+        loaded = self._loaded = asyncio.get_running_loop().create_future()
+        self._control.write(message("load", **order))
+        await _first_of(loaded, self.ended)
+        if not loaded.done():
+            raise EngineDied(self.ended.result())
+        said: dict[str, Any] = loaded.result()
+        if said["is"] == "failed":
+            raise ModelUnavailable(said["reason"])
+        return said
+
+    async def answers(self) -> bool:
+        """Whether the process is alive and its event loop runs. Takes at most `PING_S`."""
+        self._pong.clear()
+        self._control.write(message("ping"))
+        try:
+            await asyncio.wait_for(self._pong.wait(), PING_S)
+        except TimeoutError:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """End it now, with all that it has started; `ended` tells when it is gone."""
+        self._is_killed = True
+        self._kill()
+
+    async def finish(self) -> None:
+        """Let running calls end, then the process; whoever calls bounds the former. Cancelled, it is killed."""
+        self._control.write(message("finish"))
+        try:
+            await asyncio.shield(self.ended)
+        finally:
+            self.kill()
+
+    async def _wait_for_birth(self) -> EngineChild:
+        born = asyncio.create_task(self._born.wait())
+        try:
+            async with asyncio.timeout(BIRTH_S):
+                await _first_of(born, self.ended)
+        except TimeoutError:
+            pass
+        finally:
+            born.cancel()
+            if not self._born.is_set():
+                self.kill()
+        if not self._born.is_set():
+            raise EngineDied(self.ended.result() if self.ended.done() else "the engine process did not start in time")
+        return self
+
+    async def _listen(self) -> None:
+        why = "the engine process is gone"
+        try:
+            while True:
+                _, payload = await self._control.read()
+                said = json.loads(payload)
+                match said["is"]:
+                    case "born":
+                        self.pid = said["pid"]
+                        self._born.set()
+                    case "progress":
+                        self._progress(said["fraction"])
+                    case "ready" | "failed":
+                        if self._loaded is not None and not self._loaded.done():
+                            self._loaded.set_result(said)
+                    case "pong":
+                        self._pong.set()
+                    case "exit":
+                        why = _why(said["status"])
+        except (ConnectionEnded, OSError, ValueError, KeyError):
+            pass
+        self._kill()
+        if self._status is not None:
+            why = _why(await self._status)
+        self.ended.set_result("the engine process was ended" if self._is_killed else why)
+
+
+async def _first_of(*events: asyncio.Future[Any]) -> None:
+    await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
+
+
+def _ignore(_: float) -> None:
+    pass
+
+
+def _start(
+    python: str, home: Home, environment: dict[str, str], log: Path
+) -> tuple[subprocess.Popen[bytes], socket.socket]:
+    """A process and the supervisor's end of its control channel. Takes milliseconds."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    with theirs, open(log, "ab") as output:
+        arguments = ["--control-fd", str(theirs.fileno()), "--parent", str(os.getpid())]
+        try:
+            process = subprocess.Popen(
+                [python, "-m", "deployments.engine_process", *arguments],
+                env={**environment, **nursery.ENVIRONMENT, "PYTHONPATH": ROOT},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=home.folder,
+                pass_fds=[theirs.fileno()],
+            )
+        except OSError as error:
+            ours.close()
+            raise ModelUnavailable(f"the model's interpreter could not be started: {error.strerror}") from None
+    return process, ours
+
+
+def _status_of(process: subprocess.Popen[bytes], kill: Callable[[], None]) -> asyncio.Future[int]:
+    """Done with the exit status when the process has ended. What it has started is killed then."""
+    loop = asyncio.get_running_loop()
+    status: asyncio.Future[int] = loop.create_future()
+    descriptor = os.pidfd_open(process.pid)
+
+    def reap() -> None:
+        loop.remove_reader(descriptor)
+        os.close(descriptor)
+        kill()
+        status.set_result(process.wait())
+
+    loop.add_reader(descriptor, reap)
+    return status
+
+
+def _why(status: int) -> str:
+    """Why a process has ended, in words."""
+    if status >= 0:
+        return f"the engine process ended with exit status {status}"
+    name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+    hint = " (by hand, or for want of memory)" if -status == signal.SIGKILL else ""
+    return f"the engine process was killed by {name}{hint}"

@@ -1,0 +1,257 @@
+"""The link between an ingress and an engine process: what the frames of one call say, and the caller's end.
+
+    a  the token that opens a TCP connection, before anything else
+    q  the request (msgpack): which replica and lease it is for, how long it may run, and the call without its body
+    b  the call's body: JSON, or raw bytes
+    h  the answer's head (msgpack): status and headers
+    c  a chunk of the answer's body
+    e  its end (msgpack): the engine's report
+    f  its failure (msgpack): the fields of a `PoolError`, rebuilt by its name in `cluster.errors`
+
+A connection carries one call at a time and is kept for the next one after a clean end. Closing it aborts its call.
+A Unix socket is believed only in a folder of our own and with our own user at the other end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+from cluster import errors
+from cluster.errors import PoolError, ReplicaGone
+from cluster.orders import Address
+from deployments.engines.protocol import Call, Report
+from deployments.frames import Connection, check_private, frame
+
+logger = logging.getLogger("slotpool.link")
+
+TOKEN, REQUEST, BODY, HEAD, CHUNK, END, FAILURE = b"a", b"q", b"b", b"h", b"c", b"e", b"f"
+
+#: The largest payloads, in bytes. A body is as large as the pool's `max_body_mb` lets it be, which Serve bounds at
+#: one GiB; a chunk that is larger comes in parts.
+MAX_CHUNK = 2**20
+TOKEN_LIMITS = {TOKEN: 256}
+REQUEST_LIMITS = {REQUEST: 2**20, BODY: 2**30}
+ANSWER_LIMITS = {HEAD: 2**20, CHUNK: MAX_CHUNK, END: 2**20, FAILURE: 2**20}
+
+#: A connection that nobody uses is closed after this time, in seconds, and so many are kept for each engine.
+IDLE_S = 30.0
+MAX_IDLE = 512
+#: An engine process accepts a connection within this time, in seconds, or is taken to be away.
+CONNECT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Leased:
+    """One call with the lease it runs on. `timeout_s` bounds the run in the engine process."""
+
+    replica: str
+    request: str
+    generation: int
+    timeout_s: float
+    call: Call
+
+    def encode(self) -> tuple[bytes, bytes]:
+        """The payloads of its request and its body."""
+        raw = isinstance(self.call.body, bytes)
+        head = {
+            "replica": self.replica,
+            "request": self.request,
+            "generation": self.generation,
+            "timeout_s": self.timeout_s,
+            "call": self.call.head(),
+            "raw": raw,
+        }
+        body = self.call.body if isinstance(self.call.body, bytes) else _json(self.call.body)
+        return msgpack.packb(head), body
+
+    @classmethod
+    def decode(cls, head: bytes, body: bytes) -> Leased:
+        """The call again. Raises `ValueError`, `KeyError` or `TypeError` when the bytes are not one."""
+        said = msgpack.unpackb(head)
+        call = Call.of(said["call"], body if said["raw"] else json.loads(body))
+        return cls(said["replica"], said["request"], said["generation"], float(said["timeout_s"]), call)
+
+
+def encode_failure(error: PoolError) -> bytes:
+    """The payload of a failure."""
+    known = next(kind for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind)
+    said = {
+        "kind": known.__name__,
+        "message": error.message,
+        "param": error.param,
+        "code": error.code,
+        "status": error.status,
+        "retry_after": error.retry_after,
+        "extras": error.extras,
+    }
+    return msgpack.packb(said, default=str)  # type: ignore[no-any-return]
+
+
+def decode_failure(payload: bytes) -> PoolError:
+    """The error that a failure stands for; one that nobody knows is a plain `PoolError`."""
+    said = msgpack.unpackb(payload)
+    kind = getattr(errors, said["kind"], None)
+    if not (isinstance(kind, type) and issubclass(kind, PoolError)):
+        kind = PoolError
+    return kind(
+        said["message"],
+        param=said["param"],
+        code=said["code"],
+        status=said["status"],
+        retry_after=said["retry_after"],
+        **said["extras"],
+    )
+
+
+@dataclass(slots=True)
+class Answer:
+    """What comes back for one call, from frames on whatever way. `begin`, then `chunks` once."""
+
+    frames: AsyncIterator[tuple[bytes, bytes]]
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    report: Report | None = None
+
+    async def begin(self) -> None:
+        """Wait for status and headers. Raises the engine's refusal, or what ended the connection."""
+        kind, payload = await anext(self.frames)
+        if kind == FAILURE:
+            raise decode_failure(payload)
+        head = msgpack.unpackb(payload)
+        self.status, self.headers = head["status"], head["headers"]
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """The body. Raises the engine's failure; the report is there when it has ended."""
+        async for kind, payload in self.frames:
+            if kind == CHUNK:
+                yield payload
+            elif kind == FAILURE:
+                raise decode_failure(payload)
+            else:
+                self.report = Report.from_dict(msgpack.unpackb(payload))
+                return
+
+
+class LinkCall:
+    """One call on its way over one connection. `close` always; a call that had its end leaves the connection open."""
+
+    def __init__(self, links: Links, key: str, connection: Connection) -> None:
+        self._links, self._key, self._connection = links, key, connection
+        self._is_over = False
+
+    def fail(self, error: Exception) -> None:
+        """Give up on the engine: whoever reads gets `error` at once."""
+        self._connection.fail(error)
+
+    def __aiter__(self) -> LinkCall:
+        return self
+
+    async def __anext__(self) -> tuple[bytes, bytes]:
+        """The answer's next frame, up to its end or failure. Raises `ConnectionEnded`, or what `fail` was given."""
+        if self._is_over:
+            raise StopAsyncIteration
+        kind, payload = await self._connection.read()
+        self._is_over = kind in (END, FAILURE)
+        return kind, payload
+
+    def close(self) -> None:
+        """Abort the call if it runs."""
+        if self._is_over and self._connection.is_quiet and not self._connection.is_closed:
+            self._links.keep(self._key, self._connection)
+        else:
+            self._connection.fail(ReplicaGone("the call was given up"))
+
+
+class Links:
+    """The connections of one process to engine processes. Its methods belong on one event loop."""
+
+    def __init__(self, node: str) -> None:
+        self._node = node
+        self._idle: dict[str, list[tuple[float, Connection]]] = {}
+        self._sweeping: asyncio.TimerHandle | None = None
+
+    def reaches(self, address: Address) -> bool:
+        """Whether there is a way to that engine from this node."""
+        return address.node == self._node or bool(address.port)
+
+    async def call(self, address: Address, leased: Leased) -> LinkCall:
+        """Send a call to the engine that listens there. Raises `ConnectionError` or `OSError` if it does not."""
+        key = address.unix if address.node == self._node else f"{address.host}:{address.port}"
+        connection = self._take(key) or await self._connect(address, key)
+        call = LinkCall(self, key, connection)
+        try:
+            head, body = leased.encode()
+            connection.write(frame(REQUEST, head) + frame(BODY, body))
+            await connection.drain()
+        except BaseException:
+            call.close()
+            raise
+        return call
+
+    def keep(self, key: str, connection: Connection) -> None:
+        """Take a connection back for the next call."""
+        idle = self._idle.setdefault(key, [])
+        if len(idle) >= MAX_IDLE:
+            connection.close()
+            return
+        idle.append((time.monotonic(), connection))
+        if self._sweeping is None:
+            self._sweeping = asyncio.get_running_loop().call_later(IDLE_S, self._sweep)
+
+    def close(self) -> None:
+        """Close all that is idle."""
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+        for idle in self._idle.values():
+            for _, connection in idle:
+                connection.close()
+        self._idle.clear()
+
+    def _take(self, key: str) -> Connection | None:
+        idle = self._idle.get(key)
+        while idle:
+            _, connection = idle.pop()
+            if not connection.is_closed:
+                return connection
+        return None
+
+    async def _connect(self, address: Address, key: str) -> Connection:
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(CONNECT_S):
+            if key != address.unix:
+                _, connection = await loop.create_connection(
+                    lambda: Connection(ANSWER_LIMITS), address.host, address.port
+                )
+                connection.write(frame(TOKEN, address.token.encode()))
+                return connection
+            check_private(Path(address.unix).parent)
+            _, connection = await loop.create_unix_connection(
+                lambda: Connection(ANSWER_LIMITS, own_user_only=True), address.unix
+            )
+            return connection
+
+    def _sweep(self) -> None:
+        oldest = time.monotonic() - IDLE_S
+        for key, idle in list(self._idle.items()):
+            for since, connection in idle:
+                if since <= oldest:
+                    connection.close()
+            kept = [each for each in idle if each[0] > oldest and not each[1].is_closed]
+            if kept:
+                self._idle[key] = kept
+            else:
+                del self._idle[key]
+        self._sweeping = asyncio.get_running_loop().call_later(IDLE_S, self._sweep) if self._idle else None
+
+
+def _json(body: Any) -> bytes:
+    return json.dumps(body, separators=(",", ":")).encode()
