@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 import uuid
@@ -39,6 +40,7 @@ from cluster.ledger.events import (
     UnloadRequested,
 )
 from cluster.ledger.ledger import Ledger
+from cluster.ledger.snapshot import ReplicaRow, Snapshot
 from cluster.ledger.specs import PoolSpec
 from cluster.metrics import Outcome
 from cluster.operator_calls import Ended, OperatorCalls, refuse_unload
@@ -218,15 +220,21 @@ class LedgerActor:
 
     # --- for people ---------------------------------------------------------------------------------------------
 
-    async def status(self) -> dict[str, Any]:
+    async def status(self) -> Snapshot:
         """The ledger's life, with the progress of the loads under way."""
+        now = time.monotonic()
         snapshot = self._ledger.snapshot()
-        for replica in snapshot["replicas"]:
-            if replica["state"] == "STARTING" and replica["replica"] in self._progress:
-                replica["progress"] = round(self._progress[replica["replica"]], 3)
-        snapshot["now"] = now = time.monotonic()
-        snapshot["stalled"] = watchdog.stalled(snapshot, self._moved_at, now, watchdog.limit_s(self._spec))
-        return snapshot
+        return dataclasses.replace(
+            snapshot,
+            replicas=tuple(self._with_progress(row) for row in snapshot.replicas),
+            now=now,
+            time=time.time(),
+            stalled=watchdog.stalled(snapshot, self._moved_at, now, watchdog.limit_s(self._spec)),
+        )
+
+    def _with_progress(self, row: ReplicaRow) -> ReplicaRow:
+        fraction = self._progress.get(row.replica or "") if row.state == "STARTING" else None
+        return row if fraction is None else dataclasses.replace(row, progress=round(fraction, 3))
 
     async def check(self) -> str | None:
         """The first broken invariant in words, or None."""

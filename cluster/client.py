@@ -15,6 +15,7 @@ from ray.exceptions import RayActorError
 
 from cluster import effects, errors
 from cluster.ledger.events import Grant, LoadRefused, Reject
+from cluster.ledger.snapshot import Snapshot
 from cluster.ledger.specs import PoolSpec
 from cluster.metrics import Outcome
 from cluster.request import Request
@@ -122,7 +123,7 @@ class LedgerClient:
         except RayActorError:
             return None
 
-    async def status(self) -> dict[str, Any]:
+    async def status(self) -> Snapshot:
         """The ledger's snapshot. Raises `BackendUnavailable` while there is no ledger."""
         try:
             return await self._actor.status.remote()  # type: ignore[no-any-return]

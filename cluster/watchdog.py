@@ -7,8 +7,7 @@ not stuck, however long the others wait: those have bounds of their own.
 
 from __future__ import annotations
 
-from typing import Any
-
+from cluster.ledger.snapshot import Snapshot
 from cluster.ledger.specs import PoolSpec
 
 #: What is left to Serve for starting and stopping processes, in seconds, beyond the longest load.
@@ -20,25 +19,25 @@ def limit_s(spec: PoolSpec) -> float:
     return max((model.load_timeout_s for model in spec.models.values()), default=0.0) + SLACK_S
 
 
-def stalled(snapshot: dict[str, Any], moved_at: float, now: float, limit_s: float) -> str | None:
+def stalled(snapshot: Snapshot, moved_at: float, now: float, limit_s: float) -> str | None:
     """Why the pool is stuck, in words for a person, or None.
 
     `snapshot` is the ledger's own, `moved_at` when it last granted, took back, started, stopped or learned anything,
     `now` the time on the same clock.
     """
-    waiting = {name: row for name, row in snapshot["models"].items() if row["queued"]}
-    if snapshot["recovering"] or not waiting:
+    waiting = {name: row for name, row in snapshot.models.items() if row.queued}
+    if snapshot.recovering or not waiting:
         return None
-    count = sum(row["queued"] for row in waiting.values())
-    since = min(row["waiting_since"] for row in waiting.values())
+    count = sum(row.queued for row in waiting.values())
+    since = min(row.waiting_since for row in waiting.values() if row.waiting_since is not None)
     if now - since <= limit_s:
         return None
     who = f"{count} request(s) wait for {', '.join(sorted(waiting))}"
-    for replica in snapshot["replicas"]:
-        age = now - replica["since"]
-        if replica["state"] in ("STOPPING", "FAILED") and age > limit_s:
-            return f"{who}; a replica of {replica['model']} was told to stop {age:.0f} s ago and has not ended"
+    for replica in snapshot.replicas:
+        age = now - replica.since
+        if replica.state in ("STOPPING", "FAILED") and age > limit_s:
+            return f"{who}; a replica of {replica.model} was told to stop {age:.0f} s ago and has not ended"
     still = now - max(moved_at, since)
-    if not snapshot["leases"] and still > limit_s:
+    if not snapshot.leases and still > limit_s:
         return f"{who}; nothing has moved for {still:.0f} s"
     return None

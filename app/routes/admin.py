@@ -159,8 +159,8 @@ async def unload_by_id(request: Request) -> Response:
     """Unload a model and wait for the end of it; 404 if it is not loaded."""
     gateway = _gateway(request)
     name = _known(gateway, (await _body(request, UnloadById)).id)
-    row = (await gateway.ledger.status())["models"].get(name)
-    if row is None or row["state"] in ("unloaded", "failed"):
+    row = (await gateway.ledger.status()).models.get(name)
+    if row is None or row.state in ("unloaded", "failed"):
         raise errors.ModelNotFound(f"the model {name!r} is not loaded", code="model_not_loaded")
     await gateway.ledger.unload(name)
     return JSONResponse({"model_id": name, "status": "unloaded"})

@@ -14,8 +14,10 @@ from starlette.types import Receive, Scope, Send
 
 from app.auth import caller_of
 from app.early_body import BODY
+from app.routes.admin_rows import NOTHING
 from cluster import errors
 from cluster.config import ModelConfig, PoolConfig
+from cluster.ledger.snapshot import ModelRow, Snapshot
 from deployments.gateway import Gateway
 from deployments.requests import CHAT, COMPLETIONS, is_allowed, parse_ask, resolve_model, unknown_model
 
@@ -109,7 +111,7 @@ async def list_models(request: Request, model: str | None = None) -> Response:
         return await show_model(request, model)
     gateway: Gateway = request.app.state.gateway
     ledger = await gateway.ledger.status()
-    rows = [_row(gateway.config, name, ledger["models"]) for name in gateway.config.models]
+    rows = [_row(gateway.config, name, ledger.models) for name in gateway.config.models]
     rows += [remote_row(name, ledger) for name in remote_models(gateway.config, ledger)]
     caller = caller_of(request)
     rows = [row for row in rows if is_allowed(gateway.config, caller, row["id"])]
@@ -124,24 +126,24 @@ async def show_model(request: Request, model: str) -> Response:
     name = resolve_model(gateway.config, model)
     ledger = await gateway.ledger.status()
     if name in gateway.config.names.targets:
-        return JSONResponse(_row(gateway.config, name, ledger["models"]))
+        return JSONResponse(_row(gateway.config, name, ledger.models))
     known = remote_models(gateway.config, ledger)
     if name not in known:
         raise unknown_model(name, [*gateway.config.models, *known])
     return JSONResponse(remote_row(name, ledger))
 
 
-def remote_models(config: PoolConfig, ledger: dict[str, Any]) -> list[str]:
+def remote_models(config: PoolConfig, ledger: Snapshot) -> list[str]:
     """The models that only external servers offer, by the ledger's snapshot."""
-    offered = dict.fromkeys(name for server in ledger["servers"] for name in server["available_models"])
-    kept = [name for name, model in ledger["models"].items() if model["remote"] and name not in offered]
+    offered = dict.fromkeys(name for server in ledger.servers for name in server.available_models)
+    kept = [name for name, model in ledger.models.items() if model.remote and name not in offered]
     # One whose server is away is still listed, as failed, until a server says that it is gone.
     return [name for name in [*offered, *kept] if name not in config.models]
 
 
-def remote_row(name: str, ledger: dict[str, Any]) -> dict[str, Any]:
+def remote_row(name: str, ledger: Snapshot) -> dict[str, Any]:
     """A model of external servers, in the words of a configured one."""
-    servers = [server for server in ledger["servers"] if name in server["available_models"]]
+    servers = [server for server in ledger.servers if name in server.available_models]
     return {
         "id": name,
         "object": "model",
@@ -151,17 +153,17 @@ def remote_row(name: str, ledger: dict[str, Any]) -> dict[str, Any]:
         "execution_mode": "remote",
         "backend": "server",
         "format": None,
-        "status": ledger["models"].get(name, {}).get("state", "unloaded"),
+        "status": ledger.models.get(name, NOTHING).state,
         "aliases": [],
         "context_length": None,
-        "slots": sum(server["max_concurrent"] for server in servers),
+        "slots": sum(server.max_concurrent for server in servers),
         "min_replicas": 0,
         "max_replicas": 0,
-        "servers": [server["url"] for server in servers],
+        "servers": [server.url for server in servers],
     }
 
 
-def _row(config: PoolConfig, name: str, states: dict[str, Any]) -> dict[str, Any]:
+def _row(config: PoolConfig, name: str, states: dict[str, ModelRow]) -> dict[str, Any]:
     variants = config.names.variants.get(name)
     if variants is not None:
         rows = [_row(config, variant, states) for variant, _ in variants]
@@ -178,7 +180,7 @@ def _row(config: PoolConfig, name: str, states: dict[str, Any]) -> dict[str, Any
         "execution_mode": "gpu" if model.num_gpus else "cpu",
         "backend": model.backend,
         "format": model.format,
-        "status": states.get(name, {}).get("state", "unloaded"),
+        "status": states.get(name, NOTHING).state,
         "aliases": list(model.aliases),
         "context_length": model.gguf_n_ctx,
         "slots": model.target_inflight,

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from cluster import errors
+from cluster.ledger.snapshot import ModelRow, ServerRow, Snapshot, as_dict
 from deployments.gateway import Gateway
 
 router = APIRouter(tags=["service"])
@@ -31,9 +32,9 @@ async def ready(request: Request) -> Response:
         ledger = await gateway.ledger.status()
     except errors.BackendUnavailable as error:
         return JSONResponse({"ready": False, "reason": error.message}, 503)
-    if ledger["stalled"]:
-        return JSONResponse({"ready": False, "reason": ledger["stalled"]}, 503)
-    models = ledger["models"]
+    if ledger.stalled:
+        return JSONResponse({"ready": False, "reason": ledger.stalled}, 503)
+    models = ledger.models
     awaited = [name for name, model in gateway.config.models.items() if model.enabled or model.min_replicas]
     missing = [name for name in awaited if _is_missed(models.get(name))]
     if missing:
@@ -41,11 +42,11 @@ async def ready(request: Request) -> Response:
     return JSONResponse({"ready": True})
 
 
-def _is_missed(row: dict[str, Any] | None) -> bool:
+def _is_missed(row: ModelRow | None) -> bool:
     """A model that once was loaded and made room for another is not missed: the pool serves it on demand."""
-    if row is None or row["state"] == "failed":
+    if row is None or row.state == "failed":
         return True
-    return row["state"] != "loaded" and row["load_s"] is None
+    return row.state != "loaded" and row.load_s is None
 
 
 @router.get("/v1/status")
@@ -53,28 +54,35 @@ async def status(request: Request) -> dict[str, Any]:
     """The pool's models as backends, and the ledger's life."""
     gateway: Gateway = request.app.state.gateway
     ledger = await gateway.ledger.status()
-    models = ledger["models"]
-    backends = {
-        name: {
-            "is_running": models[name]["ready"] > 0,
-            "is_healthy": models[name]["state"] != "failed",
-            "pid": None,
-            "url": None,
-            "uptime": None,
-            "last_request_time": None,
-            "error": models[name]["last_error"],
-        }
-        for name in gateway.config.models
-        if name in models
+    backends = {name: _model(name, ledger) for name in gateway.config.models if name in ledger.models}
+    backends |= {server.url: _server(server) for server in ledger.servers}
+    return {"execution_mode": gateway.config.mode, "backends": backends, "ledger": as_dict(ledger)}
+
+
+def _model(name: str, ledger: Snapshot) -> dict[str, Any]:
+    """A model as a backend: `pid` and `uptime` are those of its oldest replica that serves."""
+    row = ledger.models[name]
+    ready = [each for each in ledger.replicas if each.model == name and each.state == "READY"]
+    oldest = min(ready, key=lambda each: each.started_at or ledger.time, default=None)
+    started_at = oldest.started_at if oldest is not None else None
+    return {
+        "is_running": row.ready > 0,
+        "is_healthy": row.state != "failed",
+        "pid": None if oldest is None else oldest.pid,
+        "url": None,
+        "uptime": None if started_at is None else round(max(0.0, ledger.time - started_at), 3),
+        "last_request_time": None if row.last_arrival is None else ledger.time - (ledger.now - row.last_arrival),
+        "error": row.last_error,
     }
-    for server in ledger["servers"]:
-        backends[server["url"]] = {
-            "is_running": server["is_up"],
-            "is_healthy": server["is_up"],
-            "pid": None,
-            "url": server["url"],
-            "uptime": None,
-            "last_request_time": None,
-            "error": server["last_refresh_error"],
-        }
-    return {"execution_mode": gateway.config.mode, "backends": backends, "ledger": ledger}
+
+
+def _server(server: ServerRow) -> dict[str, Any]:
+    return {
+        "is_running": server.is_up,
+        "is_healthy": server.is_up,
+        "pid": None,
+        "url": server.url,
+        "uptime": None,
+        "last_request_time": None,
+        "error": server.last_refresh_error,
+    }

@@ -164,8 +164,8 @@ class Ledger:
         """One model at a glance; None if there is none of that name. Cheap."""
         return snapshot.view(self._pool, name)
 
-    def snapshot(self) -> dict[str, Any]:
-        """The whole state as plain data."""
+    def snapshot(self) -> snapshot.Snapshot:
+        """The whole state as plain immutable data."""
         return snapshot.take(self._pool)
 
     def check(self) -> None:

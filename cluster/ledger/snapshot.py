@@ -1,10 +1,14 @@
-"""What the ledger shows of itself: for the status route, for keep-alive comments, for the debugger."""
+"""What the ledger shows of itself: for the status route, for keep-alive comments, for the debugger.
+
+A snapshot is immutable and plain: whoever shows it holds no part of the books.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cluster.ledger.books import server_moves
 from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.servers import is_remote
 from cluster.ledger.rules import policy
@@ -12,7 +16,8 @@ from cluster.ledger.states import ReplicaState
 
 if TYPE_CHECKING:
     from cluster.ledger.books.pool import Pool
-    from cluster.ledger.books.records import Model
+    from cluster.ledger.books.records import Model, Replica
+    from cluster.ledger.books.servers import Server
 
 
 class ModelView(NamedTuple):
@@ -30,6 +35,88 @@ class ModelView(NamedTuple):
     held_down: bool
     failures: int
     last_error: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaRow:
+    """One replica. `replica` is None as long as no process has announced itself; `since` is when its state began.
+
+    What only the actor knows, it fills in: `pid` of the process that holds the engine, `started_at` of the replica
+    (seconds since 1970), and `progress` of the load, 0.0 to 1.0, while it loads.
+    """
+
+    model: str
+    replica: str | None
+    state: str
+    slots: int
+    leases: int
+    node: str
+    since: float
+    devices: tuple[int, ...] = ()
+    pid: int | None = None
+    started_at: float | None = None
+    progress: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRow:
+    """One model. `state` is its best replica's in the admin route's words; `loading` is an operator's load under way.
+
+    `memory_mib` is what a replica was measured to take, `memory_estimated_mib` what the configuration says of it.
+    """
+
+    state: str = "unloaded"
+    remote: bool = False
+    queued: int = 0
+    queued_by_class: tuple[int, int, int] = (0, 0, 0)
+    leases: int = 0
+    waiting_since: float | None = None
+    last_arrival: float | None = None
+    desired: int = 0
+    ready: int = 0
+    last_error: str | None = None
+    load_s: float | None = None
+    memory_mib: int | None = None
+    memory_estimated_mib: int | None = None
+    pinned: bool = False
+    backoff_until: float | None = None
+    loading: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ServerRow:
+    """One external server; it offers nothing while its manifest cannot be read."""
+
+    url: str
+    available_models: tuple[str, ...] = ()
+    active_requests: int = 0
+    max_concurrent: int = 1
+    current_model: str | None = None
+    is_busy: bool = False
+    is_up: bool = False
+    last_refresh_error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All that the ledger shows. Times (`since`, `waiting_since`, `last_arrival`, `backoff_until`) are on its clock.
+
+    The actor fills in what that clock shows (`now`), the time of day with it (`time`), and why the pool is stuck.
+    """
+
+    epoch: str
+    recovering: bool = False
+    leases: int = 0
+    queued: int = 0
+    submitted: int = 0
+    finished: int = 0
+    rejected: int = 0
+    replicas: tuple[ReplicaRow, ...] = ()
+    models: dict[str, ModelRow] = field(default_factory=dict)
+    servers: tuple[ServerRow, ...] = ()
+    now: float = 0.0
+    time: float = 0.0
+    stalled: str | None = None
 
 
 def view(pool: Pool, name: str) -> ModelView | None:
@@ -50,57 +137,80 @@ def view(pool: Pool, name: str) -> ModelView | None:
     )
 
 
-def take(pool: Pool) -> dict[str, Any]:
-    """The whole state as plain data. Changes nothing; costs a pass over all models and replicas.
-
-    Times (`since`, `waiting_since`, `last_arrival`, `backoff_until`) are on the ledger's own clock.
-    """
-    return {
-        "epoch": pool.epoch,
-        "recovering": pool.is_recovering,
-        "leases": len(pool.leases) + len(pool.servers.leases),
-        "queued": len(pool.waiters),
-        "submitted": pool.submitted,
-        "finished": pool.finished,
-        "rejected": pool.rejected,
-        "replicas": [
-            {
-                "model": replica.model.name,
-                "replica": replica.uid,
-                "state": replica.state.name,
-                "slots": replica.slots,
-                "leases": len(replica.leases),
-                "node": replica.place.node,
-                "since": replica.since,
-            }
-            for model in pool.models.values()
-            for replica in model.replicas
-        ],
-        "models": {name: _model(pool, model) for name, model in pool.models.items()},
-        "servers": server_moves.rows(pool),
-    }
+def take(pool: Pool) -> Snapshot:
+    """The whole state. Changes nothing; costs a pass over all models and replicas."""
+    return Snapshot(
+        epoch=pool.epoch,
+        recovering=pool.is_recovering,
+        leases=len(pool.leases) + len(pool.servers.leases),
+        queued=len(pool.waiters),
+        submitted=pool.submitted,
+        finished=pool.finished,
+        rejected=pool.rejected,
+        replicas=tuple(_replica(replica) for model in pool.models.values() for replica in model.replicas),
+        models={name: _model(pool, model) for name, model in pool.models.items()},
+        servers=tuple(_server(server) for server in pool.servers.known.values()),
+    )
 
 
-def _model(pool: Pool, model: Model) -> dict[str, Any]:
+def as_dict(snapshot: Snapshot) -> dict[str, Any]:
+    """The snapshot as plain data for JSON. The progress of a load stands only at replicas that load."""
+    plain = dataclasses.asdict(snapshot)
+    for replica in plain["replicas"]:
+        if replica["progress"] is None:
+            del replica["progress"]
+    return plain
+
+
+def _replica(replica: Replica) -> ReplicaRow:
+    return ReplicaRow(
+        model=replica.model.name,
+        replica=replica.uid,
+        state=replica.state.name,
+        slots=replica.slots,
+        leases=len(replica.leases),
+        node=replica.place.node,
+        since=replica.since,
+        devices=replica.place.devices,
+    )
+
+
+def _model(pool: Pool, model: Model) -> ModelRow:
     best = state(model)
     remote = pool.servers.state(model.name) if best in ("unloaded", "failed") else None
     on_servers = sum(1 for lease in pool.servers.leases.values() if lease.model == model.name)
-    return {
-        "state": remote or best,
-        "remote": is_remote(model),
-        "queued": model.queue.count,
-        "leases": model.leased + on_servers,
-        "waiting_since": min((head.since for head in model.queue.heads()), default=None),
-        "last_arrival": model.last_arrival if model.last_arrival > -INFINITY else None,
-        "desired": model.desired,
-        "ready": model.counts[ReplicaState.READY],
-        "last_error": model.last_error,
-        "load_s": model.load_s,
-        "memory_mib": model.measured_mib,
-        "pinned": model.is_pinned,
-        "backoff_until": model.backoff_until if model.failures else None,
-        "loading": model.order is not None,
-    }
+    high, medium, low = model.queue.counts
+    return ModelRow(
+        state=remote or best,
+        remote=is_remote(model),
+        queued=model.queue.count,
+        queued_by_class=(high, medium, low),
+        leases=model.leased + on_servers,
+        waiting_since=min((head.since for head in model.queue.heads()), default=None),
+        last_arrival=model.last_arrival if model.last_arrival > -INFINITY else None,
+        desired=model.desired,
+        ready=model.counts[ReplicaState.READY],
+        last_error=model.last_error,
+        load_s=model.load_s,
+        memory_mib=model.measured_mib,
+        memory_estimated_mib=model.spec.memory_mib or None,
+        pinned=model.is_pinned,
+        backoff_until=model.backoff_until if model.failures else None,
+        loading=model.order is not None,
+    )
+
+
+def _server(server: Server) -> ServerRow:
+    return ServerRow(
+        url=server.spec.url,
+        available_models=server.models if server.is_up else (),
+        active_requests=len(server.leases),
+        max_concurrent=server.spec.max_concurrent,
+        current_model=server.current,
+        is_busy=server.is_busy,
+        is_up=server.is_up,
+        last_refresh_error=server.error,
+    )
 
 
 def state(model: Model) -> str:

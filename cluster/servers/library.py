@@ -23,7 +23,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from cluster.ledger.events import (
     ConfigChanged,
@@ -37,6 +36,7 @@ from cluster.ledger.events import (
     Ticked,
 )
 from cluster.ledger.ledger import Ledger
+from cluster.ledger.snapshot import ServerRow
 from cluster.ledger.specs import PoolSpec, ServerSpec
 from cluster.servers.types import loads_just_in_time
 
@@ -72,40 +72,38 @@ class ServerConfig:
     max_concurrent: int = 1
     api_key_env: str | None = None
     server_type: str | None = None
-    _row: Callable[[], dict[str, Any]] | None = field(default=None, repr=False, compare=False)
+    _row: Callable[[], ServerRow] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.max_concurrent < 1:
             raise ValueError("max_concurrent must be at least 1")
 
-    def _state(self, key: str, default: Any) -> Any:
-        return default if self._row is None else self._row()[key]
+    def _state(self) -> ServerRow:
+        return ServerRow(self.url) if self._row is None else self._row()
 
     @property
     def available_models(self) -> list[str]:
         """What it offers; nothing while its manifest cannot be read."""
-        return list(self._state("available_models", ()))
+        return list(self._state().available_models)
 
     @property
     def active_requests(self) -> int:
-        return int(self._state("active_requests", 0))
+        return self._state().active_requests
 
     @property
     def current_model(self) -> str | None:
         """The model of the requests in flight; None without any."""
-        model: str | None = self._state("current_model", None)
-        return model
+        return self._state().current_model
 
     @property
     def is_busy(self) -> bool:
         """All of its slots are taken."""
-        return bool(self._state("is_busy", False))
+        return self._state().is_busy
 
     @property
     def last_refresh_error(self) -> str | None:
         """Why it serves nothing; None if it does."""
-        error: str | None = self._state("last_refresh_error", None)
-        return error
+        return self._state().last_refresh_error
 
     def spec(self) -> ServerSpec:
         return ServerSpec(self.url, self.max_concurrent, loads_just_in_time(self.server_type), self.api_key_env)
@@ -158,8 +156,8 @@ class ServerPool:
         self._held: dict[str, Grant] = {}
 
     def __repr__(self) -> str:
-        rows = self._ledger.snapshot()["servers"]
-        used = ", ".join(f"{row['url']} {row['active_requests']}/{row['max_concurrent']}" for row in rows)
+        rows = self._ledger.snapshot().servers
+        used = ", ".join(f"{row.url} {row.active_requests}/{row.max_concurrent}" for row in rows)
         return f"<ServerPool {used or 'empty'}>"
 
     # --- manifests ----------------------------------------------------------------------------------------------
@@ -187,7 +185,7 @@ class ServerPool:
     def get_all_available_models(self) -> set[str]:
         """What the servers that can be reached offer, together."""
         with self._lock:
-            return {name for row in self._ledger.snapshot()["servers"] for name in row["available_models"]}
+            return {name for row in self._ledger.snapshot().servers for name in row.available_models}
 
     # --- slots --------------------------------------------------------------------------------------------------
 
@@ -233,11 +231,11 @@ class ServerPool:
 
     # --- inside -------------------------------------------------------------------------------------------------
 
-    def _row_of(self, url: str) -> Callable[[], dict[str, Any]]:
-        def row() -> dict[str, Any]:
+    def _row_of(self, url: str) -> Callable[[], ServerRow]:
+        def row() -> ServerRow:
             with self._lock:
-                rows: list[dict[str, Any]] = self._ledger.snapshot()["servers"]
-            return next(each for each in rows if each["url"] == url)
+                rows = self._ledger.snapshot().servers
+            return next(each for each in rows if each.url == url)
 
         return row
 

@@ -128,15 +128,15 @@ def judge(world: World) -> None:
     assert not world.crimes, world.crimes
     assert not world.cut, world.cut
     state = ledger.snapshot()
-    assert state["queued"] == 0, f"somebody waits for ever: {state}"
-    assert state["leases"] == 0, f"a lease leaked: {state}"
+    assert state.queued == 0, f"somebody waits for ever: {state}"
+    assert state.leases == 0, f"a lease leaked: {state}"
     open_requests = [each.name for each in world.requests.values() if not each.done]
     assert not open_requests, f"never answered: {open_requests}"
     # Everything idle can be reached: an operator empties the pool.
     for name in world.spec.models:
         world.tell(UnloadRequested(name))
     world.run(until=world.now + 60.0)
-    assert not ledger.snapshot()["replicas"], f"something cannot be unloaded: {ledger.snapshot()}"
+    assert not ledger.snapshot().replicas, f"something cannot be unloaded: {ledger.snapshot()}"
     assert not [each for each in world.processes.values() if each.state != "pending"], "a process was forgotten"
 
 

@@ -341,10 +341,10 @@ class LedgerMachine(RuleBasedStateMachine):
     def both_sides_agree(self) -> None:
         out = self.out
         state, leased, waiting = out.ledger.snapshot(), len(out.leased()), len(out.waiting())
-        assert state["leases"] == leased, f"{state['leases']} leases inside, {leased} outside"
-        assert state["queued"] == waiting, f"{state['queued']} wait inside, {waiting} outside"
-        assert state["submitted"] == state["queued"] + state["leases"] + state["finished"] + state["rejected"]
-        assert {each["replica"] for each in state["replicas"]} - {None} == set(out.seen), "not the same processes"
+        assert state.leases == leased, f"{state.leases} leases inside, {leased} outside"
+        assert state.queued == waiting, f"{state.queued} wait inside, {waiting} outside"
+        assert state.submitted == state.queued + state.leases + state.finished + state.rejected
+        assert {each.replica for each in state.replicas} - {None} == set(out.seen), "not the same processes"
         assert out.ledger.desired == out.desired, f"{out.ledger.desired} inside, {out.desired} outside"
 
     @invariant()

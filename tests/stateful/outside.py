@@ -195,9 +195,9 @@ class Outside:
 
     def inside(self, seen: Seen) -> ReplicaState:
         """The ledger's own view of a process, for what is legal."""
-        for each in self.ledger.snapshot()["replicas"]:
-            if each["replica"] == seen.uid:
-                return ReplicaState[each["state"]]
+        for each in self.ledger.snapshot().replicas:
+            if each.replica == seen.uid:
+                return ReplicaState[each.state]
         raise AssertionError(f"{seen} is not on the books")
 
     # --- what everybody does ------------------------------------------------------------------------------------
@@ -309,7 +309,7 @@ class Outside:
 
     def close_the_window(self) -> None:
         """Whoever holds a lease still does, under the number that he knows; its slot may be another."""
-        names = {each["replica"] for each in self.ledger.snapshot()["replicas"]}
+        names = {each.replica for each in self.ledger.snapshot().replicas}
         assert names == set(self.seen), f"{names} are on the books, {set(self.seen)} are alive"
         for sent in self.leased():
             assert sent.grant is not None

@@ -26,4 +26,4 @@ def check(pool: ServerPool) -> None:
 def idle(pool: ServerPool) -> bool:
     check(pool)
     snapshot = pool._ledger.snapshot()
-    return not (snapshot["leases"] or snapshot["queued"] or pool._held or pool._takers)
+    return not (snapshot.leases or snapshot.queued or pool._held or pool._takers)

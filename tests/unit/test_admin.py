@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -16,6 +16,7 @@ from cluster import errors
 from cluster.config import load_config
 from cluster.gpus import Gpu
 from cluster.ledger.ledger import Ledger
+from cluster.ledger.snapshot import ModelRow
 
 
 def test_errors_of_the_admin_families_carry_detail():
@@ -60,13 +61,14 @@ def test_an_explicit_null_is_an_override():
 
 def test_rows_tell_where_an_estimate_comes_from():
     config = load_config({"models": {"m": {"backend": "fake", "target_inflight": 3}}}, environ={})
-    snapshot: dict[str, Any] = {**Ledger(config.spec(), epoch="e", now=0.0).snapshot(), "now": 9.0}
+    snapshot = replace(Ledger(config.spec(), epoch="e", now=0.0).snapshot(), now=9.0)
     row = admin_row(config, "m", snapshot)
     assert (row["vram_estimate_mib"], row["vram_estimate_source"]) == (None, "unavailable")
     assert (row["runtime_state"], row["is_loaded"], row["effective_target_inflight"]) == ("unloaded", False, 3)
     row = admin_row(config.with_estimates({"m": 50}), "m", snapshot)
     assert (row["vram_estimate_mib"], row["vram_estimate_source"]) == (50, "model_artifact_size")
-    snapshot["models"]["m"].update(memory_mib=60, state="loaded", ready=2, last_arrival=2.0)
+    loaded = ModelRow(memory_mib=60, state="loaded", ready=2, last_arrival=2.0)
+    snapshot = replace(snapshot, models={"m": loaded})
     row = admin_row(config.with_estimates({"m": 50}), "m", snapshot)
     assert (row["vram_estimate_mib"], row["vram_estimate_source"]) == (60, "observed_load_delta")
     assert row["definition"]["backend"] == "fake"
@@ -75,8 +77,8 @@ def test_rows_tell_where_an_estimate_comes_from():
 
 
 def test_ready_misses_only_what_never_came_or_has_failed():
-    def row(state: str, load_s: float | None) -> dict[str, Any]:
-        return {"state": state, "load_s": load_s}
+    def row(state: str, load_s: float | None) -> ModelRow:
+        return ModelRow(state=state, load_s=load_s)
 
     assert [_is_missed(each) for each in (None, row("unloaded", None), row("failed", 1.0))] == [True] * 3
     assert [_is_missed(each) for each in (row("loaded", None), row("unloaded", 1.0))] == [False] * 2

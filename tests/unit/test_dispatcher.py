@@ -28,7 +28,7 @@ async def soon(task: asyncio.Task[str]) -> str:
 
 
 async def waiting(pool: ServerPool, count: int) -> None:
-    while pool._ledger.snapshot()["queued"] != count:
+    while pool._ledger.snapshot().queued != count:
         await asyncio.sleep(0)
 
 

@@ -120,7 +120,7 @@ async def test_an_operator_who_hangs_up_leaves_nothing_behind(desk: Desk):
         await call
     desk.post(ReplicaStarted("a", "u", "n"))
     desk.post(ReplicaReady("u"))
-    assert desk.ledger.snapshot()["models"]["a"]["state"] == "loaded"
+    assert desk.ledger.snapshot().models["a"].state == "loaded"
 
 
 def test_what_loads_is_not_unloaded(desk: Desk):

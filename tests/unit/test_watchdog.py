@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cluster.ledger.events import ReplicaGone, ReplicaReady, ReplicaStarted, RequestArrived, RequestCancelled
 from cluster.ledger.ledger import Ledger
+from cluster.ledger.snapshot import ModelRow, Snapshot
 from cluster.ledger.specs import ModelSpec, NodeSpec, PoolSpec
 from cluster.watchdog import SLACK_S, limit_s, stalled
 
@@ -52,10 +55,10 @@ def test_a_process_that_does_not_end_is_named(ledger: Ledger):
 
 def test_silence_is_a_fault_only_from_the_last_move_on():
     """A scheduler that forgets a waiter; here the books of one are made up, since ours does not."""
-    row = {"queued": 2, "waiting_since": 10.0}
-    snapshot = {"recovering": False, "leases": 0, "models": {"a": row, "b": {"queued": 0}}, "replicas": []}
+    models = {"a": ModelRow(queued=2, waiting_since=10.0), "b": ModelRow()}
+    snapshot = Snapshot("e", models=models)
     assert stalled(snapshot, 10.0, 39.0, LIMIT_S) is None
     assert stalled(snapshot, 10.0, 41.0, LIMIT_S) == "2 request(s) wait for a; nothing has moved for 31 s"
     assert stalled(snapshot, 20.0, 41.0, LIMIT_S) is None
-    assert stalled({**snapshot, "leases": 1}, 10.0, 41.0, LIMIT_S) is None
-    assert stalled({**snapshot, "recovering": True}, 10.0, 41.0, LIMIT_S) is None
+    assert stalled(replace(snapshot, leases=1), 10.0, 41.0, LIMIT_S) is None
+    assert stalled(replace(snapshot, recovering=True), 10.0, 41.0, LIMIT_S) is None

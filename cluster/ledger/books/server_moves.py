@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from cluster.ledger.books.pool import Pool
 from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.records import Waiter
@@ -61,23 +59,6 @@ def retire(pool: Pool, server: Server) -> None:
 def forget_retired(pool: Pool, server: Server) -> None:
     if not server.spec.max_concurrent and not server.leases:
         del pool.servers.known[server.spec.url]
-
-
-def rows(pool: Pool) -> list[dict[str, Any]]:
-    """Every server as plain data."""
-    return [
-        {
-            "url": url,
-            "available_models": list(server.models) if server.is_up else [],
-            "active_requests": len(server.leases),
-            "max_concurrent": server.spec.max_concurrent,
-            "current_model": server.current,
-            "is_busy": server.is_busy,
-            "is_up": server.is_up,
-            "last_refresh_error": server.error,
-        }
-        for url, server in pool.servers.known.items()
-    ]
 
 
 def check(pool: Pool) -> None:

@@ -120,7 +120,7 @@ class Desk:
 
     def state(self, replica: str) -> str | None:
         """A replica's state by its id; None if it is not on the books."""
-        known = {each["replica"]: each["state"] for each in self.ledger.snapshot()["replicas"]}
+        known = {each.replica: each.state for each in self.ledger.snapshot().replicas}
         return known.get(replica)
 
     def out_words(self) -> list[str]:

@@ -11,6 +11,7 @@ from cluster.ledger.events import (
     ServerManifest,
 )
 from cluster.ledger.ledger import Ledger
+from cluster.ledger.snapshot import ServerRow
 from cluster.ledger.specs import PoolSpec, ServerSpec
 
 ONE, TWO = "http://one", "http://two"
@@ -47,8 +48,8 @@ class Desk:
     def done(self, request: str, after: float = 1.0) -> list[object]:
         return self.post(LeaseReleased(request, self.held.pop(request).generation), after)
 
-    def server(self, url: str = ONE) -> dict[str, object]:
-        return next(row for row in self.ledger.snapshot()["servers"] if row["url"] == url)
+    def server(self, url: str = ONE) -> ServerRow:
+        return next(row for row in self.ledger.snapshot().servers if row.url == url)
 
 
 def granted(out: list[object]) -> dict[str, str]:

@@ -122,7 +122,7 @@ def test_regression_two_queued_models_of_which_one_never_loads() -> None:
     for _ in range(60):
         desk.at(desk.now + 1.0)
         for name in "ABC":
-            replicas = [each["replica"] for each in desk.ledger.snapshot()["replicas"] if each["model"] == name]
+            replicas = [each.replica for each in desk.ledger.snapshot().replicas if each.model == name]
             if desk.ledger.desired[name] and None in replicas:
                 desk.boot(name, f"{name}#{desk.now}")
             for uid in replicas:

@@ -57,7 +57,7 @@ def test_illegal_event_is_logged_and_changes_nothing(event: Any, caplog: pytest.
 def test_time_that_is_none_changes_nothing(now: float) -> None:
     desk = Desk(model("A"))
     assert desk.ledger.decide(RequestArrived("r", "h", "A", 2, 5.0), now) == []
-    assert desk.ledger.snapshot()["submitted"] == 0
+    assert desk.ledger.snapshot().submitted == 0
 
 
 def test_illegal_transition_raises_and_changes_nothing() -> None:
@@ -74,7 +74,7 @@ def test_illegal_transition_raises_and_changes_nothing() -> None:
 
 def test_what_is_shown() -> None:
     desk = Desk(model("A", slots=1), model("B"), gpus=1)
-    models = lambda: {name: each["state"] for name, each in desk.ledger.snapshot()["models"].items()}  # noqa: E731
+    models = lambda: {name: each.state for name, each in desk.ledger.snapshot().models.items()}  # noqa: E731
     assert repr(desk.ledger) == "<Ledger e1: 0 active, 0 queued, 0 idle>"
     assert snapshot.no_progress_since(desk.ledger._pool) == INFINITY
     desk.arrive("a1", "A")

@@ -20,11 +20,11 @@ from tests.unit.ledger.desk import Desk, model
 
 
 def leases(desk: Desk) -> int:
-    return int(desk.ledger.snapshot()["leases"])
+    return int(desk.ledger.snapshot().leases)
 
 
 def queued(desk: Desk) -> int:
-    return int(desk.ledger.snapshot()["queued"])
+    return int(desk.ledger.snapshot().queued)
 
 
 def loaded(**more: object) -> Desk:
@@ -117,7 +117,7 @@ def test_leases_on_servers_are_reconciled_too() -> None:
     for each in ("r1", "r2", "r3"):
         desk.ask(each, "m")
     desk.post(HolderAnnounced("h", (("r1", desk.held["r1"].generation),), ("r2",)))
-    assert desk.server()["active_requests"] == 2
+    assert desk.server().active_requests == 2
     assert desk.post(LeaseReleased("r3", desk.held["r3"].generation)) == []
 
 

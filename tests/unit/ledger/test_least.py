@@ -85,7 +85,7 @@ def test_nothing_stops_beside_a_start_when_a_node_leaves() -> None:
     nodes = {name: NodeSpec(name, gpus=1) for name in ("n", "m")}
     desk = Desk(model("A", max_replicas=2), nodes=nodes)
     desk.arrive("r1", "A")
-    first = desk.ledger.snapshot()["replicas"][0]["node"]
+    first = desk.ledger.snapshot().replicas[0].node
     other = "m" if first == "n" else "n"
     desk.boot("A", "A#1", first)
     desk.arrive("r2", "A")

@@ -23,7 +23,7 @@ def fail_once(desk: Desk, request: str, replica: str) -> float:
     desk.tell(ReplicaStarted("A", replica, "n"))
     assert desk.tell(ReplicaFailed(replica, "broken")) == [f"reject {request} ModelUnavailable", "desire A 0"]
     desk.gone(replica)
-    pause: float = desk.ledger.snapshot()["models"]["A"]["backoff_until"] - desk.now
+    pause: float = desk.ledger.snapshot().models["A"].backoff_until - desk.now
     return pause
 
 
@@ -38,7 +38,7 @@ def test_back_off_doubles_up_to_its_longest() -> None:
     assert pauses == [1.0, 2.0, 4.0, 5.0, 5.0]
     desk.arrive("r", "A")
     assert desk.boot("A", "A#9") == ["grant r A#9"]
-    assert desk.ledger.snapshot()["models"]["A"]["backoff_until"] is None
+    assert desk.ledger.snapshot().models["A"].backoff_until is None
 
 
 def test_process_that_dies_while_it_loads_is_tried_again() -> None:
@@ -80,7 +80,7 @@ def test_order_loads_all_or_nothing() -> None:
     # One fails: the one that is ready is closed, the one that loads is taken back, the one without a process is gone.
     assert desk.tell(ReplicaFailed("A#2", "no")) == ["quiesce A#1", "desire A 0"]
     assert desk.gone("A#1", "A#2") == []
-    assert desk.ledger.snapshot()["replicas"] == []
+    assert desk.ledger.snapshot().replicas == ()
 
 
 def test_order_takes_back_what_has_begun_to_load() -> None:
@@ -100,7 +100,7 @@ def test_order_survives_the_death_of_one_of_its_own() -> None:
     assert desk.gone("A#2") == ["desire A 1"]
     assert desk.at(1.0) == ["desire A 2"]
     assert desk.boot("A", "A#3") == []
-    assert desk.ledger.snapshot()["models"]["A"]["loading"] is False
+    assert desk.ledger.snapshot().models["A"].loading is False
 
 
 def test_order_waits_for_room_then_gives_up() -> None:
@@ -227,7 +227,7 @@ def test_process_that_ray_put_elsewhere() -> None:
     assert desk.boot("A", "A#1", "m") == ["grant a1 A#1"]
     desk.arrive("b1", "B")
     assert desk.boot("B", "B#1", "m") == ["grant b1 B#1"]
-    assert [each["node"] for each in desk.ledger.snapshot()["replicas"]] == ["m", "m"]
+    assert [each.node for each in desk.ledger.snapshot().replicas] == ["m", "m"]
 
 
 def test_measured_memory_replaces_the_estimate() -> None:
@@ -235,7 +235,7 @@ def test_measured_memory_replaces_the_estimate() -> None:
     desk = Desk(model("A", memory_mib=100), model("B", memory_mib=500), nodes=nodes)
     desk.arrive("a1", "A")
     desk.boot("A", "A#1", memory=700)
-    assert desk.ledger.snapshot()["models"]["A"]["memory_mib"] == 700
+    assert desk.ledger.snapshot().models["A"].memory_mib == 700
     assert desk.arrive("b1", "B") == [], "beside what A really takes there is no room"
     assert desk.release("a1")[:1] == ["quiesce A#1"]
     assert desk.gone("A#1") == ["desire B 1"]

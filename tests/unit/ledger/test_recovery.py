@@ -65,9 +65,9 @@ def test_lease_before_its_replica() -> None:
     desk = again()
     desk.tell(held("one"), held("two", generation=8))
     assert desk.boot("A", "A#1") == []
-    assert desk.ledger.snapshot()["leases"] == 2
+    assert desk.ledger.snapshot().leases == 2
     desk.tell(held("three", generation=9))
-    assert desk.ledger.snapshot()["leases"] == 2, "it has two slots"
+    assert desk.ledger.snapshot().leases == 2, "it has two slots"
 
 
 def test_lease_that_ends_before_its_replica_comes() -> None:
@@ -77,7 +77,7 @@ def test_lease_that_ends_before_its_replica_comes() -> None:
     desk.tell(ReplicaGone("X#1"))
     assert desk.tell(held("five", "X#1")) == []
     assert desk.boot("A", "A#1") == []
-    assert desk.ledger.snapshot()["leases"] == 0
+    assert desk.ledger.snapshot().leases == 0
 
 
 def test_lease_that_ends_before_it_is_announced() -> None:
@@ -87,7 +87,7 @@ def test_lease_that_ends_before_it_is_announced() -> None:
     assert list(desk.ledger._pool.leases) == ["one"]
     desk.tell(HolderDied("dead"))
     desk.tell(held("two", holder="dead"))
-    assert desk.ledger.snapshot()["leases"] == 1
+    assert desk.ledger.snapshot().leases == 1
 
 
 def test_lease_of_one_that_also_waits() -> None:
@@ -95,7 +95,7 @@ def test_lease_of_one_that_also_waits() -> None:
     desk.boot("A", "A#1")
     desk.arrive("r1", "A")
     desk.tell(held("r1"))
-    assert desk.ledger.snapshot()["queued"] == 0
+    assert desk.ledger.snapshot().queued == 0
     assert desk.at(5.0) == ["desire A 1"]
 
 
@@ -143,6 +143,6 @@ def test_arrival_told_again_after_a_restart() -> None:
 def test_lease_is_held_by_one_that_loads_again() -> None:
     desk = again()
     desk.tell(ReplicaStarted("A", "A#1", "n"), held("one"))
-    assert desk.ledger.snapshot()["leases"] == 0
+    assert desk.ledger.snapshot().leases == 0
     desk.tell(ReplicaReady("A#1"))
-    assert desk.ledger.snapshot()["leases"] == 1
+    assert desk.ledger.snapshot().leases == 1

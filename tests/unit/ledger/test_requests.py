@@ -281,7 +281,7 @@ def test_keep_alive() -> None:
     desk.arrive("r2", "A", keep_alive=-1)
     desk.boot("A", "A#2")
     desk.release("r2")
-    assert desk.ledger.snapshot()["models"]["A"]["pinned"] is True
+    assert desk.ledger.snapshot().models["A"].pinned is True
     assert desk.at(1e6) == []
     desk.arrive("r3", "A", keep_alive=0.0)
     assert desk.release("r3") == ["quiesce A#2", "desire A 0"]

@@ -20,16 +20,16 @@ def test_the_guard_never_mixes_models_on_a_server_that_loads_just_in_time():
     assert desk.ask("r2", "b") == []
     assert granted(desk.ask("r3", "a")) == {"r3": ONE}
     desk.done("r1")
-    assert desk.server()["current_model"] == "a"
+    assert desk.server().current_model == "a"
     assert granted(desk.done("r3")) == {"r2": ONE}
-    assert desk.server()["current_model"] == "b"
+    assert desk.server().current_model == "b"
 
 
 def test_a_server_that_runs_several_models_at_once_is_not_guarded():
     desk = Desk(ServerSpec(ONE, 2, just_in_time=False), manifests={ONE: "a b"})
     assert granted(desk.ask("r1", "a")) == {"r1": ONE}
     assert granted(desk.ask("r2", "b")) == {"r2": ONE}
-    assert {row["state"] for row in desk.ledger.snapshot()["models"].values()} == {"loaded"}
+    assert {row.state for row in desk.ledger.snapshot().models.values()} == {"loaded"}
     desk.ask("r3", "a", priority=3)
     desk.ask("r4", "b", priority=1)
     assert granted(desk.done("r1")) == {"r4": ONE}
@@ -50,7 +50,7 @@ def test_a_flow_on_one_model_starves_nobody_beyond_the_bound(priority, waited):
         assert desk.now < 200
     # The server needs as long to run empty as its requests last.
     assert waited - 3.0 <= desk.held["b"].queue_wait_s <= waited
-    assert desk.server()["current_model"] == "b"
+    assert desk.server().current_model == "b"
     desk.done("b")
     assert f"a{number}" in desk.held
 

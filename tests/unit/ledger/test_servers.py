@@ -34,24 +34,24 @@ from tests.unit.ledger.server_desk import ONE, TWO, Desk, granted, refused
 
 def test_a_manifest_makes_models_known_and_its_slots_are_granted():
     desk = Desk(ServerSpec(ONE, 2), manifests={ONE: "a b a"})
-    assert desk.server()["available_models"] == ["a", "b"]
-    assert desk.server()["current_model"] is None
+    assert desk.server().available_models == ("a", "b")
+    assert desk.server().current_model is None
     assert granted(desk.ask("r1", "a")) == {"r1": ONE}
     assert granted(desk.ask("r2", "a")) == {"r2": ONE}
     assert [desk.held[each].slots for each in ("r1", "r2")] == [(0,), (1,)]
     row = desk.server()
-    assert (row["active_requests"], row["current_model"], row["is_busy"]) == (2, "a", True)
+    assert (row.active_requests, row.current_model, row.is_busy) == (2, "a", True)
     assert desk.ask("r3", "a") == []
     assert granted(desk.done("r1")) == {"r3": ONE}
     assert desk.held["r3"].slots == (0,)
     assert desk.held["r3"].queue_wait_s == 1.0
     desk.done("r2")
     desk.done("r3")
-    assert desk.server()["current_model"] is None
+    assert desk.server().current_model is None
     snapshot = desk.ledger.snapshot()
-    assert (snapshot["leases"], snapshot["queued"], snapshot["finished"]) == (0, 0, 3)
-    assert {name: row["state"] for name, row in snapshot["models"].items()} == {"a": "loaded", "b": "unloaded"}
-    assert snapshot["models"]["a"]["remote"] is True
+    assert (snapshot.leases, snapshot.queued, snapshot.finished) == (0, 0, 3)
+    assert {name: row.state for name, row in snapshot.models.items()} == {"a": "loaded", "b": "unloaded"}
+    assert snapshot.models["a"].remote is True
 
 
 def test_no_replica_is_ever_wanted_for_a_servers_model():
@@ -76,7 +76,7 @@ def test_requests_before_the_first_manifest_wait_for_it():
     assert refused(out) == {"r2": "ModelNotFound", "r3": "ModelNotFound"}
     assert out[0].extras["available_models"] == ["a"]
     assert refused(desk.ask("r4", "x")) == {"r4": "ModelNotFound"}
-    assert set(desk.ledger.snapshot()["models"]) == {"a"}
+    assert set(desk.ledger.snapshot().models) == {"a"}
 
 
 def test_only_so_many_unheard_of_models_are_waited_for(monkeypatch):
@@ -97,27 +97,27 @@ def test_a_server_that_cannot_be_read_serves_nothing_until_it_can():
     assert "timed out" in out[0].message
     assert out[0].extras == {"status": 502, "code": "upstream_connection_error"}
     assert refused(desk.ask("r5", "a")) == {"r5": "BackendUnavailable"}
-    assert desk.server()["last_refresh_error"] == "timed out"
-    assert desk.server()["available_models"] == []
+    assert desk.server().last_refresh_error == "timed out"
+    assert desk.server().available_models == ()
     # What runs there goes on, and its slot is not free meanwhile.
-    assert desk.server()["active_requests"] == 1
-    assert desk.ledger.snapshot()["models"]["a"]["state"] == "failed"
+    assert desk.server().active_requests == 1
+    assert desk.ledger.snapshot().models["a"].state == "failed"
     assert granted(desk.done("r2")) == {"r4": TWO}
     desk.done("r1")
     assert granted(desk.ask("r6", "b")) == {}
     assert granted(desk.hear(ONE, "a b")) == {"r6": ONE}
-    assert desk.server()["last_refresh_error"] is None
+    assert desk.server().last_refresh_error is None
 
 
 def test_an_unreadable_manifest_without_a_reason_has_one_and_the_rest_is_ignored(caplog):
     desk = Desk(ServerSpec(ONE), manifests={ONE: "a"})
     desk.hear(ONE, None)
-    assert "cannot be read" in str(desk.server()["last_refresh_error"])
+    assert "cannot be read" in str(desk.server().last_refresh_error)
     with caplog.at_level(logging.INFO, "cluster.ledger"):
         assert desk.hear("http://nobody", "a") == []
         assert desk.post(ServerManifest(ONE, ("a", 7))) == []  # type: ignore[arg-type]
         assert desk.post(ServerManifest(ONE, ["a"])) == []  # type: ignore[arg-type]
-    assert desk.server()["is_up"] is False
+    assert desk.server().is_up is False
     assert "http://nobody" in caplog.text
 
 
@@ -139,10 +139,10 @@ def test_a_model_that_a_server_offers_no_more_is_gone():
     desk.ask("r2", "a")
     desk.ask("r3", "b")
     assert refused(desk.hear(ONE, "b")) == {"r2": "ModelNotFound"}
-    assert desk.server()["current_model"] == "a"
+    assert desk.server().current_model == "a"
     assert desk.ask("r4", "b") == []
     assert granted(desk.done("r1")) == {"r3": ONE}
-    assert set(desk.ledger.snapshot()["models"]) == {"b"}
+    assert set(desk.ledger.snapshot().models) == {"b"}
     desk.hear(ONE, "a b")
     assert desk.ask("r5", "a") == []
 
@@ -158,16 +158,16 @@ def test_a_lease_ends_once_however_it_ends():
     assert again == desk.held["r1"]
     generation = again.generation
     assert desk.post(LeaseReleased("r1", generation + 100)) == []
-    assert desk.server()["active_requests"] == 3
+    assert desk.server().active_requests == 3
     desk.done("r1")
     desk.post(LeaseReleased("r1", generation))
-    assert desk.server()["active_requests"] == 2
+    assert desk.server().active_requests == 2
     desk.post(RequestCancelled("r2"))
     desk.post(RequestCancelled("r2"))
-    assert desk.server()["active_requests"] == 1
+    assert desk.server().active_requests == 1
     desk.ask("r4", "a", holder="r3")
     desk.post(HolderDied("r3"))
-    assert desk.server()["active_requests"] == 0
+    assert desk.server().active_requests == 0
     assert refused(desk.ask("r2", "a")) == {"r2": "BackendUnavailable"}
 
 
@@ -177,7 +177,7 @@ def test_a_lowered_limit_cuts_nothing_and_a_raised_one_grants_at_once():
         desk.ask(request, "a")
     desk.post(ConfigChanged(dataclasses.replace(desk.spec, servers=(ServerSpec(ONE, 1),))))
     assert desk.done("r1") == desk.done("r2") == []
-    assert desk.server()["active_requests"] == 1
+    assert desk.server().active_requests == 1
     out = desk.post(ConfigChanged(dataclasses.replace(desk.spec, servers=(ServerSpec(ONE, 2),))))
     assert granted(out) == {"r4": ONE}
 
@@ -188,7 +188,7 @@ def test_a_removed_server_finishes_what_it_has_and_may_come_back():
     desk.ask("r2", "a")
     only_two = dataclasses.replace(desk.spec, servers=(ServerSpec(TWO),))
     assert refused(desk.post(ConfigChanged(only_two))) == {"r2": "ModelNotFound"}
-    assert desk.server()["active_requests"] == 1
+    assert desk.server().active_requests == 1
     assert desk.hear(ONE, "a") == []
     desk.post(ConfigChanged(desk.spec))
     assert desk.ask("r3", "a") == []
@@ -196,10 +196,10 @@ def test_a_removed_server_finishes_what_it_has_and_may_come_back():
     assert granted(desk.done("r1")) == {"r3": ONE}
     desk.post(ConfigChanged(only_two))
     desk.done("r3")
-    assert [row["url"] for row in desk.ledger.snapshot()["servers"]] == [TWO]
+    assert [row.url for row in desk.ledger.snapshot().servers] == [TWO]
     desk.post(ConfigChanged(dataclasses.replace(desk.spec, servers=())))
-    assert desk.ledger.snapshot()["servers"] == []
-    assert desk.ledger.snapshot()["models"] == {}
+    assert desk.ledger.snapshot().servers == ()
+    assert desk.ledger.snapshot().models == {}
 
 
 # --- beside replicas ------------------------------------------------------------------------------------------------
@@ -218,14 +218,14 @@ def test_a_server_takes_what_a_configured_model_has_no_free_replica_for():
     assert SetDesired("m", 1) in desk.ask("r2", "m")
     desk.post(ReplicaStarted("m", "rep", "n"))
     assert granted(desk.post(ReplicaReady("rep"))) == {"r2": "rep"}
-    assert desk.ledger.snapshot()["models"]["m"]["leases"] == 2
+    assert desk.ledger.snapshot().models["m"].leases == 2
     assert desk.ask("r3", "m") == []
     assert granted(desk.done("r1")) == {"r3": ONE}
     # Out of the configuration, the model is the server's alone; its replica finishes and goes.
     without = dataclasses.replace(desk.spec, models={"x": desk.spec.models["x"]})
     assert SetDesired("m", 0) not in desk.post(ConfigChanged(without))
     assert SetDesired("m", 0) in desk.done("r2")
-    assert desk.ledger.snapshot()["models"]["m"]["remote"] is True
+    assert desk.ledger.snapshot().models["m"].remote is True
 
 
 def test_a_fallback_may_be_a_servers_model_and_a_dead_server_falls_back():
@@ -272,7 +272,7 @@ def test_a_new_life_adopts_what_runs_before_it_grants():
     assert granted(out) == {}
     assert SetDesired("m", 0) in out
     assert SetDesired("a", 0) not in out
-    assert desk.server()["current_model"] == "a"
+    assert desk.server().current_model == "a"
     out = desk.post(LeaseReleased("old", 7), after=1.0)
     assert granted(out) == {"r1": ONE}
     assert desk.held["r1"].generation > 7
@@ -280,7 +280,7 @@ def test_a_new_life_adopts_what_runs_before_it_grants():
     desk.post(LeaseReannounced("old", "h", "a", ONE, 7))
     desk.ask("r2", "b")
     desk.post(LeaseReannounced("late", "h", "b", ONE, 9))
-    assert desk.server()["active_requests"] == 2
+    assert desk.server().active_requests == 2
 
 
 def test_a_reannounced_lease_ends_its_own_wait_and_needs_a_living_holder():
@@ -290,11 +290,11 @@ def test_a_reannounced_lease_ends_its_own_wait_and_needs_a_living_holder():
     desk.post(HolderDied("ghost"))
     desk.post(LeaseReannounced("r2", "ghost", "a", ONE, 4))
     desk.post(LeaseReannounced("r3", "h", "a", "some-replica", 5))
-    assert desk.server()["active_requests"] == 1
+    assert desk.server().active_requests == 1
     assert desk.post(Ticked(), after=2.0) == []
     assert granted(desk.hear(ONE, "a")) == {}
     desk.post(LeaseReleased("r1", 3))
-    assert desk.server()["active_requests"] == 0
+    assert desk.server().active_requests == 0
 
 
 def test_no_lease_is_left_where_a_server_vanished_with_the_restart():

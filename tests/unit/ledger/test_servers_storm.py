@@ -50,12 +50,12 @@ def storm(seed: int) -> None:
     desk.post(ConfigChanged(desk.spec))
     for spec in specs:
         desk.hear(spec.url, " ".join(models))
-    while desk.ledger.snapshot()["queued"] or desk.held:
+    while desk.ledger.snapshot().queued or desk.held:
         assert desk.held, "somebody waits for ever"
         desk.done(next(iter(desk.held)), after=0.1)
     snapshot = desk.ledger.snapshot()
-    assert (snapshot["leases"], snapshot["queued"]) == (0, 0)
-    assert snapshot["submitted"] == snapshot["finished"] + snapshot["rejected"]
+    assert (snapshot.leases, snapshot.queued) == (0, 0)
+    assert snapshot.submitted == snapshot.finished + snapshot.rejected
     assert waits
 
 

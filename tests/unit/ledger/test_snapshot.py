@@ -1,0 +1,58 @@
+"""What the ledger shows of itself, as values and as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from cluster.ledger.events import ReplicaReady, ReplicaStarted, RequestArrived
+from cluster.ledger.ledger import Ledger
+from cluster.ledger.snapshot import as_dict
+from cluster.ledger.specs import ModelSpec, NodeSpec, PoolSpec, ServerSpec
+
+SPEC = PoolSpec(
+    models={name: ModelSpec(name, num_gpus=1.0, memory_mib=64) for name in "ab"},
+    nodes={"n": NodeSpec("n", gpus=1)},
+    servers=(ServerSpec("http://one"),),
+)
+
+
+@pytest.fixture
+def ledger() -> Ledger:
+    """`a` runs a request on the only device, and drains for the two that wait for `b`."""
+    ledger = Ledger(SPEC, epoch="e", now=0.0)
+    ledger.decide(RequestArrived("r", "h", "a", 2, 9e9), 1.0)
+    ledger.decide(ReplicaStarted("a", "u", "n"), 1.0)
+    ledger.decide(ReplicaReady("u", 100), 2.0)
+    ledger.decide(RequestArrived("s", "h", "b", 1, 9e9), 3.0)
+    ledger.decide(RequestArrived("t", "h", "b", 3, 9e9), 4.0)
+    return ledger
+
+
+def test_the_rows_of_a_snapshot(ledger: Ledger) -> None:
+    snapshot = ledger.snapshot()
+    (replica,) = snapshot.replicas
+    assert (replica.model, replica.replica, replica.state, replica.leases) == ("a", "u", "DRAINING", 1)
+    assert (replica.devices, replica.pid, replica.progress) == ((0,), None, None)
+    assert (snapshot.models["a"].memory_mib, snapshot.models["a"].memory_estimated_mib) == (100, 64)
+    assert snapshot.models["b"].queued_by_class == (1, 0, 1)
+    assert [server.url for server in snapshot.servers] == ["http://one"]
+
+
+def test_a_snapshot_is_a_value(ledger: Ledger) -> None:
+    before = ledger.snapshot()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        before.leases = 0  # type: ignore[misc]
+    ledger.decide(RequestArrived("u", "h", "b", 2, 9e9), 5.0)
+    assert before.models["b"].queued == 2
+    assert before != ledger.snapshot()
+
+
+def test_progress_stands_only_at_what_loads(ledger: Ledger) -> None:
+    snapshot = ledger.snapshot()
+    assert "progress" not in as_dict(snapshot)["replicas"][0]
+    loads = dataclasses.replace(snapshot.replicas[0], state="STARTING", progress=0.5)
+    plain = as_dict(dataclasses.replace(snapshot, replicas=(loads,)))
+    assert json.loads(json.dumps(plain))["replicas"][0]["progress"] == 0.5
