@@ -36,6 +36,8 @@ def build(args: dict[str, Any]) -> serve.Application:
     ingress = serve.deployment(
         name="ingress",
         max_ongoing_requests=UNBOUNDED,
+        max_replicas_per_node=1,
+        health_check_period_s=1.0,
         graceful_shutdown_timeout_s=config.longest_request_s() + GRACE_S,
         graceful_shutdown_wait_loop_s=0.1,
         ray_actor_options={"num_cpus": 0},

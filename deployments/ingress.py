@@ -13,6 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from cluster import errors
 from cluster.config import PoolConfig
 from deployments.gateway import Ask, Gateway
+from deployments.public_port import reuse_public_port
 from deployments.requests import CHAT, parse_ask
 
 
@@ -26,6 +27,7 @@ class Ingress:
     async def __init__(  # type: ignore[misc]
         self, config: PoolConfig, build_http: Callable[[Gateway], Any], **handles: DeploymentHandle
     ) -> None:
+        reuse_public_port()
         self._build_http = build_http
         self._gateway = Gateway(config, {model: handles[key] for model, key in handle_keys(config).items()})
 

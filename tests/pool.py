@@ -26,8 +26,12 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def local_serve(gpus: int = 1) -> Iterator[int]:
-    """A Serve instance on a private Ray with `gpus` logical GPUs; its HTTP port."""
+def local_serve(gpus: int = 1, direct: bool = True) -> Iterator[int]:
+    """A Serve instance on a private Ray with `gpus` logical GPUs; the port on which its pool answers.
+
+    As `make serve` has it: the ingress has an HTTP server of its own, and Serve's proxy another port. Without
+    `direct` the proxy answers.
+    """
     home = tempfile.mkdtemp(prefix="sp-")
     # Ray writes an authentication token into the home folder unless it is told another place.
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(Path(home) / "token")
@@ -36,11 +40,11 @@ def local_serve(gpus: int = 1) -> Iterator[int]:
     import ray
     from ray.serve._private import api
 
-    from app.cli import RAY_FLAGS
-
-    os.environ.update(RAY_FLAGS)
+    from app.cli import RAY_FLAGS, direct_ingress_flags
 
     port = free_port()
+    proxy_port = free_port() if direct else port
+    os.environ.update(RAY_FLAGS | (direct_ingress_flags(port) if direct else {}))
     ray.init(
         address="local",
         num_cpus=4,
@@ -50,7 +54,7 @@ def local_serve(gpus: int = 1) -> Iterator[int]:
         log_to_driver=False,
         _temp_dir=home,
     )
-    api.serve_start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="EveryNode")
+    api.serve_start(http_options={"host": "127.0.0.1", "port": proxy_port}, proxy_location="EveryNode")
     try:
         yield port
     finally:
@@ -113,18 +117,11 @@ class Pool:
         assert ray.get(effects.find_ledger().check.remote()) is None
 
 
-@contextlib.contextmanager
-def running_pool(port: int, args: dict[str, Any]) -> Iterator[Pool]:
-    """Deploy a pool and wait until its HTTP answers; take it down again."""
-    import ray
-    from ray import serve
-    from ray.serve._private import api
-    from ray.serve.schema import ServeDeploySchema
-
+def serve_document(args: dict[str, Any]) -> dict[str, Any]:
+    """A Serve configuration like `serve_config.yaml`, with these `args`."""
     from cluster import effects
 
-    client = api.serve_start(http_options={"host": "127.0.0.1", "port": port})
-    schema = {
+    return {
         "applications": [
             {
                 "name": effects.APP_NAME,
@@ -136,7 +133,20 @@ def running_pool(port: int, args: dict[str, Any]) -> Iterator[Pool]:
         ],
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
     }
-    client.deploy_apps(ServeDeploySchema.model_validate(schema), _blocking=True)
+
+
+@contextlib.contextmanager
+def running_pool(port: int, args: dict[str, Any]) -> Iterator[Pool]:
+    """Deploy a pool and wait until its HTTP answers; take it down again."""
+    import ray
+    from ray import serve
+    from ray.serve._private import api
+    from ray.serve.schema import ServeDeploySchema
+
+    from cluster import effects
+
+    client = api.serve_start()
+    client.deploy_apps(ServeDeploySchema.model_validate(serve_document(args)), _blocking=True)
     pool = Pool(f"http://127.0.0.1:{port}")
     deadline = time.monotonic() + 60
     while True:

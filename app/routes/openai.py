@@ -13,7 +13,6 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from app.auth import caller_of
-from app.early_body import BODY
 from app.routes.admin_rows import NOTHING
 from cluster import errors
 from cluster.config import ModelConfig, PoolConfig
@@ -90,12 +89,11 @@ async def read_json(request: Request, max_mb: float) -> Any:
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
         raise errors.RequestTooLarge(f"the body is larger than {max_mb:g} MiB")
-    body = bytearray(request.scope.get(BODY, b""))
-    if not body:
-        async for part in request.stream():
-            body += part
-            if len(body) > limit:
-                raise errors.RequestTooLarge(f"the body is larger than {max_mb:g} MiB")
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > limit:
+            raise errors.RequestTooLarge(f"the body is larger than {max_mb:g} MiB")
     try:
         return json.loads(body)
     except ValueError as error:
