@@ -14,6 +14,7 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from app.http import build_http
 from cluster import effects
 from cluster.config import ConfigError, PoolConfig, load_config
+from cluster.config.names import deployments_collide
 from deployments.engines.llama_cpp.memory import estimate_mib
 from deployments.ingress import Ingress, handle_keys
 from deployments.replica import Replica
@@ -28,8 +29,7 @@ GRACE_S = 60.0
 def build(args: dict[str, Any]) -> serve.Application:
     """The application for `args` of the Serve configuration. Raises `ConfigError` with a line per mistake."""
     config = estimated(load_config(args))
-    names = [effects.deployment_name(model) for model in config.models]
-    if len(set(names)) < len(names):
+    if deployments_collide(config.models):
         raise ConfigError("two model ids differ only in characters that Ray Serve does not allow in a name")
     keys = handle_keys(config)
     handles = {keys[model]: _replicas(config, model) for model in config.models}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from ray.core.generated.runtime_environment_pb2 import RuntimeEnvInfo
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.config.names import deployment_name as deployment_name
 from cluster.gpus import Gpu, read_gpus
 from cluster.ledger.specs import NodeSpec, PoolSpec
 
@@ -39,11 +39,6 @@ NODE_ANSWER_S = 10.0
 SPARE_KEPT_S = 600
 
 _HEAD = "node:__internal_head__"
-
-
-def deployment_name(model: str) -> str:
-    """The Serve deployment of a model. Serve uses `#` and `/` in names of its own, so those are replaced."""
-    return re.sub(r"[^A-Za-z0-9_.\-]", "-", model)
 
 
 def get_or_create_ledger(actor_class: type[Any], spec: PoolSpec) -> Any:

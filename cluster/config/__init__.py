@@ -4,6 +4,7 @@ from cluster.config.keys import ANONYMOUS, ApiKey, Caller, find_key
 from cluster.config.load import ConfigError, load_config, read_yaml
 from cluster.config.models import CacheType, FakeFaults, FlashAttention, Group, LlamaCppKwargs, ModelConfig, ServerEntry
 from cluster.config.pool import MaxWait, PoolConfig
+from cluster.config.version import Configuration
 
 __all__ = [
     "ANONYMOUS",
@@ -11,6 +12,7 @@ __all__ = [
     "CacheType",
     "Caller",
     "ConfigError",
+    "Configuration",
     "FakeFaults",
     "FlashAttention",
     "Group",

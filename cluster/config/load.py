@@ -60,6 +60,11 @@ def load_config(args: Mapping[str, Any] | None, environ: Mapping[str, str] = os.
                 data[field] = hashed(data[field], field, environ, may_be_clear=is_file)
     except ValueError as error:
         raise ConfigError(f"{source}: {error}") from None
+    return checked(data, source)
+
+
+def checked(data: Mapping[str, Any], source: str) -> PoolConfig:
+    """The configuration of these keys. Raises `ConfigError` with one line per mistake, which names the source."""
     try:
         config = PoolConfig.model_validate(data)
     except ValidationError as error:

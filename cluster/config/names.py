@@ -5,7 +5,8 @@ another. A name that leads nowhere is found when the pool starts, not when the f
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from cluster.config.models import ModelConfig
@@ -98,3 +99,14 @@ def _check_groups(models: Mapping[str, ModelConfig]) -> None:
                 f"models.{model_id}.group: {model.group.name!r} is {devices!r} in models.{first} "
                 f"and {model.group.devices!r} here"
             )
+
+
+def deployment_name(model: str) -> str:
+    """The Serve deployment of a model. Serve uses `#` and `/` in names of its own, so those are replaced."""
+    return re.sub(r"[^A-Za-z0-9_.\-]", "-", model)
+
+
+def deployments_collide(models: Iterable[str]) -> bool:
+    """Whether two ids differ only in characters that Ray Serve does not allow in a name."""
+    names = [deployment_name(model) for model in models]
+    return len(set(names)) < len(names)
