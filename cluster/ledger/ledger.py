@@ -50,6 +50,7 @@ from cluster.ledger.events import (
 from cluster.ledger.handlers import holders, machines, operators, replicas, requests, server_events, server_slots
 from cluster.ledger.handlers.validate import fault
 from cluster.ledger.specs import PoolSpec
+from cluster.ledger.transitions import Transition
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +135,8 @@ class Ledger:
             now = pool.now
         out: list[Command] = []
         pool.out = out
+        if pool.transitions:
+            pool.transitions = []
         if now >= pool.wake:
             tree.expire(pool, now)
         if pool.servers.known:
@@ -144,6 +147,11 @@ class Ledger:
         if pool.touched or pool.went_idle or pool.changed:
             tree.settle(pool, now)
         return out
+
+    @property
+    def transitions(self) -> list[Transition]:
+        """What the last decision changed, in order; for those who watch."""
+        return self._pool.transitions
 
     def next_deadline(self) -> float | None:
         """When to send the next `Ticked`; None if time alone changes nothing."""
@@ -163,6 +171,23 @@ class Ledger:
     def model(self, name: str) -> snapshot.ModelView | None:
         """One model at a glance; None if there is none of that name. Cheap."""
         return snapshot.view(self._pool, name)
+
+    def knows(self, model: str) -> bool:
+        """Whether there is a model of that name."""
+        return model in self._pool.models
+
+    def briefs(self) -> dict[str, snapshot.Brief]:
+        """What changes from request to request, of every model. A pass over all models, cheaper than a snapshot."""
+        return snapshot.briefs(self._pool)
+
+    def servers(self) -> tuple[snapshot.ServerRow, ...]:
+        """The external servers as they stand."""
+        return snapshot.servers(self._pool)
+
+    def model_of(self, replica: str) -> str | None:
+        """The model of a running replica; None if it is not known."""
+        known = self._pool.replicas.get(replica)
+        return None if known is None else known.model.name
 
     def snapshot(self) -> snapshot.Snapshot:
         """The whole state as plain immutable data."""

@@ -14,6 +14,7 @@ from cluster.ledger.books.shapes import Place
 from cluster.ledger.rules import autoscale, eviction, policy
 from cluster.ledger.rules.policy import Tier
 from cluster.ledger.states import ReplicaState
+from cluster.ledger.transitions import SwapBegun
 
 if TYPE_CHECKING:
     from cluster.ledger.books.pool import Pool
@@ -81,7 +82,7 @@ def _start(pool: Pool, model: Model, places: list[Place], now: float) -> None:
 # --- claims ---------------------------------------------------------------------------------------------------------
 
 
-def _promise(pool: Pool, model: Model, plans: list[policy.Plan], now: float) -> bool:
+def _promise(pool: Pool, model: Model, plans: list[policy.Plan], now: float, bound: bool) -> bool:
     """Earmark the places and drain the victims, before any of them is empty.
 
     If all that is leaving was promised to others already, there is nothing to promise: room will turn up by itself.
@@ -98,11 +99,21 @@ def _promise(pool: Pool, model: Model, plans: list[policy.Plan], now: float) -> 
     pool.claims[model] = None
     for victim in claim.victims:
         victim.claim = claim
+    reason = _why_swapped(model, plans, bound)
+    pool.transitions.append(SwapBegun(model.name, tuple(victim.uid or "" for victim in claim.victims), reason))
     for victim in claim.victims:
         if victim.state is READY:
-            pool.quiesce(victim, now)
+            pool.quiesce(victim, now, reason)
     pool.touched[model] = None
     return True
+
+
+def _why_swapped(model: Model, plans: list[policy.Plan], bound: bool) -> str:
+    """Why the victims must go, for those who watch."""
+    worst = max(plan.tier for plan in plans)
+    if worst <= Tier.SURPLUS:
+        return worst.name.lower()
+    return "operator" if model.order is not None else "bound" if bound else "pays"
 
 
 def _leaves(replica: Replica) -> bool:
@@ -193,7 +204,7 @@ def _choose_for(pool: Pool, model: Model, now: float, node: Node | None) -> None
         pool.book.unmark(plan.place, mark)
     pool.room_seen = pool.book.version
     right = len(plans) == needed and all(_is_right(pool, model, plan, now, bound, growth) for plan in plans)
-    if not (right and _promise(pool, model, plans, now)) and node is None:
+    if not (right and _promise(pool, model, plans, now, bound)) and node is None:
         _look_later(pool, model, now, bound)
 
 

@@ -6,6 +6,7 @@ A snapshot is immutable and plain: whoever shows it holds no part of the books.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -41,6 +42,8 @@ class ModelView(NamedTuple):
 class ReplicaRow:
     """One replica. `replica` is None as long as no process has announced itself; `since` is when its state began.
 
+    `record` numbers the records of one life of the ledger, as in `transitions.Moved`.
+
     What only the actor knows, it fills in: `pid` of the process that holds the engine, `started_at` of the replica
     (seconds since 1970), and `progress` of the load, 0.0 to 1.0, while it loads.
     """
@@ -52,6 +55,7 @@ class ReplicaRow:
     leases: int
     node: str
     since: float
+    record: int = 0
     devices: tuple[int, ...] = ()
     pid: int | None = None
     started_at: float | None = None
@@ -137,6 +141,30 @@ def view(pool: Pool, name: str) -> ModelView | None:
     )
 
 
+class Brief(NamedTuple):
+    """What changes from request to request, of one model."""
+
+    state: str
+    ready: int
+    leases: int
+    queued_by_class: tuple[int, int, int]
+    last_error: str | None
+
+
+def briefs(pool: Pool) -> dict[str, Brief]:
+    """What changes from request to request, of every model."""
+    on_servers = Counter(lease.model for lease in pool.servers.leases.values())
+    return {name: _brief(pool, model, on_servers[name]) for name, model in pool.models.items()}
+
+
+def _brief(pool: Pool, model: Model, on_servers: int) -> Brief:
+    best = state(model)
+    remote = pool.servers.state(model.name) if best in ("unloaded", "failed") else None
+    high, medium, low = model.queue.counts
+    ready = model.counts[ReplicaState.READY]
+    return Brief(remote or best, ready, model.leased + on_servers, (high, medium, low), model.last_error)
+
+
 def take(pool: Pool) -> Snapshot:
     """The whole state. Changes nothing; costs a pass over all models and replicas."""
     return Snapshot(
@@ -148,8 +176,8 @@ def take(pool: Pool) -> Snapshot:
         finished=pool.finished,
         rejected=pool.rejected,
         replicas=tuple(_replica(replica) for model in pool.models.values() for replica in model.replicas),
-        models={name: _model(pool, model) for name, model in pool.models.items()},
-        servers=tuple(_server(server) for server in pool.servers.known.values()),
+        models={name: _model(pool.models[name], now) for name, now in briefs(pool).items()},
+        servers=servers(pool),
     )
 
 
@@ -171,26 +199,23 @@ def _replica(replica: Replica) -> ReplicaRow:
         leases=len(replica.leases),
         node=replica.place.node,
         since=replica.since,
+        record=replica.serial,
         devices=replica.place.devices,
     )
 
 
-def _model(pool: Pool, model: Model) -> ModelRow:
-    best = state(model)
-    remote = pool.servers.state(model.name) if best in ("unloaded", "failed") else None
-    on_servers = sum(1 for lease in pool.servers.leases.values() if lease.model == model.name)
-    high, medium, low = model.queue.counts
+def _model(model: Model, now: Brief) -> ModelRow:
     return ModelRow(
-        state=remote or best,
+        state=now.state,
         remote=is_remote(model),
         queued=model.queue.count,
-        queued_by_class=(high, medium, low),
-        leases=model.leased + on_servers,
+        queued_by_class=now.queued_by_class,
+        leases=now.leases,
         waiting_since=min((head.since for head in model.queue.heads()), default=None),
         last_arrival=model.last_arrival if model.last_arrival > -INFINITY else None,
         desired=model.desired,
-        ready=model.counts[ReplicaState.READY],
-        last_error=model.last_error,
+        ready=now.ready,
+        last_error=now.last_error,
         load_s=model.load_s,
         memory_mib=model.measured_mib,
         memory_estimated_mib=model.spec.memory_mib or None,
@@ -198,6 +223,11 @@ def _model(pool: Pool, model: Model) -> ModelRow:
         backoff_until=model.backoff_until if model.failures else None,
         loading=model.order is not None,
     )
+
+
+def servers(pool: Pool) -> tuple[ServerRow, ...]:
+    """The external servers as they stand."""
+    return tuple(_server(server) for server in pool.servers.known.values())
 
 
 def _server(server: Server) -> ServerRow:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from cluster.ledger import placing
 from cluster.ledger.books.queue import INFINITY
-from cluster.ledger.books.records import Model
+from cluster.ledger.books.records import Model, Replica
 from cluster.ledger.books.servers import is_remote
 from cluster.ledger.events import LoadRefused
 from cluster.ledger.handlers.replicas import load_overdue
@@ -165,10 +165,18 @@ def _trim(pool: Pool, model: Model, now: float) -> None:
             # As Serve does it: what does not serve yet goes first, then the newest.
             to_drain += sorted(model.replicas, key=lambda each: (each.state is not STARTING, -each.serial))[:above]
     for replica in to_drain:
+        reason = _why_trimmed(pool, replica)
         if replica.state is READY:
-            pool.quiesce(replica, now)
+            pool.quiesce(replica, now, reason)
         elif replica.state is STARTING:
-            pool.withdraw(replica, now)
+            pool.withdraw(replica, now, reason)
+
+
+def _why_trimmed(pool: Pool, replica: Replica) -> str:
+    """Why a replica must not serve any longer, for those who watch."""
+    if replica.model.unloading:
+        return "operator"
+    return "lost_node" if placing.is_on_lost_node(pool, replica) else "config"
 
 
 def _forget(pool: Pool, model: Model) -> None:
@@ -256,8 +264,8 @@ def _stop_idle(pool: Pool, model: Model, now: float) -> None:
         if replica.leases or now < replica.idle_since + model.idle_timeout_s:
             # It goes in the stead of an older one, which takes over its part: its idleness begins anew.
             pool.rest(next(iter(model.buckets[0])), now)
-        pool.quiesce(replica, now)
+        pool.quiesce(replica, now, "idle_timeout")
     if now >= autoscale.surplus_due(model):
         replica = autoscale.close_surplus(model, now)
         if replica is not None:
-            pool.quiesce(replica, now)
+            pool.quiesce(replica, now, "surplus")

@@ -19,6 +19,7 @@ from cluster.ledger.books.shapes import Place
 from cluster.ledger.events import Command, Grant, LeaseReannounced, Quiesce, Reject, Reopen, ReplicaReady, SetDesired
 from cluster.ledger.specs import PoolSpec
 from cluster.ledger.states import TRANSITIONS, Cause, ReplicaState
+from cluster.ledger.transitions import Moved, Transition
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,8 @@ class Pool:
         self.now = now
         self.recovering_until = recovering_until
         self.out: list[Command] = []
+        # what this decision changed, for those who watch
+        self.transitions: list[Transition] = []
         self.models: dict[str, Model] = {}
         self.resident: dict[Model, None] = {}
         self.replicas: dict[str, Replica] = {}
@@ -252,8 +255,11 @@ class Pool:
         self.move(replica, Cause.PLACED, now)
         return replica
 
-    def move(self, replica: Replica, cause: Cause, now: float) -> None:
-        """One transition of the table; an illegal one is a programmer's error and raises before anything changes."""
+    def move(self, replica: Replica, cause: Cause, now: float, reason: str = "") -> None:
+        """One transition of the table; an illegal one is a programmer's error and raises before anything changes.
+
+        `reason` is told to those who watch.
+        """
         before = replica.state
         after = TRANSITIONS[before, cause]
         if before >= DRAINING:
@@ -284,6 +290,13 @@ class Pool:
             self._remove(replica)
         self.touched[model] = None
         self.changed[model] = None
+        self.note(replica, before, cause.name.lower(), reason)
+
+    def note(self, replica: Replica, before: ReplicaState, cause: str, reason: str = "") -> None:
+        """Tell those who watch of a change that was made."""
+        name, place = replica.model.name, replica.place
+        moved = (name, replica.serial, replica.uid, place.node, place.devices, before, replica.state, cause, reason)
+        self.transitions.append(Moved(*moved))
 
     def _remove(self, replica: Replica) -> None:
         model = replica.model
@@ -300,9 +313,9 @@ class Pool:
             model.order.batch.pop(replica, None)
         self.book.credit(replica)
 
-    def quiesce(self, replica: Replica, now: float) -> None:
+    def quiesce(self, replica: Replica, now: float, reason: str = "") -> None:
         """Drain a READY replica: no new lease. The tree moves it on to STOPPING when it is empty."""
-        self.move(replica, Cause.QUIESCED, now)
+        self.move(replica, Cause.QUIESCED, now, reason)
         assert replica.uid is not None, "a READY replica has a process"
         self.out.append(Quiesce(replica.uid))
 
@@ -312,9 +325,9 @@ class Pool:
         assert replica.uid is not None, "a DRAINING replica has a process"
         self.out.append(Reopen(replica.uid))
 
-    def withdraw(self, replica: Replica, now: float) -> None:
+    def withdraw(self, replica: Replica, now: float, reason: str = "withdrawn") -> None:
         """Take back a start. What is not bound to a process yet is gone at once."""
-        self.move(replica, Cause.GONE if replica.uid is None else Cause.WITHDRAWN, now)
+        self.move(replica, Cause.GONE if replica.uid is None else Cause.WITHDRAWN, now, reason)
 
     def revoke(self, replica: Replica, now: float) -> None:
         """End all leases of a replica that can serve them no more. Their holders notice by themselves."""

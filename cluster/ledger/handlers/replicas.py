@@ -46,6 +46,7 @@ def replica_started(pool: Pool, event: ReplicaStarted, now: float) -> None:
             pool.book.excuse(event.node)
         replica.uid = event.replica
         pool.replicas[event.replica] = replica
+        pool.note(replica, replica.state, "announced")
         pool.touched[model] = None
         if not event.loading:
             pool.out.append(LoadEngine(event.replica, model.name, replica.place.devices))
@@ -71,10 +72,11 @@ def _adopt(pool: Pool, model: Model, event: ReplicaStarted, now: float) -> None:
     replica.adopted = True
     replica.uid = event.replica
     pool.replicas[event.replica] = replica
+    pool.note(replica, replica.state, "announced")
     level = logging.INFO if pool.is_recovering else logging.WARNING
     log.log(level, "replica %s of %s was not asked for: %s", event.replica, model.name, "kept" if keep else "stopped")
     if not keep:
-        pool.withdraw(replica, now)
+        pool.withdraw(replica, now, "unasked")
         model.resend = True
 
 
@@ -180,7 +182,7 @@ def back_off(
             if replica.state is ReplicaState.STARTING:
                 pool.withdraw(replica, now)
             elif replica.state is ReplicaState.READY:
-                pool.quiesce(replica, now)
+                pool.quiesce(replica, now, "operator")
         model.order = None
     if model.refusing and not model.serving:
         refusal = policy.failure(model, now, error)

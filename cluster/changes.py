@@ -1,0 +1,208 @@
+"""The pool's one change log: what happened, in order, for those who follow it (`GET /v1/admin/events`).
+
+It holds the last `LIMIT` entries, numbered from 1 in each life of the ledger. Who has seen entry N is told what came
+after it; who was away for too long, or in another life of the ledger, gets a snapshot and goes on from there. Watching
+decides nothing, and costs the request path nothing: counts are compared now and then, while somebody follows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cluster.ledger.events import ConfigChanged, ServerManifest, ServerSuspected
+from cluster.ledger.snapshot import Brief, ServerRow, Snapshot
+from cluster.ledger.transitions import SwapBegun, Transition
+
+if TYPE_CHECKING:
+    from cluster.ledger.ledger import Ledger
+    from cluster.metrics import Counts
+
+#: How many entries are kept. One is about half a kilobyte.
+LIMIT = 10_000
+#: How many entries one call brings at most.
+BATCH = 1000
+#: Leases and queues of a model get one entry each in so many seconds, however busy it is.
+COUNTS_PERIOD_S = 0.1
+#: Between two calls of a follower it still counts as one, for so many seconds.
+FOLLOWER_PAUSE_S = 5.0
+
+_TO_REVIEW = frozenset((ServerManifest, ServerSuspected, ConfigChanged))
+
+
+class Change(NamedTuple):
+    """One entry. `time` is in seconds since 1970; `data` is plain and depends on `kind`:
+
+    `replica`  from, to, cause, reason, record, node, devices: a transition (`ledger.transitions.Moved`)
+    `model`    state, ready, last_error, removed: a model as it stands now
+    `queue`    queued, by_class: who waits for a model
+    `lease`    leases: how many requests a model runs
+    `load`     progress: how much of a replica's load is done, 0.0 to 1.0
+    `swap`     victims, reason: a model was promised their room
+    `server`   an external server as it stands now
+    `config`   the pool's configuration changed
+    """
+
+    version: int
+    time: float
+    kind: str
+    model: str | None
+    replica: str | None
+    data: dict[str, Any]
+
+
+class Changes(NamedTuple):
+    """What a follower is told. With a snapshot, all that it knew is void, and `changes` is empty.
+
+    `version` is what it has seen now, to be named in the next call together with `epoch`.
+    """
+
+    epoch: str
+    version: int
+    snapshot: Snapshot | None
+    changes: list[Change]
+
+
+class ChangeLog:
+    """The entries of one life of the ledger."""
+
+    def __init__(self, epoch: str, limit: int = LIMIT) -> None:
+        self.epoch = epoch
+        self.version = 0
+        self._entries: deque[Change] = deque(maxlen=limit)
+        self._grown = asyncio.Event()
+
+    def add(self, kind: str, model: str | None = None, replica: str | None = None, /, **data: Any) -> None:
+        """Write an entry and wake all who wait for one."""
+        self.version += 1
+        self._entries.append(Change(self.version, time.time(), kind, model, replica, data))
+        self._grown.set()
+        self._grown = asyncio.Event()
+
+    def after(self, epoch: str, version: int, limit: int = BATCH) -> list[Change] | None:
+        """The first entries behind `version`; None if that is of another life, or some of them are gone."""
+        missed = self.version - version
+        if epoch != self.epoch or missed < 0 or missed > len(self._entries):
+            return None
+        start = len(self._entries) - missed
+        return list(itertools.islice(self._entries, start, start + limit))
+
+    async def grown(self, version: int, timeout_s: float) -> None:
+        """Wait until there is an entry behind `version`, at most so long."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self.version <= version:
+                    await self._grown.wait()
+        except TimeoutError:
+            return
+
+
+class Watch:
+    """Writes the change log of one ledger, and counts its transitions. To be told of every decision."""
+
+    def __init__(self, ledger: Ledger, counts: Counts, log: ChangeLog | None = None) -> None:
+        self.log = ChangeLog(ledger.epoch) if log is None else log
+        self._ledger = ledger
+        self._counts = counts
+        self._briefs: dict[str, Brief] = {}
+        self._servers: dict[str, ServerRow] = {}
+        self._followers = 0
+        self._followed_until = 0.0
+        self._review_due = False
+
+    def decided(self, event: Any) -> None:
+        """The ledger has decided about an event. Cheap where nothing moved; never blocks."""
+        transitions, kind = self._ledger.transitions, type(event)
+        if transitions or kind in _TO_REVIEW:
+            if kind is ConfigChanged:
+                self.log.add("config")
+            for each in transitions:
+                self._changed(each)
+            self.review()
+        elif self._followers or time.monotonic() < self._followed_until:
+            self._review_soon()
+
+    def progress(self, replica: str, fraction: float) -> None:
+        """So much of a replica's load is done."""
+        self.log.add("load", self._ledger.model_of(replica), replica, progress=round(fraction, 3))
+
+    async def follow(
+        self, epoch: str, version: int, timeout_s: float, limit: int, snapshot: Callable[[], Snapshot]
+    ) -> Changes:
+        """What came behind `version`; parks while there is nothing, at most `timeout_s`."""
+        log = self.log
+        found = log.after(epoch, version, limit)
+        if found is None:
+            # What the snapshot shows and what the log has told are the same.
+            self.review()
+            return Changes(log.epoch, log.version, snapshot(), [])
+        if not found:
+            self._followers += 1
+            self._review_soon()
+            try:
+                await log.grown(version, timeout_s)
+            finally:
+                self._followers -= 1
+                self._followed_until = time.monotonic() + FOLLOWER_PAUSE_S
+            # None if more came at once than the log holds: the next call learns of it.
+            found = log.after(epoch, version, limit) or []
+        return Changes(log.epoch, found[-1].version if found else version, None, found)
+
+    def review(self) -> None:
+        """Write what differs from what was last told of models, queues, leases and servers."""
+        before, now = self._briefs, self._ledger.briefs()
+        for name, brief in now.items():
+            old = before.get(name)
+            if brief == old:
+                continue
+            if old is None or (brief.state, brief.ready, brief.last_error) != (old.state, old.ready, old.last_error):
+                told = {"state": brief.state, "ready": brief.ready, "last_error": brief.last_error, "removed": False}
+                self.log.add("model", name, **told)
+            if brief.leases != (old.leases if old else 0):
+                self.log.add("lease", name, leases=brief.leases)
+            if brief.queued_by_class != (old.queued_by_class if old else (0, 0, 0)):
+                self.log.add("queue", name, queued=sum(brief.queued_by_class), by_class=list(brief.queued_by_class))
+        for name in before.keys() - now.keys():
+            self.log.add("model", name, state="unloaded", ready=0, last_error=None, removed=True)
+        self._briefs = now
+        self._review_servers()
+
+    def _review_servers(self) -> None:
+        before, now = self._servers, {row.url: row for row in self._ledger.servers()}
+        for url, row in now.items():
+            if row != before.get(url):
+                told = {"available_models": list(row.available_models), "removed": False}
+                self.log.add("server", row.current_model, None, **{**dataclasses.asdict(row), **told})
+        for url in before.keys() - now.keys():
+            self.log.add("server", url=url, removed=True)
+        self._servers = now
+
+    def _changed(self, transition: Transition) -> None:
+        self._counts.moved(transition)
+        if isinstance(transition, SwapBegun):
+            self.log.add("swap", transition.model, victims=list(transition.victims), reason=transition.reason)
+            return
+        moved = transition
+        self.log.add(
+            "replica",
+            moved.model,
+            moved.replica,
+            **{"from": moved.before.name, "to": moved.after.name, "cause": moved.cause, "reason": moved.reason},
+            record=moved.record,
+            node=moved.node,
+            devices=list(moved.devices),
+        )
+
+    def _review_soon(self) -> None:
+        if not self._review_due:
+            self._review_due = True
+            asyncio.get_running_loop().call_later(COUNTS_PERIOD_S, self._review_now)
+
+    def _review_now(self) -> None:
+        self._review_due = False
+        self.review()

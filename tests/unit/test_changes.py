@@ -1,0 +1,172 @@
+"""The change log and those who follow it, over a ledger of their own."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from cluster.changes import ChangeLog, Changes, Watch
+from cluster.ledger.events import (
+    ConfigChanged,
+    LeaseReleased,
+    ReplicaReady,
+    ReplicaStarted,
+    RequestArrived,
+    ServerManifest,
+)
+from cluster.ledger.ledger import Ledger
+from cluster.ledger.specs import ModelSpec, NodeSpec, PoolSpec, ServerSpec
+from cluster.metrics import Counts
+
+SPEC = PoolSpec(
+    models={name: ModelSpec(name, slots=2, num_gpus=1.0) for name in "ab"}, nodes={"n": NodeSpec("n", gpus=1)}
+)
+
+
+class Room:
+    """A ledger, who watches it, and one follower."""
+
+    def __init__(self, limit: int = 100, spec: PoolSpec = SPEC, epoch: str = "e") -> None:
+        self.ledger = Ledger(spec, epoch=epoch, now=0.0)
+        self.counts = Counts()
+        self.log = ChangeLog(epoch, limit)
+        self.watch = Watch(self.ledger, self.counts, self.log)
+        self.now = 0.0
+        self.seen = ("", 0)
+
+    def tell(self, *events: object) -> None:
+        for event in events:
+            self.ledger.decide(event, self.now)  # type: ignore[arg-type]
+            self.watch.decided(event)
+
+    def load(self, model: str = "a", replica: str = "u") -> None:
+        self.tell(RequestArrived("r", "h", model, 2, 9e9), ReplicaStarted(model, replica, "n"), ReplicaReady(replica))
+
+    async def follow(self, timeout_s: float = 5.0, limit: int = 1000) -> Changes:
+        found = await self.watch.follow(*self.seen, timeout_s, limit, self.ledger.snapshot)
+        self.seen = (found.epoch, found.version)
+        return found
+
+
+async def test_a_follower_begins_with_a_snapshot_and_goes_on_from_there():
+    room = Room()
+    room.load()
+    first = await room.follow()
+    assert first.snapshot is not None
+    assert (first.snapshot.models["a"].leases, first.changes) == (1, [])
+    room.tell(RequestArrived("s", "h", "b", 1, 9e9))
+    more = await room.follow()
+    assert more.snapshot is None
+    assert [change.version for change in more.changes] == list(range(first.version + 1, more.version + 1))
+    assert {change.kind for change in more.changes} >= {"queue"}
+
+
+async def test_a_follower_parks_until_something_happens():
+    room = Room()
+    await room.follow()
+    parked = asyncio.create_task(room.follow())
+    await asyncio.sleep(0)
+    assert not parked.done()
+    room.load()
+    found = await parked
+    assert found.changes[0].kind == "replica"
+    assert found.changes[0].data["to"] == "STARTING"
+
+
+async def test_who_waits_in_vain_is_told_nothing():
+    room = Room()
+    before = await room.follow()
+    after = await room.follow(timeout_s=0.01)
+    assert (after.version, after.snapshot, after.changes) == (before.version, None, [])
+
+
+async def test_who_fell_behind_or_lived_in_another_life_begins_anew():
+    room = Room(limit=5)
+    room.load()
+    assert room.log.version > 5
+    room.seen = ("e", 0)
+    assert (await room.follow()).snapshot is not None
+    room.seen = ("former life", room.log.version)
+    assert (await room.follow()).snapshot is not None
+    room.seen = ("e", room.log.version + 1)
+    assert (await room.follow()).snapshot is not None
+
+
+async def test_a_long_absence_comes_in_batches_without_a_gap():
+    room = Room()
+    await room.follow()
+    room.load()
+    last, versions = room.log.version, []
+    while not versions or versions[-1] < last:
+        versions += [change.version for change in (await room.follow(limit=2)).changes]
+    assert versions == list(range(versions[0], last + 1))
+
+
+async def test_counts_are_told_once_in_a_while_and_only_to_those_who_follow():
+    room = Room()
+    room.load()
+    room.tell(LeaseReleased("r", 1))
+    written = room.log.version
+    for index in range(50):
+        room.tell(RequestArrived(f"x{index}", "h", "a", 2, 9e9), LeaseReleased(f"x{index}", index + 2))
+    assert room.log.version == written, "nobody follows"
+    await room.follow()
+    parked = asyncio.create_task(room.follow())
+    await asyncio.sleep(0)
+    for index in range(50):
+        room.tell(RequestArrived(f"y{index}", "h", "a", 2, 9e9))
+    found = await parked
+    kinds = [(change.kind, change.data.get("leases"), change.data.get("queued")) for change in found.changes]
+    assert kinds == [("lease", 2, None), ("queue", None, 48)]
+
+
+async def test_what_a_follower_is_told_adds_up_to_the_ledger():
+    """Models, leases and queues as they stand at the end, from nothing but a first snapshot and the entries."""
+    room = Room()
+    await room.follow()
+    room.load()
+    room.tell(RequestArrived("s", "h", "b", 1, 9e9), LeaseReleased("r", 1))
+    room.tell(RequestArrived("t", "h", "b", 3, 9e9))
+    room.watch.review()
+    stands = {name: {"state": "unloaded", "leases": 0, "queued": 0} for name in "ab"}
+    for change in (await room.follow()).changes:
+        if change.kind in ("model", "lease", "queue"):
+            assert change.model is not None
+            told = {key: value for key, value in change.data.items() if key in ("state", "leases", "queued")}
+            stands[change.model] |= told
+    rows = room.ledger.snapshot().models
+    assert stands == {n: {"state": r.state, "leases": r.leases, "queued": r.queued} for n, r in rows.items()}
+
+
+async def test_swaps_progress_servers_and_the_configuration_are_told():
+    spec = PoolSpec(models=SPEC.models, nodes=SPEC.nodes, servers=(ServerSpec("http://one"),))
+    room = Room(spec=spec)
+    room.load()
+    room.watch.progress("u", 0.51239)
+    room.tell(LeaseReleased("r", 1), RequestArrived("s", "h", "b", 1, 9e9))
+    room.tell(ServerManifest("http://one", ("m",)))
+    room.tell(ConfigChanged(SPEC))
+    room.tell(RequestArrived("t", "h", "b", 1, 9e9))
+    told = room.log.after("e", 0)
+    assert told is not None
+    by_kind = {change.kind: change for change in told}
+    assert (by_kind["load"].model, by_kind["load"].replica, by_kind["load"].data) == ("a", "u", {"progress": 0.512})
+    assert by_kind["swap"].data == {"victims": ["u"], "reason": "idle"}
+    assert "config" in by_kind
+    servers = [change.data for change in told if change.kind == "server"]
+    assert [each.get("available_models") for each in servers][-2:] == [["m"], None]
+    assert servers[-1] == {"url": "http://one", "removed": True}
+    gone = [change.model for change in told if change.kind == "model" and change.data["removed"]]
+    assert gone == ["m"]
+
+
+@pytest.mark.parametrize("limit", [1, 3, 100])
+def test_a_log_keeps_the_newest(limit: int):
+    log = ChangeLog("e", limit)
+    for index in range(10):
+        log.add("model", "a", ready=index)
+    kept = log.after("e", max(0, 10 - limit))
+    assert kept is not None
+    assert [change.data["ready"] for change in kept] == list(range(max(0, 10 - limit), 10))
+    assert log.after("e", 10) == []
