@@ -16,8 +16,8 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from app.body import read_json
 from app.routes.admin_rows import admin_row, gpu_row, is_resident, memory_row, short_row
-from app.routes.openai import read_json
 from cluster import effects, errors
 from cluster.config import CacheType, FlashAttention
 from deployments.gateway import Gateway

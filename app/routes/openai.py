@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -13,8 +12,8 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from app.auth import caller_of
+from app.body import read_json
 from app.routes.admin_rows import NOTHING
-from cluster import errors
 from cluster.config import ModelConfig, PoolConfig
 from cluster.ledger.snapshot import ModelRow, Snapshot
 from deployments.gateway import Gateway
@@ -81,25 +80,6 @@ class Stream(StreamingResponse):
 def request_id_of(request: Request) -> str:
     """The request's id. Serve's proxy makes one where the client sent none, and puts it on every answer itself."""
     return request.headers.get("x-request-id") or uuid.uuid4().hex
-
-
-async def read_json(request: Request, max_mb: float) -> Any:
-    """The JSON body. Raises `RequestTooLarge` as soon as it is known to be, `InvalidRequest` when it is not JSON."""
-    limit = int(max_mb * 2**20)
-    declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
-        raise errors.RequestTooLarge(f"the body is larger than {max_mb:g} MiB")
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limit:
-            raise errors.RequestTooLarge(f"the body is larger than {max_mb:g} MiB")
-    try:
-        return json.loads(body)
-    except ValueError as error:
-        raise errors.InvalidRequest(f"the body is not JSON: {error}") from None
-    except RecursionError:
-        raise errors.InvalidRequest("the body is nested too deeply") from None
 
 
 @router.get("/v1/models")
