@@ -157,6 +157,7 @@ class PoolConfig(BaseModel):
             offload_queue_threshold=self._offload_threshold(),
             variants=self.names.variants,
             drain_timeout_s=self.longest_request_s(),
+            max_keep_alive_s=self.max_keep_alive,
             node_memory_mib=self.mem_budget_mb,
             servers=tuple(server.spec() for server in self.servers),
         )

@@ -100,6 +100,7 @@ class PoolSpec:
     `server_turn_s`     the same where everybody is overdue: about four times a load, so that no more than a fifth of
                         the server's time goes into swaps.
     `backoff_s`         first and longest pause after a failed load; it doubles in between.
+    `max_keep_alive_s`  for so long after the last request a pin by a request does not give way to a bound.
     `drain_timeout_s`   after this long a drain revokes what is still leased: far beyond the longest request allowed.
     """
 
@@ -109,6 +110,7 @@ class PoolSpec:
     queue_max_size: int = 100
     offload_queue_threshold: int = 0
     drain_timeout_s: float = 3600.0
+    max_keep_alive_s: float = 3600.0
     variants: dict[str, tuple[tuple[str, float], ...]] = field(default_factory=dict)
     bound_s: tuple[float, float, float] = (30.0, 60.0, 120.0)
     ageing_s: float = 30.0

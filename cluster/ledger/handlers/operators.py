@@ -80,12 +80,16 @@ def load_requested(pool: Pool, event: LoadRequested, now: float) -> None:
 
 
 def unload_requested(pool: Pool, event: UnloadRequested, now: float) -> None:
-    """Unload a model: refuse the queued, let the running finish. Of one that is not loaded: nothing to do."""
+    """Unload a model: refuse the queued, let the running finish. Of one that is not loaded: nothing to do.
+
+    What a request asked for (a pin, too) ends with it.
+    """
     model = pool.models.get(event.model)
     if model is None:
         log.info("unload of unknown model %s ignored", event.model)
         return
     model.order = None
+    model.keep_alive_s = None
     model.held_down = True
     model.unloading = bool(model.replicas)
     refusal = policy.unloading(model)

@@ -231,7 +231,7 @@ def standing(pool: Pool, replica: Replica, waiting: Model, now: float, bound: bo
     if replica.claim is None and (replica.state.is_leaving or replica.state is DRAINING):
         return Tier.LEAVING, 0.0
     # While a newer one of its model starts, Serve would stop that one in its stead.
-    if replica.state is not READY or model is waiting or model.is_pinned or model.counts[STARTING]:
+    if replica.state is not READY or model is waiting or model.counts[STARTING] or is_held(pool, model, now, bound):
         return None
     spare = model.counts[READY] > model.floor
     if not replica.leases and not model.queue.count and spare:
@@ -244,6 +244,13 @@ def standing(pool: Pool, replica: Replica, waiting: Model, now: float, bound: bo
     if not spare or now < residency_end(pool, replica):
         return None
     return Tier.BUSY, harm(pool, replica, waiting, now)
+
+
+def is_held(pool: Pool, model: Model, now: float, bound: bool) -> bool:
+    """No other model may have its place. A pin by a request gives way to a bound `max_keep_alive_s` after the last."""
+    if not model.is_pinned:
+        return False
+    return model.spec.pinned or not bound or now < model.last_arrival + pool.spec.max_keep_alive_s
 
 
 def best_class(model: Model) -> int:

@@ -9,6 +9,7 @@ import pytest
 from cluster.ledger.events import (
     ConfigChanged,
     LeaseReleased,
+    LoadRequested,
     NodesChanged,
     ReplicaFailed,
     ReplicaReady,
@@ -269,6 +270,32 @@ def test_pinned_is_never_a_victim() -> None:
     assert desk.at(500.0) == ["reject b1 BackendTimeout"]
     assert desk.extras() == {"phase": "queued"}
     assert desk.at(10_000.0) == [], "and never idle"
+
+
+@pytest.mark.parametrize(("arrived", "early", "drains"), [(150.0, 199.0, 201.0), (300.0, 301.0, 308.0)])
+def test_a_pin_by_request_gives_way_to_a_bound_in_the_end(arrived: float, early: float, drains: float) -> None:
+    """Not before `max_keep_alive_s` has passed since its last request, and not before the bound has come."""
+    desk = Desk(model("A"), model("B"), bound_s=BOUND, load_prior_s=0.0, max_keep_alive_s=200.0)
+    desk.warm("A", "A#1")
+    desk.arrive("a1", "A", keep_alive=-1)
+    desk.release("a1")
+    assert desk.at(arrived) == []
+    desk.arrive("b1", "B", timeout=500.0)
+    assert desk.at(early) == []
+    assert desk.at(drains) == ["quiesce A#1", "desire A 0"]
+
+
+def test_a_pin_by_request_ends_with_the_next_unload() -> None:
+    desk = Desk(model("A", idle_timeout_s=10.0), model("B"))
+    desk.warm("A", "A#1")
+    desk.arrive("a1", "A", keep_alive=-1)
+    desk.release("a1")
+    assert desk.tell(UnloadRequested("A")) == ["quiesce A#1", "desire A 0"]
+    desk.gone("A#1")
+    desk.tell(LoadRequested("A", 1))
+    assert desk.boot("A", "A#2") == []
+    assert desk.ledger.snapshot()["models"]["A"]["pinned"] is False
+    assert desk.at(desk.now + 10.0) == ["quiesce A#2", "desire A 0"]
 
 
 def test_waiter_takes_back_a_drain_that_nobody_counts_on() -> None:
