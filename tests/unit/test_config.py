@@ -248,6 +248,6 @@ def test_the_environment_declares_gpus(monkeypatch):
 def test_the_readmes_examples_are_valid():
     blocks = [part.split("```")[0] for part in Path("README.md").read_text().split("```yaml\n")[1:]]
     for block in blocks:
-        spec = load_config(yaml.safe_load(block), environ={}).spec()
-        assert spec.models or spec.servers
-    assert len(blocks) == 3
+        config = load_config(yaml.safe_load(block), environ={"SLOTPOOL_KEY": "k"})
+        assert config.spec().models or config.servers or config.api_keys
+    assert len(blocks) == 4
