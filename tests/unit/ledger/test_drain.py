@@ -294,7 +294,7 @@ def test_a_pin_by_request_ends_with_the_next_unload() -> None:
     desk.gone("A#1")
     desk.tell(LoadRequested("A", 1))
     assert desk.boot("A", "A#2") == []
-    assert desk.ledger.snapshot()["models"]["A"]["pinned"] is False
+    assert desk.ledger.snapshot().models["A"].pinned is False
     assert desk.at(desk.now + 10.0) == ["quiesce A#2", "desire A 0"]
 
 
