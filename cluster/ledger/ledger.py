@@ -4,14 +4,14 @@
     commands = ledger.decide(RequestArrived("r1", "ingress-1", "smollm2", 2, deadline=60.0), now=0.0)
     # [SetDesired("smollm2", 1)] … and, once a replica has announced itself and is ready, [Grant("r1", …)]
 
-`decide` is synchronous, deterministic and never raises: the same events at the same times give the same commands. An
+`decide` is synchronous and deterministic: the same events at the same times give the same commands. An
 event that is malformed, stale, repeated or of somebody unknown is logged and changes nothing. The caller sends
 `Ticked` when `next_deadline()` has come, and carries the commands out in order.
 
-Where things are: `states` the transition table · `records`, `pool` the books · `requests`, `replicas`, `operators`
-what each event does to them · `tree` the decision tree, with `placing`, `eviction`, `autoscale`, `policy`, `placement`
-· `servers`, `server_events`, `server_turns` external servers · `queue` lines and deadlines · `checks` the invariants ·
-`snapshot` what is shown.
+Where things are: `states` the transition table · `records`, `pool` the books · `requests`, `holders`, `replicas`,
+`engines`, `operators` what each event does to them · `early` what comes before the configuration · `tree` the decision
+tree, with `placing`, `eviction`, `autoscale`, `policy`, `placement` · `servers`, `server_events`, `server_turns`
+external servers · `queue` lines and deadlines · `checks` the invariants · `snapshot` what is shown.
 """
 
 from __future__ import annotations
@@ -47,7 +47,17 @@ from cluster.ledger.events import (
     Ticked,
     UnloadRequested,
 )
-from cluster.ledger.handlers import holders, machines, operators, replicas, requests, server_events, server_slots
+from cluster.ledger.handlers import (
+    early,
+    engines,
+    holders,
+    machines,
+    operators,
+    replicas,
+    requests,
+    server_events,
+    server_slots,
+)
 from cluster.ledger.handlers.validate import fault
 from cluster.ledger.specs import PoolSpec
 from cluster.ledger.transitions import Transition
@@ -69,8 +79,8 @@ _HANDLERS: dict[type[Any], Callable[[Pool, Any, float], None]] = {
     ReplicaStarted: replicas.replica_started,
     ReplicaReady: replicas.replica_ready,
     ReplicaFailed: replicas.replica_failed,
-    EngineDied: replicas.engine_died,
-    ReplicaSuspected: replicas.replica_suspected,
+    EngineDied: engines.engine_died,
+    ReplicaSuspected: engines.replica_suspected,
     ReplicaGone: replicas.replica_gone,
     NodesChanged: machines.nodes_changed,
     ConfigChanged: operators.config_changed,
@@ -98,12 +108,25 @@ class Ledger:
     `epoch` names this life of the ledger. With `recovering_until`, the first life's successor listens until then:
     running replicas and leases are announced and adopted, arrivals wait, nothing is started, evicted or stopped, and
     no `SetDesired` is sent; when the window closes every model's desired count is said once.
+
+    Not `configured`, the window stays open until the first `ConfigChanged`, and 30 s beyond its end at most; until
+    then nothing is judged by `spec`, which may be old: what is heard is kept, and told to the ledger afterwards.
     """
 
-    def __init__(self, spec: PoolSpec, *, epoch: str, now: float, recovering_until: float | None = None) -> None:
+    def __init__(
+        self,
+        spec: PoolSpec,
+        *,
+        epoch: str,
+        now: float,
+        recovering_until: float | None = None,
+        configured: bool = True,
+    ) -> None:
         self._pool = Pool(spec, epoch, now, recovering_until)
         operators.config_changed(self._pool, ConfigChanged(spec), now)
         machines.nodes_changed(self._pool, NodesChanged(spec.nodes), now)
+        if not configured:
+            early.await_configuration(self._pool)
 
     @property
     def epoch(self) -> str:
@@ -119,7 +142,11 @@ class Ledger:
         return {name: model.desired for name, model in self._pool.models.items()}
 
     def decide(self, event: Event, now: float) -> list[Command]:
-        """What to do about an event. Mutates; never blocks; never raises; logs what it ignores.
+        """What to do about an event. Mutates; never blocks; logs what it ignores.
+
+        Never raises, whatever the event: an exception that comes out of here is a mistake in the ledger, which may be
+        half-changed. Nothing is caught inside. The owner must end its process then, so that the next life recovers
+        from what everybody announces.
 
         A clock that goes back is taken to stand still. Whatever is due by `now` is done first, so a late `Ticked`
         loses nothing.
@@ -137,6 +164,8 @@ class Ledger:
         pool.out = out
         if pool.transitions:
             pool.transitions = []
+        if pool.early is not None and self._listens(event, now):
+            return out
         if now >= pool.wake:
             tree.expire(pool, now)
         if pool.servers.known:
@@ -153,13 +182,32 @@ class Ledger:
         """What the last decision changed, in order; for those who watch."""
         return self._pool.transitions
 
+    def _listens(self, event: Event, now: float) -> bool:
+        """Without a configuration: whether an event needs nothing more now. Tells what was kept once there is one."""
+        pool = self._pool
+        early.refuse_late(pool, now)
+        assert pool.recovering_until is not None, "events are kept in the recovery window only"
+        if now >= pool.recovering_until:
+            for each in early.take(pool, now, configured=False):
+                self._handle(each, now)
+            return False
+        if type(event) is not ConfigChanged:
+            return early.keep(pool, event)
+        self._handle(event, now)
+        for each in early.take(pool, now, configured=True):
+            self._handle(each, now)
+        return True
+
+    def _handle(self, event: Event, now: float) -> None:
+        (_WITH_SERVERS if self._pool.servers.known else _HANDLERS)[type(event)](self._pool, event, now)
+
     def next_deadline(self) -> float | None:
         """When to send the next `Ticked`; None if time alone changes nothing."""
         pool = self._pool
         first = pool.deadlines.first()
         times = [first.deadline] if first is not None else []
         if pool.recovering_until is not None:
-            times.append(pool.recovering_until)
+            times.append(min(pool.recovering_until, pool.early_deadline))
         elif (timer := tree.next_due(pool)) is not None:
             times.append(timer)
         return min(times, default=None)

@@ -137,9 +137,9 @@ def drop_claim(pool: Pool, model: Model, now: float, reopen: bool = True) -> Non
 
 
 def may_reopen(pool: Pool, replica: Replica) -> bool:
-    """Nothing but the claim drains it."""
+    """Nothing but the claim drains it, and it could serve."""
     model = replica.model
-    if model.removed or model.unloading or model.serving >= model.spec.max_replicas:
+    if not replica.has_engine or model.removed or model.unloading or model.serving >= model.spec.max_replicas:
         return False
     return replica.revision == model.revision and not is_on_lost_node(pool, replica)
 

@@ -8,6 +8,8 @@ state, until its process is *confirmed* dead: memory is credited at COLD and now
     COLD ──placed──▶ STARTING ──loaded──▶ READY ──quiesced──▶ DRAINING ──emptied──▶ STOPPING ──gone──▶ COLD
                         │  │                ▲                    │
                         │  │                └─────reopened───────┘
+                        │  │  ▲             │ (its engine died)
+                        │  │  └─────────────┘
                         │  └─withdrawn──▶ STOPPING
                         └──────failed────▶ FAILED ──gone──▶ COLD        (READY and DRAINING may fail, too)
 
@@ -20,6 +22,10 @@ DRAINING   no new lease, the leases that it holds go on. Its leases never grow. 
 STOPPING   the desired count was lowered and Serve may be killing it right now, so there is no way back, and it holds
            no lease.
 FAILED     the engine is of no use; the desired count was lowered, the process is waited for like a STOPPING one.
+
+An engine may die apart from its replica (`engine died`). A STARTING or READY one loads again in place, in the same
+process and on the same devices: READY goes back to STARTING, its leases end, its waiters stay. A DRAINING one has no
+leases left and nothing to be reopened for, and moves on like any that has run dry.
 
 Two rules guard the border to Serve, which acts late and picks by itself *which* replica of a model it stops:
 
@@ -76,6 +82,7 @@ class Cause(IntEnum):
     WITHDRAWN = 5
     FAILED = 6
     GONE = 7
+    ENGINE_DIED = 8
 
 
 _S, _C = ReplicaState, Cause
@@ -86,13 +93,16 @@ TRANSITIONS: dict[tuple[ReplicaState, Cause], ReplicaState] = {
     (_S.STARTING, _C.WITHDRAWN): _S.STOPPING,
     (_S.STARTING, _C.FAILED): _S.FAILED,
     (_S.STARTING, _C.GONE): _S.COLD,
+    (_S.STARTING, _C.ENGINE_DIED): _S.STARTING,
     (_S.READY, _C.QUIESCED): _S.DRAINING,
     (_S.READY, _C.FAILED): _S.FAILED,
     (_S.READY, _C.GONE): _S.COLD,
+    (_S.READY, _C.ENGINE_DIED): _S.STARTING,
     (_S.DRAINING, _C.REOPENED): _S.READY,
     (_S.DRAINING, _C.EMPTIED): _S.STOPPING,
     (_S.DRAINING, _C.FAILED): _S.FAILED,
     (_S.DRAINING, _C.GONE): _S.COLD,
+    (_S.DRAINING, _C.ENGINE_DIED): _S.DRAINING,
     (_S.STOPPING, _C.GONE): _S.COLD,
     (_S.FAILED, _C.GONE): _S.COLD,
 }

@@ -16,7 +16,7 @@ from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.records import Model, Replica
 from cluster.ledger.books.servers import is_remote
 from cluster.ledger.events import LoadRefused
-from cluster.ledger.handlers.replicas import load_overdue
+from cluster.ledger.handlers.engines import load_overdue, order_loads
 from cluster.ledger.handlers.requests import expire_waiters, refuse_or_reroute, serve
 from cluster.ledger.rules import autoscale, policy
 from cluster.ledger.states import Cause, ReplicaState
@@ -43,6 +43,8 @@ def settle(pool: Pool, now: float) -> None:
         pool.touched.clear()
         for model in touched:
             _trim(pool, model, now)
+            if model.counts[STARTING]:
+                order_loads(pool, model, now)
             if model.free and model.queue.count:
                 serve(pool, model, now)
             _review(pool, model, now)
@@ -63,13 +65,13 @@ def due(pool: Pool, model: Model) -> float:
     """The earliest time at which a model must be looked at again, other than for a waiter's deadline."""
     first = min(autoscale.idle_due(model), autoscale.surplus_due(model))
     if model.counts[STARTING]:
-        first = min(first, next(model.in_state(STARTING)).since + model.spec.load_timeout_s)
+        first = min(first, *(min(each.load_due, each.overdue_at()) for each in model.in_state(STARTING)))
     if model.counts[DRAINING]:
         since = min(replica.since for replica in model.in_state(DRAINING))
         first = min(first, since + pool.spec.drain_timeout_s)
     if model.pending_rank is not None:
         first = min(first, model.look_at)
-    elif model.queue.count and not model.free:
+    elif model.queue.count:
         grows = autoscale.grows_at(pool, model)
         if grows > pool.now:
             first = min(first, grows)
@@ -111,7 +113,8 @@ def expire(pool: Pool, now: float) -> None:
         model.armed_at = INFINITY
         pool.touched[model] = None
         for replica in list(model.in_state(STARTING)):
-            if now >= replica.since + model.spec.load_timeout_s:
+            # The failure of one may take back the others of an order.
+            if replica.state is STARTING and now >= replica.overdue_at():
                 load_overdue(pool, replica, now)
         for replica in list(model.in_state(DRAINING)):
             if now >= replica.since + pool.spec.drain_timeout_s:
@@ -162,8 +165,9 @@ def _trim(pool: Pool, model: Model, now: float) -> None:
         to_drain = [each for each in model.replicas if each.revision != revision or placing.is_on_lost_node(pool, each)]
         above = model.serving - model.spec.max_replicas
         if above > 0:
-            # As Serve does it: what does not serve yet goes first, then the newest.
-            to_drain += sorted(model.replicas, key=lambda each: (each.state is not STARTING, -each.serial))[:above]
+            # As Serve does it: what has no process yet goes first, then the newest.
+            serving = [each for each in reversed(model.replicas) if each.state in (STARTING, READY)]
+            to_drain += serving[:above]
     for replica in to_drain:
         reason = _why_trimmed(pool, replica)
         if replica.state is READY:

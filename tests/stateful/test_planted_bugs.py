@@ -65,7 +65,7 @@ def draining_replicas_get_requests(patch: pytest.MonkeyPatch) -> None:
                     event.request,
                     event.holder,
                     replica,
-                    replica.free.pop(),
+                    (replica.free.pop(),),
                     books.generation,
                     event.priority,
                     now,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cluster.ledger.books import server_moves
-from cluster.ledger.books.shapes import UNIT
+from cluster.ledger.books.shapes import UNIT, conflicts
 from cluster.ledger.states import ReplicaState
 
 if TYPE_CHECKING:
@@ -39,14 +39,16 @@ def check(pool: Pool) -> None:
 def _check_replica(pool: Pool, replica: Replica) -> None:
     held = len(replica.leases)
     assert replica.state is not ReplicaState.COLD, f"{replica} is cold and still on the books"
-    assert held <= replica.slots, f"{replica} holds more leases than it has slots"
     assert held == 0 or replica.state.may_hold_leases, f"{replica} holds leases in a state that may not"
     if replica.state is DRAINING and not held:
-        newer = [each for each in replica.model.in_state(DRAINING) if each.serial > replica.serial]
+        newer = [each for each in replica.model.in_state(DRAINING) if each.age > replica.age]
         waits = bool(replica.model.counts[ReplicaState.STARTING]) or any(each.leases for each in newer)
         assert waits, f"{replica} has drained and does not stop"
-    slots = sorted([lease.slot for lease in replica.leases.values()] + replica.free)
+    slots = sorted([slot for lease in replica.leases.values() for slot in lease.slots] + replica.free)
     assert slots == list(range(replica.slots)), f"{replica}: slots {slots} are not each free or leased once"
+    assert list(replica.model.replicas) == sorted(replica.model.replicas, key=lambda each: each.age), (
+        f"the replicas of {replica.model.name} are not in the order of their age"
+    )
     if replica.uid is None:
         assert replica.state is STARTING, f"{replica} is in use without a process"
     else:
@@ -60,22 +62,34 @@ def _check_model(pool: Pool, model: Model) -> None:
         count = sum(1 for _ in model.in_state(state))
         assert model.counts[state] == count, f"{name}: {model.counts[state]} counted in {state.name}, {count} are"
     free = sum(len(replica.free) for replica in model.in_state(READY))
-    leased = sum(len(replica.leases) for replica in model.replicas)
+    leases = [lease for replica in model.replicas for lease in replica.leases.values()]
+    leased = sum(len(lease.slots) for lease in leases)
     assert model.free == free, f"{name}: {model.free} slots counted free, {free} are"
-    assert model.leased == leased, f"{name}: {model.leased} leases counted, {leased} are"
-    assert sum(model.by_priority) == leased, f"{name}: leases by class {model.by_priority} are not {leased}"
+    assert model.leased == leased, f"{name}: {model.leased} slots counted leased, {leased} are"
+    by_class = [sum(len(lease.slots) for lease in leases if lease.priority == each) for each in (1, 2, 3)]
+    assert model.by_priority == by_class, f"{name}: slots by class {model.by_priority} are not {by_class}"
     indexed = {replica: used for used, bucket in enumerate(model.buckets) for replica in bucket}
-    truth = {replica: len(replica.leases) for replica in model.in_state(READY)}
+    truth = {replica: sum(len(each.slots) for each in replica.leases.values()) for replica in model.in_state(READY)}
     assert indexed == truth, f"{name}: READY replicas by use are {truth}, not {indexed}"
     if free:
         first = min(used for replica, used in truth.items() if used < replica.slots)
         assert model.low <= first, f"{name}: free slots below the shelf where the search begins"
-        assert not model.queue.count or pool.is_recovering, f"{name}: {model.queue.count} wait before {free} free slots"
+        _check_head(pool, model)
     waiting = sum(1 for _ in model.queue)
     assert model.queue.count == waiting, f"{name}: {model.queue.count} counted waiting, {waiting} are"
     assert model.desired == model.desired_sent or pool.is_recovering, f"{name}: a change of desired was not said"
     assert (model in pool.resident) == bool(model.replicas), f"{name} is wrongly (not) listed as resident"
     assert (model.claim is not None) == (model in pool.claims), f"{name}: its claim is not listed"
+
+
+def _check_head(pool: Pool, model: Model) -> None:
+    """Nobody waits before free slots, but one who wants more than any replica has free, and those behind it."""
+    head = model.queue.head()
+    if head is None or pool.is_recovering:
+        return
+    for replica in model.in_state(READY):
+        wanted = min(head.slots, replica.slots)
+        assert len(replica.free) < wanted, f"{model.name}: {head.request} waits for {wanted} slots that {replica} has"
 
 
 def _check_node(node: Node, replicas: list[Replica]) -> None:
@@ -91,10 +105,22 @@ def _check_node(node: Node, replicas: list[Replica]) -> None:
         memory -= shape.memory
     assert (node.gpu, node.cpu, node.memory) == (gpu, cpu, memory), f"node {node.name}: its account does not add up"
     assert sum(map(len, node.tenants)) == sum(len(each.place.devices) for each in replicas), f"ghosts on {node.name}"
+    _check_devices(node)
     if node.is_over():
         assert node.excused or not node.present or any(each.adopted for each in replicas), (
             f"node {node.name} is over its budget: gpu {gpu}, cpu {cpu}, memory {memory}"
         )
+
+
+def _check_devices(node: Node) -> None:
+    """What engines were told to load on is theirs alone: no share is given out twice, and groups are kept apart."""
+    for index, tenants in enumerate(node.tenants):
+        told = [each for each in tenants if each.ordered and not each.adopted and not each.strayed]
+        used = sum(each.place.shape.per_device for each in told)
+        assert used <= UNIT, f"device {index} of {node.name} is given to {told}"
+        for one in told:
+            met = [each for each in told if conflicts(one.place.shape, each.place.shape)]
+            assert not met, f"{one} meets {met} of its group on device {index} of {node.name}"
 
 
 def _check_requests(pool: Pool, replicas: list[Replica]) -> None:

@@ -9,7 +9,7 @@ fits on that node until it is resolved.
 from __future__ import annotations
 
 from cluster.ledger.books.records import Replica
-from cluster.ledger.books.shapes import UNIT, Place, Shape, conflicts
+from cluster.ledger.books.shapes import UNIT, Place, Shape, conflicts, device_index, named_devices
 from cluster.ledger.specs import NodeSpec
 
 
@@ -47,10 +47,7 @@ class Node:
 
     def resize(self, spec: NodeSpec, present: bool) -> None:
         """Take a new size; what is placed stays placed, even on devices that are gone."""
-        while len(self.gpu) < max(spec.gpus, self.spec.gpus):
-            self.gpu.append(0)
-            self.device_memory.append(0)
-            self.tenants.append({})
+        self.widen(spec.gpus)
         for index in range(len(self.gpu)):
             self.gpu[index] += UNIT * ((index < spec.gpus) - (index < self.spec.gpus))
             self.device_memory[index] += spec.device_memory_mib - self.spec.device_memory_mib
@@ -59,6 +56,13 @@ class Node:
         self.spec = spec
         self.present = present
         self.excused = self.is_over()
+
+    def widen(self, devices: int) -> None:
+        """Open accounts for so many devices, whether the node is known to have them or not."""
+        while len(self.gpu) < devices:
+            self.gpu.append(0)
+            self.device_memory.append(self.spec.device_memory_mib)
+            self.tenants.append({})
 
     def take(self, place: Place, sign: int) -> None:
         """Take (1) or give back (-1) what a place needs."""
@@ -94,6 +98,44 @@ class Node:
             return None
         return Place(self.name, tuple(sorted(index for _, index in sorted(room)[: shape.devices])), shape)
 
+    def beside_processes(self, shape: Shape, hosts: set[tuple[str, int]] | None) -> Place | None:
+        """A place on shares that no process has; None if there is none. Plans, promises and estimates stand back.
+
+        For a process that Ray started here, though it was planned elsewhere: so was, perhaps, what is planned here.
+        """
+        # A node that was not heard of yet has the devices, or Ray had not started it there.
+        devices = self.spec.gpus if self.present else len(self.gpu) + shape.devices
+        room = []
+        for index in range(devices):
+            tenants = [each for each in self.tenants[index] if each.uid] if index < len(self.tenants) else []
+            free = UNIT - sum(each.place.shape.per_device for each in tenants)
+            if free < shape.per_device or (hosts is not None and (self.name, index) not in hosts):
+                continue
+            if not any(conflicts(each.place.shape, shape) for each in tenants):
+                scarce = index < len(self.gpu) and self.device_memory[index] < shape.memory_per_device
+                room.append((scarce, free, index))
+        if len(room) < shape.devices:
+            return None
+        return Place(self.name, tuple(sorted(index for *_, index in sorted(room)[: shape.devices])), shape)
+
+    def is_honest(self, replica: Replica) -> bool:
+        """The replica's shares are its own: no other process has them, and none that it must not meet is there."""
+        place = replica.place
+        for index in place.devices:
+            others = [each for each in self.tenants[index] if each.uid and each is not replica]
+            used = sum(each.place.shape.per_device for each in others)
+            if used + place.shape.per_device > UNIT or (self.present and index >= self.spec.gpus):
+                return False
+            if any(conflicts(each.place.shape, place.shape) for each in others):
+                return False
+        return True
+
+    def indexes(self, devices: tuple[str, ...]) -> tuple[int, ...] | None:
+        """The devices that an engine process says it has, by index; None if one of them is not known."""
+        found = [device_index(self.spec, each.strip()) for each in devices]
+        known = sorted({each for each in found if each is not None})
+        return tuple(known) if len(known) == len(found) else None
+
     def _rooms(self, shape: Shape) -> list[tuple[int, int]]:
         """The devices that could take one share of the shape, with what they have free."""
         rooms = []
@@ -118,10 +160,11 @@ def _holds(spec: NodeSpec, shape: Shape, enough: int) -> int:
     if shape.gpu:
         if spec.device_memory_mib and shape.memory_per_device > spec.device_memory_mib:
             return 0
+        gpus = len(named_devices(spec, shape.only)) if shape.only else spec.gpus
         share = UNIT // shape.per_device
         if spec.device_memory_mib and shape.memory_per_device:
             share = min(share, spec.device_memory_mib // shape.memory_per_device)
-        count = min(count, spec.gpus * share // shape.devices)
+        count = min(count, gpus * share // shape.devices)
     if shape.cpu:
         count = min(count, round(spec.cpus * UNIT) // shape.cpu)
     if spec.memory_mib and shape.memory:
@@ -174,6 +217,10 @@ class Book:
                 return True
         return False
 
+    def has_named_devices(self, shape: Shape) -> bool:
+        """Some node that was ever seen has a device that the shape is bound to, if it is bound to any."""
+        return not shape.only or any(named_devices(spec, shape.only) for spec in self.seen.values())
+
     def find(self, shape: Shape) -> Place | None:
         """A free place, on the node that it leaves the least room on. Remembers a failure until something changes."""
         if self._full.get(shape) == self.version:
@@ -192,6 +239,14 @@ class Book:
         return best[2]
 
     def hosts(self, shape: Shape) -> set[tuple[str, int]] | None:
+        """The devices that a shape is bound to: by its model, and where a sharing group stands. None if it is not."""
+        if not shape.only:
+            return self._shared(shape)
+        named = {(node.name, index) for node in self.nodes.values() for index in named_devices(node.spec, shape.only)}
+        shared = self._shared(shape)
+        return named if shared is None else named & shared
+
+    def _shared(self, shape: Shape) -> set[tuple[str, int]] | None:
         """The devices where a sharing group already stands; None if it may go anywhere."""
         if shape.group is None or not shape.share:
             return None
@@ -206,15 +261,41 @@ class Book:
     def force(self, node: str, shape: Shape) -> Place:
         """A place for a process that exists, whether there is room or not; where it fits if it does."""
         account = self.node(node)
-        place = account.fit(shape, None)
+        hosts = self.hosts(shape)
+        place = account.fit(shape, hosts) or account.beside_processes(shape, hosts)
         if place is not None:
+            account.widen(max(place.devices, default=-1) + 1)
             return place
-        while len(account.gpu) < shape.devices:
-            account.gpu.append(0)
-            account.device_memory.append(account.spec.device_memory_mib)
-            account.tenants.append({})
+        account.widen(shape.devices)
         by_room = sorted(range(len(account.gpu)), key=lambda index: -account.gpu[index])
         return Place(node, tuple(sorted(by_room[: shape.devices])), shape)
+
+    def settle_devices(self, replica: Replica) -> bool:
+        """See to it that the replica's devices are its own, before its engine is told of them; False if they cannot be.
+
+        What was planned where a process has turned up meanwhile, or was started elsewhere, is planned anew on its node.
+        """
+        account = self.node(replica.place.node)
+        if account.is_honest(replica):
+            return True
+        self.credit(replica)
+        account = self.node(replica.place.node)
+        shape = replica.place.shape
+        hosts = self.hosts(shape)
+        place = account.fit(shape, hosts) or account.beside_processes(shape, hosts)
+        if place is not None:
+            account.widen(max(place.devices, default=-1) + 1)
+            replica.place = place
+        self.take(replica)
+        self.excuse(replica.place.node)
+        return place is not None
+
+    def reseat(self, replica: Replica, place: Place) -> None:
+        """Book a replica elsewhere than before, since that is where it is."""
+        self.credit(replica)
+        replica.place = place
+        self.take(replica)
+        self.excuse(place.node)
 
     def take(self, replica: Replica) -> None:
         """Take the replica's place."""

@@ -11,12 +11,23 @@ import logging
 from collections import OrderedDict
 from typing import Any
 
+from cluster.ledger.books.memory import Memory
 from cluster.ledger.books.placement import Book
 from cluster.ledger.books.queue import INFINITY, Deadlines
 from cluster.ledger.books.records import Lease, Model, Replica, Waiter
 from cluster.ledger.books.servers import Servers
 from cluster.ledger.books.shapes import Place
-from cluster.ledger.events import Command, Grant, LeaseReannounced, Quiesce, Reject, Reopen, ReplicaReady, SetDesired
+from cluster.ledger.events import (
+    Command,
+    Event,
+    Grant,
+    LeaseReannounced,
+    Quiesce,
+    Reject,
+    Reopen,
+    ReplicaReady,
+    SetDesired,
+)
 from cluster.ledger.specs import PoolSpec
 from cluster.ledger.states import TRANSITIONS, Cause, ReplicaState
 from cluster.ledger.transitions import Moved, Transition
@@ -24,38 +35,6 @@ from cluster.ledger.transitions import Moved, Transition
 log = logging.getLogger(__name__)
 
 READY, STARTING, DRAINING, COLD = ReplicaState.READY, ReplicaState.STARTING, ReplicaState.DRAINING, ReplicaState.COLD
-
-
-class Memory:
-    """A bounded memory of ids, forgotten after `keep_s` to `2 * keep_s` seconds or `limit` to `2 * limit` entries."""
-
-    __slots__ = ("keep_s", "limit", "old", "rotate_at", "young")
-
-    def __init__(self, limit: int, keep_s: float) -> None:
-        self.limit = limit
-        self.keep_s = keep_s
-        self.rotate_at = -INFINITY
-        self.young: set[str] = set()
-        self.old: set[str] = set()
-
-    def add(self, key: str, now: float) -> None:
-        self._rotate(now)
-        self.young.add(key)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.young or key in self.old
-
-    def fade(self, now: float) -> None:
-        """Forget what is too old; called whenever time has passed."""
-        if self.young or self.old:
-            self._rotate(now)
-
-    def _rotate(self, now: float) -> None:
-        if now >= self.rotate_at or len(self.young) >= self.limit:
-            # After a pause of two periods nothing is fresh enough to be kept.
-            self.old = self.young if now < self.rotate_at + self.keep_s else set()
-            self.young = set()
-            self.rotate_at = now + self.keep_s
 
 
 class Pool:
@@ -66,6 +45,10 @@ class Pool:
         self.epoch = epoch
         self.now = now
         self.recovering_until = recovering_until
+        # what a ledger without a configuration keeps for later (see `handlers.early`); None once it has one
+        self.early: list[Event] | None = None
+        self.early_deadline = INFINITY
+        self.recovers_at = now
         self.out: list[Command] = []
         # what this decision changed, for those who watch
         self.transitions: list[Transition] = []
@@ -146,23 +129,26 @@ class Pool:
         now: float,
         waits: tuple[float, float] = (0.0, 0.0),
         generation: int | None = None,
+        slots: int = 1,
     ) -> Lease:
-        """Take a free slot of a READY replica. The queue is the caller's business."""
+        """Take so many free slots of a READY replica, which must have them. The queue is the caller's business."""
         model = replica.model
-        used = len(replica.leases)
+        free = replica.free
+        used = replica.slots - len(free)
+        taken = (free.pop(),) if slots == 1 else tuple(free.pop() for _ in range(slots))
         buckets = model.buckets
         del buckets[used][replica]
-        buckets[used + 1][replica] = None
+        buckets[used + slots][replica] = None
         if used == 0:
             del self.idle[replica]
-        model.free -= 1
-        model.leased += 1
+        model.free -= slots
+        model.leased += slots
         if model.leased > model.peak:
             model.peak = model.leased
-        model.by_priority[priority - 1] += 1
+        model.by_priority[priority - 1] += slots
         if generation is None:
             self.generation = generation = self.generation + 1
-        lease = Lease(request, holder, replica, replica.free.pop(), generation, priority, now, waits)
+        lease = Lease(request, holder, replica, taken, generation, priority, now, waits)
         replica.leases[request] = self.leases[request] = lease
         return lease
 
@@ -177,7 +163,7 @@ class Pool:
                 lease.holder,
                 name,
                 uid,
-                (lease.slot,),
+                lease.slots,
                 lease.generation,
                 queued,
                 loading,
@@ -186,7 +172,7 @@ class Pool:
         )
 
     def hand_over(self, lease: Lease, waiter: Waiter, now: float, waits: tuple[float, float]) -> Lease:
-        """A slot goes straight from one request to one that waits: the replica is as full as before."""
+        """Slots go straight from one request to one that waits for as many: the replica is as full as before."""
         replica = lease.replica
         model = replica.model
         request = lease.request
@@ -199,29 +185,30 @@ class Pool:
         model.queue.leave(waiter)
         self.deadlines.left()
         if waiter.priority != lease.priority:
-            model.by_priority[lease.priority - 1] -= 1
-            model.by_priority[waiter.priority - 1] += 1
+            model.by_priority[lease.priority - 1] -= len(lease.slots)
+            model.by_priority[waiter.priority - 1] += len(lease.slots)
         self.generation = generation = self.generation + 1
-        next_lease = Lease(request, waiter.holder, replica, lease.slot, generation, waiter.priority, now, waits)
+        next_lease = Lease(request, waiter.holder, replica, lease.slots, generation, waiter.priority, now, waits)
         replica.leases[request] = self.leases[request] = next_lease
         return next_lease
 
     def release(self, lease: Lease, now: float) -> None:
-        """Give a slot back, for whatever reason."""
+        """Give all slots of a lease back, for whatever reason."""
         replica = lease.replica
         model = replica.model
         del self.leases[lease.request]
         del replica.leases[lease.request]
-        replica.free.append(lease.slot)
+        replica.free.extend(lease.slots)
         self.finished += 1
-        model.leased -= 1
-        model.by_priority[lease.priority - 1] -= 1
-        used = len(replica.leases)
+        slots = len(lease.slots)
+        model.leased -= slots
+        model.by_priority[lease.priority - 1] -= slots
+        used = replica.slots - len(replica.free)
         if replica.state is READY:
             buckets = model.buckets
-            del buckets[used + 1][replica]
+            del buckets[used + slots][replica]
             buckets[used][replica] = None
-            model.free += 1
+            model.free += slots
             if used < model.low:
                 model.low = used
             if model.queue.count:
@@ -255,6 +242,17 @@ class Pool:
         self.move(replica, Cause.PLACED, now)
         return replica
 
+    def bind(self, replica: Replica, uid: str, started_at: float, loading: bool, now: float) -> None:
+        """A process announced itself for a record. It is to load its engine now, unless it does already."""
+        replica.uid = uid
+        replica.started_at = started_at
+        replica.load_began = now
+        replica.load_due = INFINITY if loading else now
+        self.replicas[uid] = replica
+        replica.model.sort_by_age()
+        self.note(replica, replica.state, "announced")
+        self.touched[replica.model] = None
+
     def move(self, replica: Replica, cause: Cause, now: float, reason: str = "") -> None:
         """One transition of the table; an illegal one is a programmer's error and raises before anything changes.
 
@@ -278,7 +276,8 @@ class Pool:
         model.counts[before] -= before is not COLD
         model.counts[after] += after is not COLD
         replica.state = after
-        replica.since = now
+        if after is not before:
+            replica.since = now
         if after is READY:
             model.index_by_use(replica)
             if not replica.leases:

@@ -17,7 +17,7 @@ READY, STARTING, DRAINING = ReplicaState.READY, ReplicaState.STARTING, ReplicaSt
 
 
 class Waiter:
-    """One request that waits for a slot. `rank` orders all waiters of the pool: lower goes first."""
+    """One request that waits for slots. `rank` orders all waiters of the pool: lower goes first."""
 
     __slots__ = (
         "arrived",
@@ -30,6 +30,7 @@ class Waiter:
         "rank",
         "request",
         "since",
+        "slots",
         "waits",
     )
 
@@ -42,6 +43,7 @@ class Waiter:
         deadline: float,
         keep_alive_s: float | None,
         now: float,
+        slots: int = 1,
     ) -> None:
         self.request = request
         self.holder = holder
@@ -49,6 +51,7 @@ class Waiter:
         self.priority = priority
         self.deadline = deadline
         self.keep_alive_s = keep_alive_s
+        self.slots = slots
         self.arrived = now
         self.since = now
         self.rank = now
@@ -57,16 +60,16 @@ class Waiter:
 
 
 class Lease:
-    """One unique grant of a slot."""
+    """One unique grant of one or more slots of one replica."""
 
-    __slots__ = ("generation", "granted_at", "holder", "priority", "replica", "request", "slot", "waits")
+    __slots__ = ("generation", "granted_at", "holder", "priority", "replica", "request", "slots", "waits")
 
     def __init__(
         self,
         request: str,
         holder: str,
         replica: Replica,
-        slot: int,
+        slots: tuple[int, ...],
         generation: int,
         priority: int,
         granted_at: float,
@@ -75,7 +78,7 @@ class Lease:
         self.request = request
         self.holder = holder
         self.replica = replica
-        self.slot = slot
+        self.slots = slots
         self.generation = generation
         self.priority = priority
         self.granted_at = granted_at
@@ -83,23 +86,34 @@ class Lease:
 
 
 class Replica:
-    """One replica record. `uid` is the process that announced itself; None as long as none did."""
+    """One replica record. `uid` is the process that announced itself; None as long as none did.
+
+    `load_due` is when its engine is to be ordered to load, infinite once it was, and `ordered` says that it ever was.
+    `deaths` counts how often its engine died in short succession. `strayed`: the engine is on other devices than told.
+    """
 
     __slots__ = (
         "address",
         "adopted",
         "claim",
+        "deaths",
         "devices",
         "free",
+        "has_engine",
         "idle_since",
         "leases",
+        "load_began",
+        "load_due",
         "model",
+        "ordered",
         "place",
         "revision",
         "serial",
         "since",
         "slots",
+        "started_at",
         "state",
+        "strayed",
         "suspected",
         "uid",
     )
@@ -118,13 +132,34 @@ class Replica:
         self.free = list(range(self.slots - 1, -1, -1))
         self.adopted = False
         self.claim: Claim | None = None
-        # what its engine process said of itself
+        self.started_at = INFINITY
+        # its engine, and what that said of itself
+        self.load_began = now
+        self.load_due = INFINITY
+        self.ordered = self.strayed = self.has_engine = False
+        self.deaths = 0
         self.address: object = None
         self.devices: tuple[str, ...] | None = None
         self.suspected = False
 
     def __repr__(self) -> str:
-        return f"<Replica {self.model.name}/{self.uid or '?'} {self.state.name} {len(self.leases)}/{self.slots}>"
+        return f"<Replica {self.model.name}/{self.uid or '?'} {self.state.name} {self.used}/{self.slots}>"
+
+    @property
+    def age(self) -> tuple[float, int]:
+        """Orders the replicas of a model, oldest first: what has no process yet is going to be the newest."""
+        return self.started_at, self.serial
+
+    def overdue_at(self) -> float:
+        """When its load has taken too long: counted from the order to load, or from the call for a process."""
+        if self.load_due < INFINITY:
+            return INFINITY
+        return self.load_began + self.model.spec.load_timeout_s
+
+    @property
+    def used(self) -> int:
+        """How many of its slots are leased."""
+        return self.slots - len(self.free)
 
 
 class Claim:
@@ -275,6 +310,10 @@ class Model:
             return self.keep_alive_s
         return self.spec.idle_timeout_s or INFINITY
 
+    def sort_by_age(self) -> None:
+        """Put the replicas in order, oldest first, as Serve sees them; after one of them has told its age."""
+        self.replicas = dict.fromkeys(sorted(self.replicas, key=lambda replica: replica.age))
+
     def in_state(self, state: ReplicaState) -> Iterator[Replica]:
         """Records in a state, oldest first."""
         return (replica for replica in self.replicas if replica.state is state)
@@ -283,11 +322,11 @@ class Model:
         """Serve stops the newest first, so that is the one to close."""
         return next((replica for replica in reversed(self.replicas) if replica.state is READY), None)
 
-    # --- free slots: READY replicas by their number of leases --------------------------------------------------
+    # --- free slots: READY replicas by how many of theirs are leased -------------------------------------------
 
     def index_by_use(self, replica: Replica) -> None:
         """A replica became READY (again): its free slots count."""
-        used = len(replica.leases)
+        used = replica.used
         while len(self.buckets) <= replica.slots:
             self.buckets.append(OrderedDict())
         self.buckets[used][replica] = None
@@ -297,12 +336,12 @@ class Model:
 
     def unindex(self, replica: Replica) -> None:
         """A replica is READY no more."""
-        used = len(replica.leases)
+        used = replica.used
         del self.buckets[used][replica]
         self.free -= replica.slots - used
 
     def least_used(self) -> Replica:
-        """The READY replica with the fewest leases among those with a free slot, ties in turn; there must be one."""
+        """The READY replica with the fewest leased slots that has a free one, ties in turn; there must be one."""
         buckets, index = self.buckets, self.low
         while True:
             bucket = buckets[index]
@@ -316,3 +355,18 @@ class Model:
                     if index < replica.slots:
                         return replica
             index += 1
+
+    def with_room(self, slots: int) -> Replica | None:
+        """The least used READY replica that can give a request all of its slots at once; None if none can now.
+
+        A request that wants more than a replica has gets all of that replica's: it runs its sequences in turns.
+        """
+        if not self.free:
+            return None
+        if slots == 1:
+            return self.least_used()
+        for index in range(self.low, len(self.buckets)):
+            for replica in self.buckets[index]:
+                if index + min(slots, replica.slots) <= replica.slots:
+                    return replica
+        return None

@@ -5,16 +5,20 @@ Floats become ten-thousandths (Ray's own resolution), so sums never drift.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import ceil
 from typing import NamedTuple
 
-from cluster.ledger.specs import ModelSpec
+from cluster.ledger.specs import ModelSpec, NodeSpec
 
 UNIT = 10_000
 
 
 class Shape(NamedTuple):
-    """What one replica of a model needs, and whom it must or must not meet on a device."""
+    """What one replica of a model needs, and whom it must or must not meet on a device.
+
+    `only` are the devices that it is bound to, as in `ModelSpec.devices`.
+    """
 
     gpu: int
     cpu: int
@@ -22,6 +26,7 @@ class Shape(NamedTuple):
     group: str | None
     share: bool
     model: str
+    only: tuple[str, ...] = ()
 
     @property
     def devices(self) -> int:
@@ -41,7 +46,8 @@ def shape_of(spec: ModelSpec, measured_mib: int | None) -> Shape:
     memory = spec.memory_mib if measured_mib is None else measured_mib
     gpu, cpu = round(spec.num_gpus * UNIT), round(spec.num_cpus * UNIT)
     # Only grouped models look at their neighbours; all others share one shape, so that a full pool is known as such.
-    return Shape(gpu, cpu, memory, spec.group, spec.group_share, spec.name if spec.group else "")
+    name = spec.name if spec.group else ""
+    return Shape(gpu, cpu, memory, spec.group, spec.group_share, name, spec.devices if gpu else ())
 
 
 class Place(NamedTuple):
@@ -50,6 +56,27 @@ class Place(NamedTuple):
     node: str
     devices: tuple[int, ...]
     shape: Shape
+
+
+@lru_cache(maxsize=1024)
+def named_devices(spec: NodeSpec, only: tuple[str, ...]) -> frozenset[int]:
+    """The devices of a node that a model's `devices` name; none if they name others."""
+    found = set()
+    for each in only:
+        host, _, device = each.rpartition("/")
+        if host and host != spec.name and host not in spec.hosts:
+            continue
+        index = device_index(spec, device)
+        if index is not None and index < spec.gpus:
+            found.add(index)
+    return frozenset(found)
+
+
+def device_index(spec: NodeSpec, device: str) -> int | None:
+    """A device's index from its index in digits or its UUID; None if the node has none of that name."""
+    if device.isdecimal():
+        return int(device)
+    return spec.device_uuids.index(device) if device in spec.device_uuids else None
 
 
 def conflicts(one: Shape, other: Shape) -> bool:

@@ -56,7 +56,9 @@ def lease_reannounced(pool: Pool, event: LeaseReannounced, now: float) -> None:
         pool.submitted += 1
     pool.inherited = max(pool.inherited, event.generation)
     pool.generation = max(pool.generation, event.generation)
-    pool.lease(event.request, event.holder, replica, event.priority, now, generation=event.generation)
+    # What it holds is what its replica can still give, should the configuration have fewer slots now.
+    slots = min(event.slots, len(replica.free))
+    pool.lease(event.request, event.holder, replica, event.priority, now, generation=event.generation, slots=slots)
     pool.touched[replica.model] = None
 
 

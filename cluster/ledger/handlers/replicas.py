@@ -5,28 +5,22 @@ from __future__ import annotations
 import logging
 
 from cluster.ledger.books.pool import Pool
+from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.records import Model, Replica
 from cluster.ledger.events import (
-    EngineDied,
-    LoadEngine,
     ReplicaFailed,
     ReplicaGone,
     ReplicaReady,
     ReplicaStarted,
-    ReplicaSuspected,
-    RestartEngine,
 )
+from cluster.ledger.handlers.engines import PATIENCE, back_off
 from cluster.ledger.handlers.holders import lease_reannounced
-from cluster.ledger.handlers.requests import refuse_or_reroute
 from cluster.ledger.rules import policy
 from cluster.ledger.states import Cause, ReplicaState
 
 log = logging.getLogger(__name__)
 
 MAX_EARLY = 1024
-# A process that dies while it loads (a node that went down, an out-of-memory kill) is tried again this often before
-# its waiters are refused; an engine that *says* that it cannot load is believed at once.
-PATIENCE = 3
 
 
 def replica_started(pool: Pool, event: ReplicaStarted, now: float) -> None:
@@ -44,12 +38,7 @@ def replica_started(pool: Pool, event: ReplicaStarted, now: float) -> None:
             replica.place = pool.book.force(event.node, replica.place.shape)
             pool.book.take(replica)
             pool.book.excuse(event.node)
-        replica.uid = event.replica
-        pool.replicas[event.replica] = replica
-        pool.note(replica, replica.state, "announced")
-        pool.touched[model] = None
-        if not event.loading:
-            pool.out.append(LoadEngine(event.replica, model.name, replica.place.devices))
+        pool.bind(replica, event.replica, event.started_at, event.loading, now)
     else:
         _adopt(pool, model, event, now)
     early = pool.early_ready.pop(event.replica, None)
@@ -70,9 +59,7 @@ def _adopt(pool: Pool, model: Model, event: ReplicaStarted, now: float) -> None:
     )
     replica = pool.place(model, pool.book.force(event.node, model.shape), now)
     replica.adopted = True
-    replica.uid = event.replica
-    pool.replicas[event.replica] = replica
-    pool.note(replica, replica.state, "announced")
+    pool.bind(replica, event.replica, event.started_at, event.loading, now)
     level = logging.INFO if pool.is_recovering else logging.WARNING
     log.log(level, "replica %s of %s was not asked for: %s", event.replica, model.name, "kept" if keep else "stopped")
     if not keep:
@@ -90,9 +77,12 @@ def replica_ready(pool: Pool, event: ReplicaReady, now: float) -> None:
         log.info("%r is ready: ignored", replica)
         return
     replica.address, replica.devices = event.address, event.devices
+    replica.load_due = INFINITY
+    replica.has_engine, replica.suspected = True, False
     model = replica.model
     took = now - replica.since
-    if not replica.adopted:
+    # A load in place is no measure of a swap.
+    if not replica.adopted and not replica.deaths:
         model.load_s = took if model.load_s is None else model.load_s + 0.3 * (took - model.load_s)
     model.loaded_at = now
     model.last_load.append((replica.since, now))
@@ -102,6 +92,8 @@ def replica_ready(pool: Pool, event: ReplicaReady, now: float) -> None:
     model.ever_loaded = True
     if event.memory_mib is not None:
         _measure(pool, replica, event.memory_mib)
+    if event.devices is not None and replica.place.devices:
+        _stand_where_it_is(pool, replica, event.devices)
     pool.move(replica, Cause.LOADED, now)
     model.peak, model.peak_since = model.leased, now
     for orphan in list(pool.orphans.pop(event.replica, {}).values()):
@@ -113,10 +105,21 @@ def _measure(pool: Pool, replica: Replica, memory_mib: int) -> None:
     model = replica.model
     model.measured_mib = max(memory_mib, model.measured_mib or 0)
     model.reshape()
-    pool.book.credit(replica)
-    replica.place = replica.place._replace(shape=replica.place.shape._replace(memory=memory_mib))
-    pool.book.take(replica)
-    pool.book.excuse(replica.place.node)
+    pool.book.reseat(replica, replica.place._replace(shape=replica.place.shape._replace(memory=memory_mib)))
+
+
+def _stand_where_it_is(pool: Pool, replica: Replica, devices: tuple[str, ...]) -> None:
+    """The devices that an engine really has are the truth, as after a restart of the ledger, which has to guess."""
+    place = replica.place
+    account = pool.book.node(place.node)
+    real = account.indexes(devices)
+    if real is None or len(real) != place.shape.devices or real == place.devices:
+        return
+    level = logging.INFO if replica.adopted else logging.WARNING
+    log.log(level, "%r is on devices %s, not on %s", replica, devices, place.devices)
+    replica.strayed = True
+    account.widen(real[-1] + 1)
+    pool.book.reseat(replica, place._replace(devices=real))
 
 
 def replica_failed(pool: Pool, event: ReplicaFailed, now: float) -> None:
@@ -127,20 +130,6 @@ def replica_failed(pool: Pool, event: ReplicaFailed, now: float) -> None:
     pool.revoke(replica, now)
     pool.move(replica, Cause.FAILED, now)
     back_off(pool, replica.model, event.reason, now)
-
-
-def engine_died(pool: Pool, event: EngineDied, now: float) -> None:
-    replica_failed(pool, ReplicaFailed(event.replica, event.reason), now)
-
-
-def replica_suspected(pool: Pool, event: ReplicaSuspected, now: float) -> None:
-    """An engine that hangs is killed, once; its death is then an event of its own."""
-    replica = pool.replicas.get(event.replica)
-    if replica is None or not replica.state.may_hold_leases or replica.suspected:
-        log.info("suspicion against replica %s ignored: unknown, not serving, or known", event.replica)
-        return
-    replica.suspected = True
-    pool.out.append(RestartEngine(event.replica))
 
 
 def replica_gone(pool: Pool, event: ReplicaGone, now: float) -> None:
@@ -157,35 +146,3 @@ def replica_gone(pool: Pool, event: ReplicaGone, now: float) -> None:
     if before is ReplicaState.STARTING:
         model = replica.model
         back_off(pool, model, "the process died while it loaded", now, patient=model.failures + 1 < PATIENCE)
-
-
-def load_overdue(pool: Pool, replica: Replica, now: float) -> None:
-    """A load takes too long: as if it had failed, but its waiters hear of a timeout."""
-    model = replica.model
-    reason = f"not loaded within {model.spec.load_timeout_s:g} s"
-    # Without a process there is nobody whose death could be waited for.
-    pool.move(replica, Cause.GONE if replica.uid is None else Cause.FAILED, now)
-    back_off(pool, model, reason, now, error="BackendTimeout")
-
-
-def back_off(
-    pool: Pool, model: Model, reason: str, now: float, *, error: str = "ModelUnavailable", patient: bool = False
-) -> None:
-    """A load failed: pause, take an operator's order back as a whole, and refuse those who wait in vain."""
-    first, longest = pool.spec.backoff_s
-    model.backoff_until = now + min(longest, first * 2.0 ** min(model.failures, 30))
-    model.failures += 1
-    model.last_error = reason
-    model.refusing = not patient
-    if model.order is not None and not patient:
-        for replica in list(model.order.batch):
-            if replica.state is ReplicaState.STARTING:
-                pool.withdraw(replica, now)
-            elif replica.state is ReplicaState.READY:
-                pool.quiesce(replica, now, "operator")
-        model.order = None
-    if model.refusing and not model.serving:
-        refusal = policy.failure(model, now, error)
-        for waiter in list(model.queue):
-            refuse_or_reroute(pool, waiter, now, refusal)
-    pool.touched[model] = None

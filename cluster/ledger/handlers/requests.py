@@ -10,7 +10,7 @@ import logging
 
 from cluster.ledger.books.pool import Pool
 from cluster.ledger.books.queue import INFINITY
-from cluster.ledger.books.records import Model, Waiter
+from cluster.ledger.books.records import Model, Replica, Waiter
 from cluster.ledger.events import LeaseReleased, RequestArrived, RequestCancelled
 from cluster.ledger.handlers import server_slots
 from cluster.ledger.rules import policy
@@ -22,7 +22,7 @@ READY, STARTING, DRAINING = ReplicaState.READY, ReplicaState.STARTING, ReplicaSt
 
 
 def request_arrived(pool: Pool, event: RequestArrived, now: float) -> None:
-    request, holder, name, _, deadline, _, _, _ = event
+    request, holder, name, _, deadline, _, slots, _ = event
     lease = pool.leases.get(request)
     if lease is not None:
         pool.announce(lease)
@@ -42,17 +42,24 @@ def request_arrived(pool: Pool, event: RequestArrived, now: float) -> None:
         gap = now - model.last_arrival
         model.gap_s = gap if model.gap_s == INFINITY else model.gap_s + 0.2 * (gap - model.gap_s)
     model.last_arrival = now
-    if model.free and not model.queue.count and not pool.is_recovering:
-        _lease_now(pool, model, event, now)
+    if (
+        model.free
+        and not model.queue.count
+        and not pool.is_recovering
+        and (replica := model.least_used() if slots == 1 else model.with_room(slots)) is not None
+    ):
+        _lease_now(pool, replica, event, now)
         return
     _admit(pool, model, event, now)
 
 
-def _lease_now(pool: Pool, model: Model, event: RequestArrived, now: float) -> None:
+def _lease_now(pool: Pool, replica: Replica, event: RequestArrived, now: float) -> None:
+    model = replica.model
     if model.keep_alive_s != event.keep_alive_s:
         model.keep_alive_s = event.keep_alive_s
         pool.touched[model] = None
-    lease = pool.lease(event.request, event.holder, model.least_used(), event.priority, now)
+    slots = event.slots if event.slots == 1 else min(event.slots, replica.slots)
+    lease = pool.lease(event.request, event.holder, replica, event.priority, now, slots=slots)
     pool.announce(lease)
 
 
@@ -123,7 +130,9 @@ def expire_waiters(pool: Pool, now: float) -> None:
 
 def _admit(pool: Pool, model: Model, event: RequestArrived, now: float) -> None:
     """Let a request wait, send it to another model, or refuse it."""
-    waiter = Waiter(event.request, event.holder, model, event.priority, event.deadline, event.keep_alive_s, now)
+    waiter = Waiter(
+        event.request, event.holder, model, event.priority, event.deadline, event.keep_alive_s, now, event.slots
+    )
     threshold = pool.spec.offload_queue_threshold
     if threshold and model.spec.num_gpus and model.queue.count >= threshold:
         other = pool.models.get(model.spec.cpu_offload_model or "")
@@ -139,8 +148,8 @@ def _admit(pool: Pool, model: Model, event: RequestArrived, now: float) -> None:
                 pool.reject(waiter.request, waiter.holder, error.name, error.message, **error.extras)
                 return
             waiter.model = model = other
-        if model.free and not model.queue.count:
-            _lease_now(pool, model, event, now)
+        if not model.queue.count and (replica := model.with_room(event.slots)) is not None:
+            _lease_now(pool, replica, event, now)
             return
     full = len(pool.waiters) >= pool.spec.queue_max_size
     if full or (model.spec.max_queued is not None and model.queue.count >= model.spec.max_queued):
@@ -148,7 +157,9 @@ def _admit(pool: Pool, model: Model, event: RequestArrived, now: float) -> None:
             _queue_full(pool, waiter, model)
         return
     pool.enqueue(waiter, now)
-    if model.counts[DRAINING] or model.pending_rank is not None or model.desired < model.spec.max_replicas:
+    # One of a higher class goes before a wide one that waits before free slots.
+    leads = model.free and model.queue.head() is waiter
+    if leads or model.counts[DRAINING] or model.pending_rank is not None or model.desired < model.spec.max_replicas:
         pool.touched[model] = None
 
 
@@ -174,7 +185,14 @@ def refuse_or_reroute(pool: Pool, waiter: Waiter, now: float, error: policy.Refu
     while (other := next_fallback(pool, waiter)) is not None:
         if policy.unavailable(pool, other, now) is None:
             again = Waiter(
-                waiter.request, waiter.holder, other, waiter.priority, waiter.deadline, waiter.keep_alive_s, now
+                waiter.request,
+                waiter.holder,
+                other,
+                waiter.priority,
+                waiter.deadline,
+                waiter.keep_alive_s,
+                now,
+                waiter.slots,
             )
             again.arrived = waiter.arrived
             again.fallbacks = waiter.fallbacks
@@ -203,8 +221,10 @@ def lease_released(pool: Pool, event: LeaseReleased, now: float) -> None:
     model.drain_s = took if took > model.drain_s else model.drain_s + 0.02 * (took - model.drain_s)
     if not pool.drained:
         pool.drain_s = max(pool.drain_s, took)
-    next_lease = model.queue.head() if lease.replica.state is READY and pool.recovering_until is None else None
-    if next_lease is None:
+    replica = lease.replica
+    next_lease = model.queue.head() if replica.state is READY and pool.recovering_until is None else None
+    # Only slots for slots: the tree serves a head that wants more, or fewer, than are given back here.
+    if next_lease is None or len(lease.slots) != min(next_lease.slots, replica.slots):
         pool.release(lease, now)
         return
     pool.announce(pool.hand_over(lease, next_lease, now, policy.split_wait(model, next_lease, now)))
@@ -214,13 +234,17 @@ def lease_released(pool: Pool, event: LeaseReleased, now: float) -> None:
 
 
 def serve(pool: Pool, model: Model, now: float) -> None:
-    """Grant free slots to the best waiters of a model."""
+    """Grant free slots to the best waiters of a model.
+
+    The first in line is not overtaken: while it waits for more slots than any replica has free, so do those behind
+    it. Slots that end stay free until there are enough, so it cannot starve.
+    """
     queue = model.queue
-    while model.free and (waiter := queue.head()) is not None:
+    while (waiter := queue.head()) is not None and (replica := model.with_room(waiter.slots)) is not None:
         pool.dequeue(waiter)
-        replica = model.least_used()
         waits = policy.split_wait(model, waiter, now)
-        lease = pool.lease(waiter.request, waiter.holder, replica, waiter.priority, now, waits)
+        slots = min(waiter.slots, replica.slots)
+        lease = pool.lease(waiter.request, waiter.holder, replica, waiter.priority, now, waits, slots=slots)
         pool.announce(lease)
         model.keep_alive_s = waiter.keep_alive_s
     pool.touched[model] = None

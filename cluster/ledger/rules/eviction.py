@@ -26,7 +26,7 @@ MAX_NODES = 16
 class Candidate(NamedTuple):
     tier: Tier
     cost: float
-    serial: int
+    order: int
     replica: Replica
 
 
@@ -240,7 +240,7 @@ def _candidates(
     found: list[Candidate] = []
     newer: dict[Model, tuple[Tier, float] | None] = {}
     # Serve stops a model's newest replica first, so an older one is a victim only behind all that are newer here.
-    for replica in sorted(node.replicas, key=lambda each: -each.serial):
+    for order, replica in enumerate(sorted(node.replicas, key=lambda each: each.age, reverse=True)):
         if replica in prospect.gone:
             continue
         standing = policy.standing(pool, replica, model, now, bound)
@@ -250,7 +250,7 @@ def _candidates(
                 standing = None if before is None else (max(standing[0], before[0]), standing[1] + before[1])
             newer[replica.model] = standing
         if standing is not None and standing[0] <= rights:
-            found.append(Candidate(*standing, -replica.serial, replica))
+            found.append(Candidate(*standing, order, replica))
     found.sort(key=lambda each: each[:3])
     return found
 

@@ -85,6 +85,10 @@ def too_large(pool: Pool, model: Model, replicas: int = 1) -> Refusal | None:
     """So many replicas of the model would not fit into the pool if it were empty."""
     if pool.book.could_ever_fit(model.shape, replicas):
         return None
+    if not pool.book.has_named_devices(model.shape):
+        named = ", ".join(model.shape.only)
+        message = f"the model {model.name!r} is bound to GPU {named}, which no machine of the pool has"
+        return Refusal("MemoryBudgetExceeded", message, {})
     what = f"the model {model.name!r} is" if replicas == 1 else f"{replicas} replicas of {model.name!r} are"
     return Refusal("MemoryBudgetExceeded", f"{what} larger than the pool", {})
 

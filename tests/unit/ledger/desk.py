@@ -62,6 +62,7 @@ class Desk:
         gpus: int = 1,
         nodes: dict[str, NodeSpec] | None = None,
         recovering_until: float | None = None,
+        configured: bool = True,
         **pool: Any,
     ) -> None:
         logging.getLogger("cluster.ledger").setLevel(logging.CRITICAL)
@@ -72,7 +73,7 @@ class Desk:
         self.grants: dict[str, Grant] = {}
         # orders to load go with every start, so they are kept here, out of what a test compares
         self.loads: list[LoadEngine] = []
-        self.ledger = Ledger(self.spec, epoch="e1", now=0.0, recovering_until=recovering_until)
+        self.ledger = Ledger(self.spec, epoch="e1", now=0.0, recovering_until=recovering_until, configured=configured)
 
     def tell(self, *events: Event) -> list[str]:
         """Post events at the present time; what they lead to."""
@@ -98,8 +99,9 @@ class Desk:
         holder: str = "h",
         timeout: float = 600.0,
         keep_alive: float | None = None,
+        slots: int = 1,
     ) -> list[str]:
-        return self.tell(RequestArrived(request, holder, name, priority, self.now + timeout, keep_alive))
+        return self.tell(RequestArrived(request, holder, name, priority, self.now + timeout, keep_alive, slots))
 
     def release(self, *requests: str) -> list[str]:
         return self.tell(*(LeaseReleased(each, self.grants[each].generation) for each in requests))
@@ -122,6 +124,10 @@ class Desk:
         """A replica's state by its id; None if it is not on the books."""
         known = {each.replica: each.state for each in self.ledger.snapshot().replicas}
         return known.get(replica)
+
+    def devices(self, replica: str) -> tuple[int, ...]:
+        """The devices that the book has for a replica."""
+        return self.ledger._pool.replicas[replica].place.devices
 
     def out_words(self) -> list[str]:
         """What the last events led to."""

@@ -96,9 +96,9 @@ def test_nothing_stops_beside_a_start_when_a_node_leaves() -> None:
     assert desk.tell(ReplicaReady("A#2")) == ["grant r2 A#2", "desire A 1"]
 
 
-def test_one_too_many_after_a_restart_is_the_one_that_does_not_serve_yet() -> None:
+def test_one_too_many_after_a_restart_is_the_newest_as_serve_will_have_it() -> None:
     desk = Desk(model("A"), gpus=2, recovering_until=3.0)
-    desk.tell(ReplicaStarted("A", "A#2", "n"), ReplicaStarted("A", "A#1", "n"), ReplicaReady("A#1"))
+    desk.tell(ReplicaStarted("A", "A#2", "n", 20.0), ReplicaStarted("A", "A#1", "n", 10.0), ReplicaReady("A#1"))
     assert desk.at(3.0) == ["desire A 1"]
     assert desk.arrive("r", "A") == ["grant r A#1"]
 

@@ -1,0 +1,114 @@
+"""What becomes of the engines inside the replicas: they are ordered to load, hang, die, and load again in place."""
+
+from __future__ import annotations
+
+import logging
+
+from cluster.ledger.books.pool import Pool
+from cluster.ledger.books.queue import INFINITY
+from cluster.ledger.books.records import Model, Replica
+from cluster.ledger.events import EngineDied, LoadEngine, ReplicaSuspected, RestartEngine
+from cluster.ledger.handlers.requests import refuse_or_reroute
+from cluster.ledger.rules import policy
+from cluster.ledger.states import Cause, ReplicaState
+
+log = logging.getLogger(__name__)
+
+STARTING, READY, DRAINING = ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING
+
+# A process that dies while it loads (a node that went down, an out-of-memory kill), and an engine that dies again and
+# again, are tried this often before the waiters are refused; an engine that *says* that it cannot load is believed at
+# once.
+PATIENCE = 3
+# An engine that served for so long has not died of its load: the count of its deaths begins anew.
+STEADY_S = 60.0
+
+
+def order_loads(pool: Pool, model: Model, now: float) -> None:
+    """Tell the replicas of a model whose time has come to load their engines, each on the devices of its place."""
+    for replica in list(model.in_state(STARTING)):
+        # The failure of one may take back the others of an order.
+        if now < replica.load_due or replica.state is not STARTING:
+            continue
+        assert replica.uid is not None, "only a replica with a process is due to load"
+        if not pool.book.settle_devices(replica):
+            # It started on another node than planned, or beside what nobody asked for, and there is no room for it.
+            pool.move(replica, Cause.FAILED, now)
+            reason = "no device where it was started is free for it"
+            back_off(pool, model, reason, now, patient=model.failures + 1 < PATIENCE)
+            continue
+        replica.load_due = INFINITY
+        replica.load_began = now
+        replica.ordered = True
+        pool.out.append(LoadEngine(replica.uid, model.name, replica.place.devices))
+
+
+def engine_died(pool: Pool, event: EngineDied, now: float) -> None:
+    """The engine is dead and its replica lives: what it ran has ended, what waits goes on waiting."""
+    replica = pool.replicas.get(event.replica)
+    pool.early_ready.pop(event.replica, None)
+    if replica is None or replica.state not in (STARTING, READY, DRAINING):
+        log.info("death of an engine of replica %s ignored: unknown or leaving", event.replica)
+        return
+    pool.revoke(replica, now)
+    replica.has_engine = replica.suspected = False
+    model, before = replica.model, replica.state
+    if before is DRAINING:
+        # A dead engine is not opened again; the tree moves it on like any that has run dry.
+        pool.move(replica, Cause.ENGINE_DIED, now)
+        return
+    replica.deaths = 1 if before is READY and now >= replica.since + STEADY_S else replica.deaths + 1
+    failures = replica.deaths if before is READY else max(replica.deaths, model.failures + 1)
+    if failures >= PATIENCE:
+        pool.move(replica, Cause.FAILED, now)
+        back_off(pool, model, event.reason, now)
+        return
+    pool.move(replica, Cause.ENGINE_DIED, now)
+    if before is READY and replica.deaths == 1:
+        model.last_error = event.reason
+        replica.load_due = now
+    else:
+        back_off(pool, model, event.reason, now, patient=True)
+        replica.load_due = model.backoff_until
+
+
+def replica_suspected(pool: Pool, event: ReplicaSuspected, now: float) -> None:
+    """An engine that hangs is killed, once; its death is then an event of its own."""
+    replica = pool.replicas.get(event.replica)
+    if replica is None or not replica.has_engine or not replica.state.may_hold_leases or replica.suspected:
+        log.info("suspicion against replica %s ignored: unknown, not serving, or known", event.replica)
+        return
+    replica.suspected = True
+    pool.out.append(RestartEngine(event.replica))
+
+
+def load_overdue(pool: Pool, replica: Replica, now: float) -> None:
+    """A load takes too long: as if it had failed, but its waiters hear of a timeout."""
+    model = replica.model
+    reason = f"not loaded within {model.spec.load_timeout_s:g} s"
+    # Without a process there is nobody whose death could be waited for.
+    pool.move(replica, Cause.GONE if replica.uid is None else Cause.FAILED, now)
+    back_off(pool, model, reason, now, error="BackendTimeout")
+
+
+def back_off(
+    pool: Pool, model: Model, reason: str, now: float, *, error: str = "ModelUnavailable", patient: bool = False
+) -> None:
+    """A load failed: pause, take an operator's order back as a whole, and refuse those who wait in vain."""
+    first, longest = pool.spec.backoff_s
+    model.backoff_until = now + min(longest, first * 2.0 ** min(model.failures, 30))
+    model.failures += 1
+    model.last_error = reason
+    model.refusing = not patient
+    if model.order is not None and not patient:
+        for replica in list(model.order.batch):
+            if replica.state is ReplicaState.STARTING:
+                pool.withdraw(replica, now)
+            elif replica.state is ReplicaState.READY:
+                pool.quiesce(replica, now, "operator")
+        model.order = None
+    if model.refusing and not model.serving:
+        refusal = policy.failure(model, now, error)
+        for waiter in list(model.queue):
+            refuse_or_reroute(pool, waiter, now, refusal)
+    pool.touched[model] = None
