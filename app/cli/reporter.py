@@ -23,7 +23,6 @@ class Reporter:
         self._url = url
         self._pool = pool
         self._context = context
-        self._last = ""
         self._said: set[str] = set()
         self.failure: str | None = None
 
@@ -37,18 +36,18 @@ class Reporter:
                         break
                     self._show(client.get("/v1/status").json()["ledger"])
                 except (httpx.HTTPError, ValueError, KeyError):
-                    self._line("Starting the endpoint …")
+                    self._once("Starting the endpoint …")
                     if (failure := deploy_failure()) is not None:
                         self.failure = failure
                         return
                 time.sleep(0.3)
-        self._line(f"Ready after {time.monotonic() - started:.1f} s.")
+        self._once(f"Ready after {time.monotonic() - started:.1f} s.")
         self._say_what_next()
 
     def _show(self, ledger: dict[str, Any]) -> None:
         for replica in ledger["replicas"]:
             if replica["state"] == "STARTING":
-                self._line(f"Loading {replica['model']} … {replica.get('progress', 0):.0%}")
+                self._once(f"Loading {replica['model']} … {replica.get('progress', 0):.0%}")
         for name, model in ledger["models"].items():
             if model["last_error"]:
                 self._once(f"{name} failed: {model['last_error'].strip().partition(chr(10))[0]}")
@@ -56,13 +55,7 @@ class Reporter:
     def _once(self, text: str) -> None:
         if text not in self._said:
             self._said.add(text)
-            self._line(text)
-
-    def _line(self, text: str) -> None:
-        if text == self._last:
-            return
-        self._last = text
-        print(text, flush=True)
+            print(text, flush=True)
 
     def _say_what_next(self) -> None:
         model = self._pool.default_model or next(iter(self._pool.models), "MODEL")

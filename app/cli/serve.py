@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -64,6 +65,7 @@ def start_ray(gpus: int | None) -> Any:
             namespace="serve",
             dashboard_host="127.0.0.1",
             log_to_driver=False,
+            logging_level=logging.ERROR,
         )
     except Exception as error:
         refuse_full_disk()
@@ -78,6 +80,7 @@ def start_serve(document: dict[str, Any]) -> None:
     from ray.serve._private import api
     from ray.serve.schema import ServeDeploySchema
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     schema = ServeDeploySchema.model_validate(document)
     client = api.serve_start(http_options=schema.http_options.model_dump(), proxy_location=schema.proxy_location)
     client.deploy_apps(schema, _blocking=False)
