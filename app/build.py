@@ -15,7 +15,7 @@ from app.http import build_http
 from cluster import effects
 from cluster.config import ConfigError, PoolConfig, load_config
 from cluster.config.names import deployments_collide
-from deployments.engines.llama_cpp.memory import estimate_mib
+from deployments.engines.registry import estimate_mib
 from deployments.ingress import Ingress, handle_keys
 from deployments.replica import Replica
 from deployments.weights import weights_at_hand

@@ -24,8 +24,8 @@ from typing import Any
 
 from cluster.config.models import ModelConfig
 from cluster.errors import PoolError
-from deployments.engines.build import build_engine
 from deployments.engines.protocol import Engine, Progress
+from deployments.engines.registry import build_engine
 from deployments.frames import Connection, ConnectionEnded, frame, raise_file_limit
 from deployments.link_server import LinkServer
 from deployments.weights import find_weights

@@ -24,8 +24,8 @@ from cluster.ledger.events import Grant
 from cluster.orders import Address, EngineState
 from deployments.coalesce import coalesce
 from deployments.direct import DirectServer
-from deployments.engines.build import build_engine
 from deployments.engines.protocol import Call, Engine, Progress
+from deployments.engines.registry import build_engine
 from deployments.sse import error_event
 from deployments.weights import find_weights
 

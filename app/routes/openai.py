@@ -160,7 +160,7 @@ def _row(config: PoolConfig, name: str, states: dict[str, ModelRow]) -> dict[str
         "format": model.format,
         "status": states.get(name, NOTHING).state,
         "aliases": list(model.aliases),
-        "context_length": model.gguf_n_ctx,
+        "context_length": model.context_length,
         "slots": model.target_inflight,
         "min_replicas": model.min_replicas,
         "max_replicas": model.max_replicas,

@@ -1,8 +1,9 @@
 """The configuration: one Pydantic schema, and how files and environment variables are laid over it."""
 
+from cluster.config.backends import CacheType, FakeFaults, FakeModel, FlashAttention, LlamaCppKwargs, LlamaCppModel
 from cluster.config.keys import ANONYMOUS, ApiKey, Caller, find_key
 from cluster.config.load import ConfigError, load_config, read_yaml
-from cluster.config.models import CacheType, FakeFaults, FlashAttention, Group, LlamaCppKwargs, ModelConfig, ServerEntry
+from cluster.config.models import Group, ModelConfig, ServerEntry
 from cluster.config.pool import MaxWait, PoolConfig
 from cluster.config.version import Configuration
 
@@ -14,9 +15,11 @@ __all__ = [
     "ConfigError",
     "Configuration",
     "FakeFaults",
+    "FakeModel",
     "FlashAttention",
     "Group",
     "LlamaCppKwargs",
+    "LlamaCppModel",
     "MaxWait",
     "ModelConfig",
     "PoolConfig",

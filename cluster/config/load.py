@@ -14,9 +14,10 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from cluster.config.keys import ApiKey, hashed
-from cluster.config.models import FakeFaults, Group, LlamaCppKwargs, ModelConfig, ServerEntry
+from cluster.config.models import DEFAULT_BACKEND, Group, ModelConfig, ServerEntry
 from cluster.config.pool import PoolConfig
 
 
@@ -68,7 +69,7 @@ def checked(data: Mapping[str, Any], source: str) -> PoolConfig:
     try:
         config = PoolConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(source, item) for item in error.errors())) from None
+        raise ConfigError("\n".join(_explain(source, data, item) for item in error.errors())) from None
     return _without_gpus(config) if config.execution_mode == "cpu" else config
 
 
@@ -93,25 +94,41 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def _explain(source: str, item: Any) -> str:
-    """One line for one mistake; an unknown key is told the nearest known one."""
+def _explain(source: str, data: Mapping[str, Any], item: Any) -> str:
+    """One line for one mistake; an unknown key is told the nearest known one, or the backend that it belongs to."""
     location = [str(part) for part in item["loc"]]
     path = ".".join(location)
     if item["type"] != "extra_forbidden":
         message = item["msg"].removeprefix("Value error, ")
         return f"{source}: {path}: {message}" if path else f"{source}: {message}"
-    near = difflib.get_close_matches(location[-1], _known_keys(location), n=1)
+    key = location[-1]
+    if location[0] == "models" and len(location) == 3:
+        owners = sorted(name for name, each in ModelConfig.backends.items() if key in _keys(each))
+        if owners:
+            return f"{source}: {path}: only models of backend {' or '.join(owners)} have this key"
+    near = difflib.get_close_matches(key, _known_keys(data, location), n=1)
     return f"{source}: {path}: unknown key" + (f", did you mean {near[0]!r}?" if near else "")
 
 
-def _known_keys(location: list[str]) -> list[str]:
-    if "engine_kwargs" in location:
-        return [*FakeFaults.model_fields, *LlamaCppKwargs.model_fields]
+def _known_keys(data: Mapping[str, Any], location: list[str]) -> list[str]:
+    if location[0] == "models" and len(location) > 2:
+        own = _class_of(data, location[1])
+        if location[2] == "engine_kwargs":
+            return _keys(own.model_fields["engine_kwargs"].annotation)
+        return _keys(Group if location[2] == "group" and len(location) > 3 else own)
     if location[0] == "servers" and len(location) > 2:
-        return [*ServerEntry.model_fields]
+        return _keys(ServerEntry)
     if location[0] in ("api_keys", "admin_keys"):
-        return [*ApiKey.model_fields]
-    if "group" in location[2:-1]:
-        return [*Group.model_fields]
-    fields = ModelConfig.model_fields if location[0] == "models" and len(location) > 2 else PoolConfig.model_fields
+        return _keys(ApiKey)
+    return _keys(PoolConfig)
+
+
+def _class_of(data: Mapping[str, Any], model: str) -> type[ModelConfig]:
+    """The configuration class of a model whose keys were refused."""
+    return ModelConfig.backends[data["models"][model].get("backend", DEFAULT_BACKEND)]
+
+
+def _keys(schema: Any) -> list[str]:
+    """All keys of a schema, in either spelling."""
+    fields: dict[str, FieldInfo] = schema.model_fields
     return [*fields, *(field.alias for field in fields.values() if field.alias)]

@@ -2,47 +2,32 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from cluster.ledger.specs import ServerSpec
 from cluster.servers.types import loads_just_in_time
 
-CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
-FlashAttention = Literal["on", "off", "auto"]
+#: The backend of a model that names none.
+DEFAULT_BACKEND = "llama_cpp"
 
-
-class FakeFaults(BaseModel):
-    """`engine_kwargs` of `backend: fake`. Times in seconds; `tokens` is the default length of an answer."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    load_s: Annotated[float, Field(ge=0)] = 0.0
-    ttft_s: Annotated[float, Field(ge=0)] = 0.0
-    tokens_per_s: Annotated[float, Field(gt=0)] = 100.0
-    tokens: Annotated[int, Field(ge=1)] = 16
-    fault: Literal[
-        "none",
-        "load_fails",
-        "load_hangs",
-        "cut_mid_stream",
-        "hang_mid_stream",
-        "rate_limited",
-        "malformed",
-        "dies_after",
-    ] = "none"
-
-
-class LlamaCppKwargs(BaseModel):
-    """`engine_kwargs` of `backend: llama_cpp`. `n_threads` defaults to the engine's own choice, `n_batch` likewise."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    n_threads: Annotated[int, Field(ge=1)] | None = None
-    n_batch: Annotated[int, Field(ge=32)] | None = None
+#: One device: its index or UUID, on any node or on the one that stands before the slash.
+_DEVICE = re.compile(r"(?:[^/\s,]+/)?(?:0|[1-9][0-9]{0,3}|(?:GPU|MIG)-[0-9A-Za-z-]+)")
 
 
 class Group(BaseModel):
@@ -60,7 +45,11 @@ class Group(BaseModel):
 
 
 class ModelConfig(BaseModel):
-    """One model, under its public id. Times in seconds, memory in MiB; both spellings of the replica keys are read.
+    """One model, under its public id: the keys that every backend has. Times in seconds, memory in MiB.
+
+    It is the base of a union that is told apart by `backend`: validating a mapping as `ModelConfig` gives an instance
+    of the subclass of its backend, which has the keys of that engine too (`backends.py`). Both spellings of the replica
+    keys are read.
 
     `cpu_offload_model` takes the requests that find `offload_queue_threshold` of them waiting here, `fallbacks` in
     their order those that come while this model cannot serve at all (it fails to load, or is being unloaded). Both
@@ -68,11 +57,17 @@ class ModelConfig(BaseModel):
 
     `weight` makes the model a variant: models that share an alias are variants of that one public name, which is
     then answered by each in proportion to its weight. An alias may be shared by models with a weight only.
+
+    `gpu` names the only devices that it may stand on: an index, a UUID, either after `node/`, or a list of them.
+    `python` is the interpreter of another environment, which runs the engine.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
 
-    backend: Literal["llama_cpp", "gguf", "fake"] = "llama_cpp"
+    #: The subclass of each backend's name.
+    backends: ClassVar[dict[str, type[ModelConfig]]] = {}
+
+    backend: str = DEFAULT_BACKEND
     model_path: str | None = None
     aliases: tuple[str, ...] = ()
     prompt_format: str | None = None
@@ -81,6 +76,8 @@ class ModelConfig(BaseModel):
     pinned: bool = False
     num_gpus: Annotated[float, Field(ge=0)] = 0
     num_cpus: Annotated[float, Field(ge=0)] = 0
+    gpu: tuple[str, ...] = ()
+    python: Annotated[str, Field(min_length=1)] | None = None
     memory_mib: Annotated[int, Field(ge=1)] | None = None
     min_replicas: Annotated[int, Field(ge=0, alias="replicas")] = 0
     max_replicas: Annotated[int, Field(ge=1, alias="replica_max")] = 1
@@ -93,19 +90,29 @@ class ModelConfig(BaseModel):
     fallbacks: tuple[str, ...] = ()
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     group: Group | None = None
-    gguf_n_ctx: Annotated[int, Field(ge=1)] | None = None
-    gguf_flash_attn: FlashAttention = "auto"
-    gguf_type_k: CacheType | None = None
-    gguf_type_v: CacheType | None = None
-    gguf_n_gpu_layers: int = -1
-    engine_kwargs: FakeFaults | LlamaCppKwargs = Field(default=None, validate_default=True)
 
-    @field_validator("engine_kwargs", mode="before")
     @classmethod
-    def _typed_engine_kwargs(cls, value: Any, info: ValidationInfo) -> Any:
-        """Check `engine_kwargs` against the schema of this model's backend, so that errors name the right keys."""
-        schema = FakeFaults if info.data.get("backend") == "fake" else LlamaCppKwargs
-        return schema.model_validate(value or {})
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        for name in get_args(cls.model_fields["backend"].annotation):
+            ModelConfig.backends[name] = cls
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _of_its_backend(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Hand a mapping on to the class of its backend; that class itself, and an instance, are taken as they are."""
+        if cls is not ModelConfig or not isinstance(data, dict):
+            return handler(data)
+        return backend_class(data).model_validate(data)  # type: ignore[return-value]
+
+    @field_validator("gpu", mode="before")
+    @classmethod
+    def _device_list(cls, value: Any) -> tuple[str, ...]:
+        listed = () if value is None else value if isinstance(value, list | tuple) else (value,)
+        devices = tuple(dict.fromkeys(_device(each) for each in listed))
+        if len(devices) < len(listed):
+            raise ValueError("a device stands there twice")
+        return devices
 
     @field_validator("group", mode="before")
     @classmethod
@@ -116,23 +123,50 @@ class ModelConfig(BaseModel):
     def _consistent(self) -> ModelConfig:
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"replicas ({self.min_replicas}) is larger than replica_max ({self.max_replicas})")
-        if self.backend != "fake" and not self.model_path:
-            raise ValueError(f"model_path is required for backend {self.backend}")
         if self.num_gpus > 1 and self.num_gpus != int(self.num_gpus):
             raise ValueError("num_gpus above 1 must be a whole number of devices")
+        if self.gpu and not self.num_gpus:
+            raise ValueError("gpu names devices, but num_gpus is 0: the model would run on the CPU")
         if self.weight is not None and not self.aliases:
             raise ValueError("weight needs an alias: the public name that the variants share")
         return self
 
     @property
     def format(self) -> str:
-        return "fake" if self.backend == "fake" else "gguf"
+        """What kind of weights the backend reads, in a word."""
+        raise NotImplementedError
+
+    @property
+    def context_length(self) -> int | None:
+        """The context of one request in tokens, where it is configured."""
+        return None
 
     @property
     def revision(self) -> str:
         """A digest of everything that a running engine was started with: if it changes, the replica is out of date."""
         engine = self.model_dump(mode="json", exclude=set(SCHEDULING_KEYS))
         return hashlib.sha256(json.dumps(engine, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def backend_class(data: Mapping[str, Any]) -> type[ModelConfig]:
+    """The configuration class of the backend that a model's keys name. Raises `ValidationError` for an unknown one."""
+    name = data.get("backend", DEFAULT_BACKEND)
+    found = ModelConfig.backends.get(name) if isinstance(name, str) else None
+    if found is None:
+        known = list(ModelConfig.backends)
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(known))}"
+        unknown = PydanticCustomError("unknown_backend", f"no such backend, {hint}")
+        mistake = InitErrorDetails(type=unknown, loc=("backend",), input=name)
+        raise ValidationError.from_exception_data("ModelConfig", [mistake])
+    return found
+
+
+def _device(value: Any) -> str:
+    text = str(value)
+    if isinstance(value, bool) or not isinstance(value, int | str) or not _DEVICE.fullmatch(text):
+        raise ValueError(f"{value!r} is no device: give an index, a UUID (GPU-…), or either after 'node/'")
+    return text
 
 
 #: Keys that tell the ledger what to do with a model and its engine nothing: a change of these drains no replica. A

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SerializeAsAny, field_validator, model_validator
 
 from cluster.config.keys import ApiKey, check_keys
 from cluster.config.models import ModelConfig, ServerEntry
@@ -48,7 +48,7 @@ class PoolConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    models: dict[str, ModelConfig] = Field(default_factory=dict)
+    models: dict[str, SerializeAsAny[ModelConfig]] = Field(default_factory=dict)
     servers: tuple[ServerEntry, ...] = ()
     default_model: str | None = None
     capacity: Annotated[int, Field(ge=0)] = 0
@@ -189,4 +189,5 @@ class PoolConfig(BaseModel):
             group=model.group.name if model.group else None,
             group_share=model.group is not None and model.group.devices == "shared",
             revision=model.revision,
+            devices=model.gpu if model.num_gpus else (),
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
 from app.cli import declared_gpus, lay_over, refuse_strangers_without_keys
-from cluster.config import ConfigError, FakeFaults, load_config
+from cluster.config import ConfigError, FakeFaults, FakeModel, LlamaCppModel, ModelConfig, PoolConfig, load_config
 from cluster.ledger.specs import ServerSpec
 
 FAKE = {"backend": "fake"}
@@ -34,6 +35,20 @@ def test_the_shipped_file_is_valid():
         ({"models": {"a": {**FAKE, "engine_kwargs": {"lod_s": 1}}}}, "did you mean 'load_s'?"),
         ({"models": {"a": {**FAKE, "replicas": 3}}}, r"replicas \(3\) is larger than replica_max \(1\)"),
         ({"models": {"a": {}}}, "models.a: .*model_path is required for backend llama_cpp"),
+        (
+            {"models": {"a": {**FAKE, "gguf_n_ctx": 512}}},
+            "models.a.gguf_n_ctx: only models of backend gguf or llama_cpp have this key",
+        ),
+        ({"models": {"a": {"model_path": "m", "gguf_n_ctxx": 512}}}, "did you mean 'gguf_n_ctx'?"),
+        ({"models": {"a": {"model_path": "m", "engine_kwargs": {"load_s": 1}}}}, "engine_kwargs.load_s: unknown key$"),
+        ({"models": {"a": {"backend": "lama_cpp"}}}, "models.a.backend: no such backend, did you mean 'llama_cpp'?"),
+        ({"models": {"a": {"backend": 5}}}, "models.a.backend: no such backend, there are fake, gguf, llama_cpp"),
+        ({"models": {"a": {**FAKE, "gpu": -1, "num_gpus": 1}}}, "models.a.gpu: '?-1'? is no device"),
+        ({"models": {"a": {**FAKE, "gpu": True, "num_gpus": 1}}}, "models.a.gpu: True is no device"),
+        ({"models": {"a": {**FAKE, "gpu": "cuda:0", "num_gpus": 1}}}, "models.a.gpu: 'cuda:0' is no device"),
+        ({"models": {"a": {**FAKE, "gpu": [0, "0"], "num_gpus": 1}}}, "models.a.gpu: a device stands there twice"),
+        ({"models": {"a": {**FAKE, "gpu": 1}}}, "models.a: gpu names devices, but num_gpus is 0"),
+        ({"models": {"a": {**FAKE, "python": ""}}}, "models.a.python: "),
         ({"models": {"a": {**FAKE, "num_gpus": 1.5}}}, "whole number of devices"),
         ({"models": {"a": {**FAKE, "aliases": ["b"]}, "b": FAKE}}, "models.a.aliases: 'b' is already a model id"),
         ({"default_model": "x"}, "args: default_model: 'x' is not a configured model"),
@@ -181,6 +196,7 @@ def test_the_policys_environment():
         ({"prompt_format": "chatml"}, True),
         ({"engine_kwargs": {"tokens": 3}}, True),
         ({"num_gpus": 1}, True),
+        ({"python": "/opt/other/bin/python"}, True),
     ],
 )
 def test_only_what_the_engine_sees_changes_its_revision(changed, drains):
@@ -189,6 +205,44 @@ def test_only_what_the_engine_sees_changes_its_revision(changed, drains):
         return config.spec().models["a"].revision
 
     assert (revision({}) != revision(changed)) is drains
+
+
+def test_the_backend_picks_the_class_of_a_model():
+    config = load_config(
+        {"models": {"f": FAKE, "g": {"backend": "gguf", "model_path": "m", "gguf_n_ctx": 9}, "d": {"model_path": "m"}}},
+        environ={},
+    )
+    assert {name: type(model) for name, model in config.models.items()} == {
+        "f": FakeModel,
+        "g": LlamaCppModel,
+        "d": LlamaCppModel,
+    }
+    for model in config.models.values():
+        plain = json.loads(json.dumps(model.model_dump(mode="json", by_alias=False)))
+        assert ModelConfig.model_validate(plain) == model
+        assert ModelConfig.model_validate(plain).revision == model.revision
+    assert PoolConfig.model_validate(config.model_dump()) == config
+    assert (config.models["g"].context_length, config.models["f"].context_length) == (9, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "devices"),
+    [
+        (None, ()),
+        (0, ("0",)),
+        ("1", ("1",)),
+        ([0, 2], ("0", "2")),
+        ("node-1/3", ("node-1/3",)),
+        ("GPU-5a1b-77", ("GPU-5a1b-77",)),
+        (["10.0.0.1/GPU-5a1b", "10.0.0.2/0"], ("10.0.0.1/GPU-5a1b", "10.0.0.2/0")),
+    ],
+)
+def test_the_devices_of_a_model_reach_the_ledger(given, devices):
+    args = {"models": {"a": {**FAKE, "num_gpus": 1, "gpu": given}, "b": {**FAKE, "num_gpus": 1}}}
+    config = load_config(args, environ={})
+    assert config.spec().models["a"].devices == devices
+    assert (config.models["a"].revision != config.models["b"].revision) is bool(devices)
+    assert load_config(args, environ={"EXECUTION_MODE": "cpu"}).spec().models["a"].devices == ()
 
 
 def test_the_grace_period_covers_the_longest_request():

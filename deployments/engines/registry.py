@@ -1,0 +1,95 @@
+"""The backends: one entry for each, with all that the pool needs to know of an engine before it runs.
+
+A new engine takes a configuration class (`cluster/config/backends.py`) and an entry here. Engine libraries are
+imported inside an entry's functions only, when a model of that backend is really used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar, get_args
+
+from cluster.config import FakeModel, LlamaCppModel, ModelConfig
+from deployments.engines.protocol import Engine
+
+M = TypeVar("M", bound=ModelConfig)
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+@dataclass(frozen=True, slots=True)
+class Backend(Generic[M]):
+    """What one backend is to the pool.
+
+    `build` makes the engine of a model, by its id, configuration and file, not loaded yet and so cheap. `estimate`
+    tells from the files what a replica will take, in MiB, or None; it may block for milliseconds. `paths` are the
+    OpenAI routes that its engines serve, and `raw` says whether they answer other paths too.
+    """
+
+    config: type[M]
+    build: Callable[[str, M, str], Engine]
+    estimate: Callable[[M, Path], int | None]
+    paths: frozenset[str]
+    raw: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What `backend` may be called in a configuration; the first is the name that the pool shows."""
+        return get_args(self.config.model_fields["backend"].annotation)
+
+
+def backend_of(model: ModelConfig) -> Backend[Any]:
+    """The entry of a model's backend."""
+    return _BY_CONFIG[type(model)]
+
+
+def build_engine(model_id: str, model: ModelConfig, path: str) -> Engine:
+    """The engine of a configured model whose file lies at `path`; not loaded yet, so cheap."""
+    return backend_of(model).build(model_id, model, path)
+
+
+def estimate_mib(model: ModelConfig, path: Path) -> int | None:
+    """What one replica will take, in MiB, from the file or folder at `path`; None if nothing can be told from it."""
+    return backend_of(model).estimate(model, path)
+
+
+def _build_fake(model_id: str, model: FakeModel, path: str) -> Engine:
+    from deployments.engines.fake import FakeEngine
+
+    return FakeEngine(model_id, model.engine_kwargs)
+
+
+def _build_llama_cpp(model_id: str, model: LlamaCppModel, path: str) -> Engine:
+    from deployments.engines.llama_cpp.engine import LlamaCppEngine
+
+    return LlamaCppEngine(
+        path,
+        model_id=model_id,
+        slots=model.target_inflight,
+        n_ctx=model.gguf_n_ctx,
+        n_gpu_layers=model.gguf_n_gpu_layers if model.num_gpus else 0,
+        flash_attn=model.gguf_flash_attn,
+        type_k=model.gguf_type_k,
+        type_v=model.gguf_type_v,
+        prompt_format=model.prompt_format,
+        **model.engine_kwargs.model_dump(exclude_none=True),
+    )
+
+
+def _estimate_nothing(model: ModelConfig, path: Path) -> int | None:
+    return None
+
+
+def _estimate_llama_cpp(model: LlamaCppModel, path: Path) -> int | None:
+    from deployments.engines.llama_cpp import memory
+
+    return memory.estimate_mib(model, path)
+
+
+BACKENDS: tuple[Backend[Any], ...] = (
+    Backend(LlamaCppModel, _build_llama_cpp, _estimate_llama_cpp, frozenset({CHAT, COMPLETIONS})),
+    Backend(FakeModel, _build_fake, _estimate_nothing, frozenset({CHAT, COMPLETIONS}), raw=True),
+)
+_BY_CONFIG = {backend.config: backend for backend in BACKENDS}

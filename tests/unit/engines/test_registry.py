@@ -1,0 +1,32 @@
+"""One entry for each backend, and nothing of an engine imported before it is used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.config import ModelConfig
+from deployments.engines import registry
+from deployments.engines.fake import FakeEngine
+
+
+def test_every_configurable_backend_has_an_entry() -> None:
+    assert {name: backend.config for backend in registry.BACKENDS for name in backend.names} == ModelConfig.backends
+
+
+def test_an_engine_is_built_from_its_models_configuration() -> None:
+    model = ModelConfig.model_validate({"backend": "fake", "engine_kwargs": {"tokens": 3}})
+    assert isinstance(registry.build_engine("m", model, ""), FakeEngine)
+    assert registry.estimate_mib(model, Path("/nowhere")) is None
+    gguf = ModelConfig.model_validate({"backend": "gguf", "model_path": "/nowhere.gguf"})
+    assert registry.backend_of(gguf).names[0] == "llama_cpp"
+    assert "/v1/chat/completions" in registry.backend_of(gguf).paths
+
+
+@pytest.mark.parametrize("library", ["llama_cpp", "numpy", "jinja2"])
+def test_naming_the_backends_imports_no_engine(library: str) -> None:
+    code = f"import sys, deployments.engines.registry; sys.exit({library!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
