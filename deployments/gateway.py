@@ -13,7 +13,6 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,20 +41,6 @@ KEEP_ALIVE_S = 5.0
 RETRIES = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """A validated request: the model's id, the OpenAI route, the body for the engine, and the pool's own fields."""
-
-    model: str
-    path: str
-    body: dict[str, Any]
-    request_id: str
-    priority: int = 2
-    timeout_s: float = 600.0
-    keep_alive_s: float | None = None
-    principal: str = "anonymous"
-
-
 class Gateway:
     """The requests of one ingress process. `handles` maps every model id to its deployment's handle."""
 
@@ -74,19 +59,19 @@ class Gateway:
         configuration = Configuration((0.0, 0), self.config)
         return HolderState(self._holder, self._actor_id, configuration, tuple(self._leases.values()))
 
-    async def stream(self, ask: Ask) -> AsyncGenerator[bytes, None]:
-        """The answer of the engine: SSE events for a streaming body, one JSON body otherwise.
+    async def stream(self, request: Request, body: dict[str, Any]) -> AsyncGenerator[bytes, None]:
+        """The answer of the engine to a request and its body: SSE events for a streaming body, one JSON body otherwise.
 
         Waiting streams yield a comment every few seconds. Raises a `PoolError` for anything that goes wrong before
         the first byte; later failures of a stream are an error event. Closing the generator frees the slot.
         """
         arrived = time.monotonic()
-        streams = bool(ask.body.get("stream"))
+        streams = bool(body.get("stream"))
         started = ended = False
         for attempt in range(RETRIES + 1):
             whole = bytearray()
             try:
-                async with contextlib.aclosing(self._attempt(ask, arrived)) as chunks:
+                async with contextlib.aclosing(self._attempt(request, body, arrived)) as chunks:
                     async for chunk in chunks:
                         if not streams:
                             # Kept until it is complete: a part of a body cannot be mended by an error behind it.
@@ -111,32 +96,20 @@ class Gateway:
                 return
             raise failure
 
-    async def _attempt(self, ask: Ask, arrived: float) -> AsyncGenerator[bytes, None]:
+    async def _attempt(self, request: Request, body: dict[str, Any], arrived: float) -> AsyncGenerator[bytes, None]:
         # Each attempt has an id of its own: the lease of a vanished replica may still be in the ledger's books.
-        request = uuid.uuid4().hex
-        waiting = asyncio.ensure_future(
-            self.ledger.acquire(
-                Request(
-                    request,
-                    ask.model,
-                    ask.path,
-                    ask.priority,
-                    self._left(ask, arrived),
-                    ask.keep_alive_s,
-                    trace=ask.request_id,
-                )
-            )
-        )
+        attempt = request._replace(id=uuid.uuid4().hex, timeout_s=self._left(request, arrived))
+        waiting = asyncio.ensure_future(self.ledger.acquire(attempt))
         lease = None
         try:
             while True:
-                done, _ = await asyncio.wait([waiting], timeout=KEEP_ALIVE_S if ask.body.get("stream") else None)
+                done, _ = await asyncio.wait([waiting], timeout=KEEP_ALIVE_S if body.get("stream") else None)
                 if done:
                     break
-                yield await self._where(request)
+                yield await self._where(attempt.id)
             lease = waiting.result()
-            self._leases[request] = lease
-            async with contextlib.aclosing(self._run(ask, lease, arrived)) as chunks:
+            self._leases[attempt.id] = lease
+            async with contextlib.aclosing(self._run(request, body, lease, arrived)) as chunks:
                 async for chunk in chunks:
                     yield chunk
         finally:
@@ -145,34 +118,40 @@ class Gateway:
                 with contextlib.suppress(errors.PoolError, RayError, asyncio.CancelledError):
                     lease = waiting.result()
             if lease is not None:
-                self._leases.pop(request, None)
+                self._leases.pop(attempt.id, None)
                 self.ledger.release(lease)
 
-    async def _run(self, ask: Ask, lease: Grant, arrived: float) -> AsyncGenerator[bytes, None]:
+    async def _run(
+        self, request: Request, body: dict[str, Any], lease: Grant, arrived: float
+    ) -> AsyncGenerator[bytes, None]:
         # The model that answers may be another than was asked for: a variant, a fallback, a CPU offload.
-        body = ask.body if lease.model == ask.model else {**ask.body, "model": lease.model}
+        if lease.model != request.model:
+            body = {**body, "model": lease.model}
         call = Call(
-            path=ask.path,
+            path=request.path,
             body=body,
-            request_id=ask.request_id,
+            request_id=request.trace,
+            slots=max(1, len(lease.slots)),
             queue_wait_ms=lease.queue_wait_s * 1e3,
             load_wait_ms=lease.load_wait_s * 1e3,
             pool_elapsed_ms=(time.monotonic() - arrived) * 1e3,
         )
         server = self.config.server(lease.replica)
         if server is not None:
-            async with contextlib.aclosing(self._on_server(server, ask, call, self._left(ask, arrived))) as chunks:
+            async with contextlib.aclosing(
+                self._on_server(server, request, call, self._left(request, arrived))
+            ) as chunks:
                 async for chunk in chunks:
                     yield chunk
             return
         socket = effects.socket_path(lease.replica)
         way = call_directly if socket.exists() else self._through_serve
-        async with contextlib.aclosing(way(socket, lease, call, self._left(ask, arrived))) as chunks:
+        async with contextlib.aclosing(way(socket, lease, call, self._left(request, arrived))) as chunks:
             async for chunk in chunks:
                 yield chunk
 
     async def _on_server(
-        self, server: ServerEntry, ask: Ask, call: Call, timeout_s: float
+        self, server: ServerEntry, request: Request, call: Call, timeout_s: float
     ) -> AsyncGenerator[bytes, None]:
         """The way to an external server. One that is lost is looked at before it gets anything else."""
         if self._upstreams is None:
@@ -181,7 +160,7 @@ class Gateway:
 
             self._upstreams = Upstreams()
         # An idle timeout of 0 means never; -1 is that in the servers' words.
-        hold_s = (self.config.default_idle_timeout or -1.0) if ask.keep_alive_s is None else ask.keep_alive_s
+        hold_s = (self.config.default_idle_timeout or -1.0) if request.keep_alive_s is None else request.keep_alive_s
         try:
             async with contextlib.aclosing(self._upstreams.generate(server, call, hold_s, timeout_s)) as chunks:
                 async for chunk in chunks:
@@ -222,8 +201,8 @@ class Gateway:
         logger.error("calling a replica of %s failed: %r", lease.model, error)
         return errors.PoolError(f"the replica of {lease.model} failed")
 
-    def _left(self, ask: Ask, arrived: float) -> float:
-        return max(0.0, arrived + ask.timeout_s - time.monotonic())
+    def _left(self, request: Request, arrived: float) -> float:
+        return max(0.0, arrived + request.timeout_s - time.monotonic())
 
     async def _where(self, request: str) -> bytes:
         where = await self.ledger.waiting(request)

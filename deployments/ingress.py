@@ -12,9 +12,10 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster import errors
 from cluster.config import PoolConfig
-from deployments.gateway import Ask, Gateway
 from deployments.public_port import reuse_public_port
-from deployments.requests import CHAT, parse_ask
+from cluster.request import Request
+from deployments.gateway import Gateway
+from deployments.requests import CHAT, parse_request
 
 
 class Ingress:
@@ -39,8 +40,8 @@ class Ingress:
 
         `body` is a `/v1/chat/completions` body. Raises the `PoolError` that HTTP would have answered.
         """
-        ask = self._ask({**body, "stream": False})
-        async with contextlib.aclosing(self._gateway.stream(ask)) as chunks:
+        request, checked = self._parse({**body, "stream": False})
+        async with contextlib.aclosing(self._gateway.stream(request, checked)) as chunks:
             return json.loads(b"".join([chunk async for chunk in chunks]))  # type: ignore[no-any-return]
 
     async def chat_stream(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
@@ -48,15 +49,15 @@ class Ingress:
 
         Raises the `PoolError` that HTTP would have answered, also for a failure in mid-stream.
         """
-        ask = self._ask({**body, "stream": True})
-        async with contextlib.aclosing(self._gateway.stream(ask)) as chunks:
+        request, checked = self._parse({**body, "stream": True})
+        async with contextlib.aclosing(self._gateway.stream(request, checked)) as chunks:
             async for chunk in chunks:
                 for event in chunk.split(b"\n\n"):
                     if event.startswith(b"data: {"):
                         yield _chunk(event[6:])
 
-    def _ask(self, body: dict[str, Any]) -> Ask:
-        return parse_ask(self._gateway.config, CHAT, body, request_id=uuid.uuid4().hex)
+    def _parse(self, body: dict[str, Any]) -> tuple[Request, dict[str, Any]]:
+        return parse_request(self._gateway.config, CHAT, body, request_id=uuid.uuid4().hex)
 
 
 def handle_keys(config: PoolConfig) -> dict[str, str]:

@@ -17,7 +17,7 @@ from app.routes.admin_rows import NOTHING
 from cluster.config import ModelConfig, PoolConfig
 from cluster.ledger.snapshot import ModelRow, Snapshot
 from deployments.gateway import Gateway
-from deployments.requests import CHAT, COMPLETIONS, is_allowed, parse_ask, resolve_model, unknown_model
+from deployments.requests import CHAT, COMPLETIONS, is_allowed, parse_request, resolve_model, unknown_model
 
 router = APIRouter(tags=["openai"])
 
@@ -38,7 +38,7 @@ async def infer(request: Request, path: str) -> Response:
     """Run the request's body through the pool. The status is sent only once there is something to say."""
     gateway: Gateway = request.app.state.gateway
     body = await read_json(request, gateway.config.max_body_mb)
-    ask = parse_ask(
+    wanted, checked = parse_request(
         gateway.config,
         path,
         body,
@@ -46,8 +46,8 @@ async def infer(request: Request, path: str) -> Response:
         headers=request.headers,
         caller=caller_of(request),
     )
-    chunks = gateway.stream(ask)
-    if not ask.body.get("stream"):
+    chunks = gateway.stream(wanted, checked)
+    if not checked.get("stream"):
         async with contextlib.aclosing(chunks):
             return Response(b"".join([chunk async for chunk in chunks]), media_type="application/json")
     try:

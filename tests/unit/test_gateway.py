@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import pytest
 
 from cluster.errors import PoolError, ReplicaGone
-from deployments.gateway import Ask, Gateway
+from cluster.request import Request
+from deployments.gateway import Gateway
 from deployments.sse import DONE
 
 GONE = ReplicaGone("the replica of m went away", retry_after=1)
@@ -22,7 +24,7 @@ class Scripted(Gateway):
     def __init__(self, *attempts: list[bytes | PoolError]) -> None:
         self.attempts = iter(attempts)
 
-    async def _attempt(self, ask: Ask, arrived: float) -> AsyncGenerator[bytes, None]:
+    async def _attempt(self, request: Request, body: dict[str, Any], arrived: float) -> AsyncGenerator[bytes, None]:
         for step in next(self.attempts):
             if isinstance(step, PoolError):
                 raise step
@@ -30,8 +32,7 @@ class Scripted(Gateway):
 
 
 async def answer(gateway: Gateway, stream: bool) -> list[bytes]:
-    ask = Ask("m", "/v1/chat/completions", {"stream": stream}, "r")
-    return [chunk async for chunk in gateway.stream(ask)]
+    return [chunk async for chunk in gateway.stream(Request("r", "m"), {"stream": stream})]
 
 
 async def test_a_whole_answer_whose_replica_vanished_behind_it_is_tried_again_and_sent_once():

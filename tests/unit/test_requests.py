@@ -10,7 +10,7 @@ from cluster import errors
 from cluster.client import as_error
 from cluster.config import Caller, load_config
 from cluster.ledger.events import Reject
-from deployments.requests import CHAT, COMPLETIONS, TRUSTED, parse_ask
+from deployments.requests import CHAT, COMPLETIONS, TRUSTED, parse_request
 
 CONFIG = load_config(
     {"models": {"a": {"backend": "fake", "aliases": ["nick"]}}, "request_timeout_seconds": 100}, environ={}
@@ -19,7 +19,12 @@ CHAT_BODY = {"model": "a", "messages": [{"role": "user", "content": "hi"}]}
 
 
 def ask(body, path=CHAT, headers=None, caller=TRUSTED):
-    return parse_ask(CONFIG, path, body, request_id="r", headers=headers, caller=caller)
+    request, _ = parse_request(CONFIG, path, body, request_id="r", headers=headers, caller=caller)
+    return request
+
+
+def engine_body(body, path=CHAT):
+    return parse_request(CONFIG, path, body, request_id="r")[1]
 
 
 @pytest.mark.parametrize(
@@ -39,6 +44,24 @@ def ask(body, path=CHAT, headers=None, caller=TRUSTED):
         ({"stream": "yes"}, "stream"),
         ({"n": 0}, "n"),
         ({"stop": 5}, "stop"),
+        ({"stop": [1]}, "stop"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": "high"}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"n": 129}, "n"),
+        ({"seed": 1.5}, "seed"),
+        ({"repetition_penalty": 5}, "repetition_penalty"),
+        ({"logit_bias": {"a": 1}}, "logit_bias.a"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"stream_options": "x"}, "stream_options"),
+        ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"response_format": {}}, "response_format"),
+        ({"tools": {}}, "tools"),
+        ({"grammar": 5}, "grammar"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+        ({"model": 5}, "model"),
         ({"priority": "urgent"}, "priority"),
         ({"priority": 4}, "priority"),
         ({"priority": True}, "priority"),
@@ -71,8 +94,9 @@ def test_models():
 
 
 def test_the_pool_keeps_its_own_fields_from_the_engine():
-    parsed = ask({**CHAT_BODY, "priority": "HIGH", "keep_alive": -1, "timeout_s": 5, "allow_remote": True, "top_k": 3})
-    assert parsed.body == {**CHAT_BODY, "top_k": 3}
+    body = {**CHAT_BODY, "priority": "HIGH", "keep_alive": -1, "timeout_s": 5, "allow_remote": True, "top_k": -1}
+    assert engine_body(body) == {**CHAT_BODY, "top_k": -1}
+    parsed = ask(body)
     assert (parsed.priority, parsed.keep_alive_s, parsed.timeout_s) == (1, -1, 5)
 
 
@@ -100,9 +124,61 @@ def test_what_a_key_allows():
     assert refused.value.body()["error"]["available_models"] == ["b"]
 
 
-@pytest.mark.parametrize("prompt", ["x", ["x", "y"], [1, 2], [[1], [2]]])
+@pytest.mark.parametrize("prompt", ["x", "", ["x", "y"], [1, 2], [[1], [2]]])
 def test_every_shape_of_prompt(prompt):
-    assert ask({"model": "a", "prompt": prompt}, COMPLETIONS).body["prompt"] == prompt
+    assert engine_body({"model": "a", "prompt": prompt}, COMPLETIONS)["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "slots"),
+    [
+        (CHAT, {}, 1),
+        (CHAT, {"n": 3}, 3),
+        (COMPLETIONS, {"prompt": "x", "n": 2}, 2),
+        (COMPLETIONS, {"prompt": [1, 2, 3]}, 1),
+        (COMPLETIONS, {"prompt": ["x", "y", "z"], "n": 2}, 6),
+        (COMPLETIONS, {"prompt": [[1], [2]], "n": None}, 2),
+    ],
+)
+def test_a_request_asks_for_a_slot_for_each_choice_of_each_prompt(path, fields, slots):
+    request = ask({**CHAT_BODY, **fields}, path)
+    assert (request.slots, request.path, request.trace) == (slots, path, "r")
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], [1, "x"], [-1], [True], ["x"] * 3000])
+def test_prompts_that_are_none(prompt):
+    with pytest.raises(errors.InvalidRequest) as caught:
+        ask({"model": "a", "prompt": prompt}, COMPLETIONS)
+    assert caught.value.param.split(".")[0] == "prompt"
+
+
+def test_a_request_has_a_bounded_number_of_sequences():
+    with pytest.raises(errors.InvalidRequest) as caught:
+        ask({"model": "a", "prompt": ["x"] * 1000, "n": 100}, COMPLETIONS)
+    assert caught.value.param == "n"
+
+
+def test_completions_may_score_a_prompt_and_make_nothing():
+    assert engine_body({"model": "a", "prompt": "x", "max_tokens": 0}, COMPLETIONS)["max_tokens"] == 0
+
+
+def test_the_model_is_looked_at_first():
+    wrong = {"temperature": 9, "messages": []}
+    with pytest.raises(errors.ModelRequired):
+        ask(wrong)
+    with pytest.raises(errors.ModelRequired):
+        ask({**wrong, "model": ""})
+    with pytest.raises(errors.ModelNotFound):
+        ask({**wrong, "model": "nobody"})
+    with pytest.raises(errors.Forbidden):
+        ask({**wrong, "model": "a"}, caller=Caller("other", models=("b",)))
+    with pytest.raises(errors.InvalidRequest):
+        ask({**wrong, "model": "a"})
+
+
+def test_the_mistake_of_a_union_is_the_one_that_was_made():
+    with pytest.raises(errors.InvalidRequest, match="at most 16 items"):
+        ask({**CHAT_BODY, "stop": ["x"] * 17})
 
 
 def test_a_bad_prompt_is_named_without_pydantics_words():

@@ -67,10 +67,8 @@ class ToolDelta:
 
 
 def tool_plan(body: Mapping[str, Any]) -> ToolPlan:
-    """Check `tools` and `tool_choice`. Raises `InvalidRequest`."""
+    """What `tools` and `tool_choice` come to. Raises `InvalidRequest` where they contradict each other."""
     tools = body.get("tools") or []
-    if not isinstance(tools, list):
-        raise InvalidRequest("tools must be a list", param="tools")
     functions = [_function(tool) for tool in tools]
     choice = body.get("tool_choice")
     if choice in ("none", None) and not tools:
@@ -91,8 +89,8 @@ def tool_plan(body: Mapping[str, Any]) -> ToolPlan:
     return ToolPlan(tuple(tools), "forced", (chosen[0],))
 
 
-def _function(tool: Any) -> Mapping[str, Any]:
-    if not isinstance(tool, Mapping) or tool.get("type") != "function":
+def _function(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    if tool.get("type") != "function":
         raise UnsupportedParameter("only tools of type function are supported", param="tools")
     function = tool.get("function")
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):

@@ -1,4 +1,4 @@
-"""From a call to the generations it needs: checks the body, renders the prompt, tokenizes it, builds the samplers.
+"""From a call to the generations it needs: translates the body, renders the prompt, tokenizes it, checks what fits.
 
 Everything here happens before the decode loop hears of the request, so that a refusal costs the running streams
 nothing. Nothing blocks the event loop for long: see `LlamaCppEngine.call`, which runs `prepare` in a thread when
@@ -51,7 +51,7 @@ class Preparer:
         self._template = template
 
     def prepare(self, call: Call) -> Prepared:
-        """Raises `InvalidRequest` and its kin; touches no engine state."""
+        """Raises `InvalidRequest` and its subclasses; touches no engine state. The body has passed its schema."""
         if call.path == CHAT_PATH:
             return self._chat(call.json)
         if call.path == COMPLETIONS_PATH:
@@ -65,11 +65,8 @@ class Preparer:
             raise InvalidRequest(
                 "this model has no chat template: use /v1/completions, or configure prompt_format", param="messages"
             )
-        messages = body.get("messages")
-        if not isinstance(messages, list) or not messages:
-            raise InvalidRequest("messages must be a list that is not empty", param="messages")
         shown = plan.tools if plan.mode != "none" else ()
-        text = self._template.render(messages, shown, self._template_variables(body))
+        text = self._template.render(body["messages"], shown, self._template_variables(body))
         # A template that writes the BOS token itself must not get a second one.
         bos = self._runtime.bos_text()
         starts = bool(bos) and text.startswith(bos)
@@ -86,30 +83,29 @@ class Preparer:
 
     def _completion(self, body: Mapping[str, Any]) -> Prepared:
         options = completion_options(body)
-        prompts = self._prompts(body.get("prompt"))
+        given = body["prompt"]
+        if isinstance(given, str) or isinstance(given[0], int):
+            given = [given]
+        prompts = [self._tokens(one) for one in given]
         explicit = body.get("max_tokens") is not None
-        echo = body.get("echo") or False
+        echo = bool(body.get("echo"))
         return Prepared(
             chat=False,
             options=options,
             prompts=prompts,
             limits=[self._limit(prompt, options, explicit=explicit) for prompt in prompts],
-            echoes=self._echoes(body.get("prompt"), prompts) if echo else [""] * len(prompts),
+            echoes=self._echoes(given, prompts) if echo else [""] * len(prompts),
             grammar=self._grammar(body, options, ToolPlan()),
-            echo=bool(echo),
+            echo=echo,
         )
 
     def _template_variables(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Values for the template; one that the template does not read, but should, is refused."""
         assert self._template is not None
-        given = body.get("chat_template_kwargs") or {}
-        if not isinstance(given, Mapping):
-            raise InvalidRequest("chat_template_kwargs must be an object", param="chat_template_kwargs")
-        variables = dict(given)
+        variables = dict(body.get("chat_template_kwargs") or {})
         if body.get("enable_thinking") is not None:
-            variables["enable_thinking"] = bool(body["enable_thinking"])
-        reasoning = body.get("reasoning")
-        effort = body.get("reasoning_effort") or (reasoning.get("effort") if isinstance(reasoning, Mapping) else None)
+            variables["enable_thinking"] = body["enable_thinking"]
+        effort = body.get("reasoning_effort") or (body.get("reasoning") or {}).get("effort")
         if effort is None:
             return variables
         if self._template.knows("reasoning_effort"):
@@ -120,26 +116,15 @@ class Preparer:
             raise UnsupportedParameter("this model does not reason", param="reasoning_effort")
         return variables
 
-    def _prompts(self, prompt: Any) -> list[list[int]]:
-        """`prompt` is a string, a list of strings, a list of token ids, or a list of such lists."""
-        if isinstance(prompt, str) or (isinstance(prompt, list) and prompt and _is_token(prompt[0])):
-            prompt = [prompt]
-        if not isinstance(prompt, list) or not prompt:
-            raise InvalidRequest("prompt must be a string, or a list of strings or token ids", param="prompt")
-        return [self._tokens(one) for one in prompt]
-
-    def _tokens(self, prompt: Any) -> list[int]:
+    def _tokens(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
             tokens = self._runtime.tokenize(prompt, add_special=True, parse_special=True)
             return tokens or [self._runtime.start_token()]
-        if not isinstance(prompt, list) or not prompt or not all(_is_token(token) for token in prompt):
-            raise InvalidRequest("prompt must be a string, or a list of strings or token ids", param="prompt")
-        if not all(0 <= token < self._runtime.vocab_size for token in prompt):
+        if max(prompt) >= self._runtime.vocab_size:
             raise InvalidRequest(f"token ids must be below {self._runtime.vocab_size}", param="prompt")
         return list(prompt)
 
-    def _echoes(self, prompt: Any, prompts: list[list[int]]) -> list[str]:
-        given = prompt if isinstance(prompt, list) and not _is_token(prompt[0]) else [prompt]
+    def _echoes(self, given: list[str | list[int]], prompts: list[list[int]]) -> list[str]:
         return [one if isinstance(one, str) else self._text(tokens) for one, tokens in zip(given, prompts, strict=True)]
 
     def _text(self, tokens: list[int]) -> str:
@@ -159,14 +144,12 @@ class Preparer:
 
     def _grammar(self, body: Mapping[str, Any], options: GenerationOptions, plan: ToolPlan) -> str | None:
         form = options.response_format
-        own = body.get("grammar")
+        own: str | None = body.get("grammar")
         if sum((form.kind != "text", plan.mode == "forced", own is not None)) > 1:
             raise InvalidRequest(
                 "response_format, a forced tool_choice and grammar exclude each other", param="response_format"
             )
         if own is not None:
-            if not isinstance(own, str):
-                raise InvalidRequest("grammar must be a string in GBNF", param="grammar")
             return own
         if plan.mode == "forced":
             call = _compiled(plan.grammar_schema(), "tools")
@@ -188,7 +171,3 @@ def _compiled(schema: Mapping[str, Any], param: str) -> str:
         return convert(json.dumps(schema))
     except failures as error:
         raise InvalidRequest(f"the JSON schema cannot be turned into a grammar: {error}", param=param) from error
-
-
-def _is_token(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,158 @@
+"""The OpenAI family's request bodies: one Pydantic schema for each route, which is where every bound stands.
+
+A body is checked once, here, before a lease is asked for; engines only translate what has passed and refuse what they
+cannot honour. Fields without an entry go through unchecked: an engine or an external server may know them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+PRIORITIES = {"high": 1, "medium": 2, "low": 3, "1": 1, "2": 2, "3": 3}
+#: The pool's own fields, which no engine sees.
+EXTENSIONS = ("priority", "keep_alive", "allow_remote", "timeout_s")
+
+MAX_CHOICES = 128
+MAX_PROMPTS = 2048
+#: Of one request, over all its prompts.
+MAX_SEQUENCES = 4096
+MAX_STOPS = 16
+MAX_LOGPROBS = 20
+
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+RepeatPenalty = Annotated[float, Field(ge=0, le=4)]
+Choices = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
+TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+TokenId = Annotated[int, Field(ge=0)]
+Tokens = Annotated[list[TokenId], Field(min_length=1)]
+
+
+class Part(BaseModel):
+    """What all parts of a body have in common: JSON's own types, and unknown fields are kept."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class Message(Part):
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: str | list[dict[str, Any]] | None = None
+
+
+class StreamOptions(Part):
+    include_usage: bool | None = None
+
+
+class InferenceRequest(Part):
+    """What chat and completions share. `top_k` 0 and -1 both mean that it is off."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    n: Choices | None = None
+    seed: int | None = None
+    stop: str | Annotated[list[str], Field(max_length=MAX_STOPS)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: RepeatPenalty | None = None
+    repeat_penalty: RepeatPenalty | None = None
+    logit_bias: (
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] | None
+    ) = None
+    response_format: dict[str, Any] | None = None
+    grammar: str | None = None
+    ignore_eos: bool | None = None
+    priority: int | None = None
+    keep_alive: Annotated[float, Field(ge=-1)] | None = None
+    allow_remote: bool | None = None
+    timeout_s: Annotated[float, Field(gt=0)] | None = None
+
+    @field_validator("priority", mode="before")
+    @classmethod
+    def _class_of(cls, value: Any) -> int | None:
+        return None if value is None else parse_priority(value)
+
+    @field_validator("response_format")
+    @classmethod
+    def _format(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is None:
+            return None
+        if not isinstance(value.get("type"), str):
+            raise ValueError("must have a type")
+        inner = value.get("json_schema")
+        described = isinstance(inner, dict) and isinstance(inner.get("schema"), dict)
+        if value["type"] == "json_schema" and not described:
+            raise ValueError("json_schema.schema is missing")
+        return value
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts the body has."""
+        return 1
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences an engine runs for the body: the choices of all its prompts."""
+        return (self.n or 1) * self.prompts
+
+
+class ChatRequest(InferenceRequest):
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: TopLogprobs | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    enable_thinking: bool | None = None
+    reasoning_effort: str | None = None
+    reasoning: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _with_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("logprobs"):
+            raise ValueError("needs logprobs: true")
+        return value
+
+
+class CompletionRequest(InferenceRequest):
+    """`max_tokens: 0` only scores the prompt (`echo` with `logprobs`)."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Tokens
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
+    logprobs: TopLogprobs | None = None
+    best_of: Choices | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+
+    @property
+    def prompts(self) -> int:
+        is_list = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        return len(self.prompt) if is_list else 1
+
+
+SCHEMAS: dict[str, type[InferenceRequest]] = {CHAT: ChatRequest, COMPLETIONS: CompletionRequest}
+
+
+def parse_priority(value: Any) -> int:
+    """1, 2 or 3 from `high|medium|low` in any case or the numbers themselves. Raises `ValueError`."""
+    key = str(value).lower()
+    if isinstance(value, bool) or key not in PRIORITIES:
+        raise ValueError("must be high, medium or low, or 1, 2 or 3")
+    return PRIORITIES[key]
