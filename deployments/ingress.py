@@ -12,9 +12,9 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster import errors
 from cluster.config import PoolConfig
-from deployments.public_port import reuse_public_port
 from cluster.request import Request
 from deployments.gateway import Gateway
+from deployments.public_port import reuse_public_port
 from deployments.requests import CHAT, parse_request
 
 

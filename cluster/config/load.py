@@ -74,7 +74,7 @@ def checked(data: Mapping[str, Any], source: str) -> PoolConfig:
 
 
 def _without_gpus(config: PoolConfig) -> PoolConfig:
-    models = {name: model.model_copy(update={"num_gpus": 0.0}) for name, model in config.models.items()}
+    models = {name: model.model_copy(update={"num_gpus": 0.0, "gpu": ()}) for name, model in config.models.items()}
     return config.model_copy(update={"models": models})
 
 

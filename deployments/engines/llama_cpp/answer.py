@@ -13,7 +13,7 @@ from deployments.engines.chat.logprobs import TokenLogprob
 from deployments.engines.chat.metrics import metrics_object
 from deployments.engines.chat.tools import ToolDelta, ToolParser
 from deployments.engines.chat.wire import ChatWriter, Choice, CompletionWriter, usage_object
-from deployments.engines.llama_cpp.generation import Delta, Generation
+from deployments.engines.llama_cpp.generation import Delta, Generation, Mailbox
 from deployments.engines.llama_cpp.prepare import Prepared
 from deployments.engines.protocol import Call, Report
 from deployments.sse import DONE
@@ -31,10 +31,11 @@ class Answer:
         self._model = call.json.get("model") or model_id
         self.report = Report()
 
-    def begin(self, prepared: Prepared, generations: Sequence[Generation]) -> None:
+    def begin(self, prepared: Prepared, generations: Sequence[Generation], mailbox: Mailbox) -> None:
         self._prepared_at = time.perf_counter()
         self._prepared = prepared
         self._generations = generations
+        self._mailbox = mailbox
         options = prepared.options
         kind = ChatWriter if prepared.chat else CompletionWriter
         self._writer = kind(
@@ -56,7 +57,7 @@ class Answer:
         while running:
             parts = [opening]
             opening = b""
-            for delta in _merged(await self._generations[0].mailbox.take()):
+            for delta in _merged(await self._mailbox.take()):
                 if delta.error is not None:
                     raise delta.error
                 parts.append(self._delta_chunk(delta))
@@ -81,7 +82,7 @@ class Answer:
         ]
         running = len(choices)
         while running:
-            for delta in await self._generations[0].mailbox.take():
+            for delta in await self._mailbox.take():
                 if delta.error is not None:
                     raise delta.error
                 choice = choices[delta.index]

@@ -22,13 +22,13 @@ from cluster.errors import BackendUnavailable, ModelUnavailable
 from deployments.engines.chat.template import ChatTemplate, choose_template
 from deployments.engines.chat.utf8 import TextAssembler
 from deployments.engines.llama_cpp.answer import Answer
-from deployments.engines.llama_cpp.generation import Generation, Mailbox
+from deployments.engines.llama_cpp.generation import Generation, Job, Mailbox
 from deployments.engines.llama_cpp.load_meter import LoadMeter
 from deployments.engines.llama_cpp.loop import DecodeLoop
 from deployments.engines.llama_cpp.memory import DEFAULT_BATCH
 from deployments.engines.llama_cpp.prepare import PATHS, Prepared, Preparer
 from deployments.engines.llama_cpp.runtime import FLASH_ATTENTION, KV_TYPES, Runtime, RuntimeOptions, load_library
-from deployments.engines.llama_cpp.sampling import Sampler
+from deployments.engines.llama_cpp.sampling import check_grammar
 from deployments.engines.protocol import EVENT_STREAM, JSON, Call, EngineInfo, Progress, Reply
 
 #: Prompt tokens that one step may evaluate beside the running streams. On a CPU a step of 63 delays them by one
@@ -90,7 +90,7 @@ class LlamaCppEngine:
         self._memory_mib: int | None = None
         self._loop: DecodeLoop | None = None
         self._preparer: Preparer | None = None
-        self._preparing: set[asyncio.Future[tuple[Prepared, list[Generation]]]] = set()
+        self._preparing: set[asyncio.Future[Prepared]] = set()
 
     async def load(self, progress: Progress) -> None:
         """Load the model in a thread. Raises `ModelUnavailable` and leaves nothing behind."""
@@ -125,11 +125,14 @@ class LlamaCppEngine:
 
     async def call(self, call: Call) -> Reply:
         answer = Answer(call, self._model_id)
-        prepared, generations = await self._prepare(call)
-        answer.begin(prepared, generations)
-        if self._loop is None:
+        loop = self._loop
+        if loop is None:
+            raise BackendUnavailable("the model is not loaded")
+        job = Job(Mailbox(loop.wake), max(1, call.slots))
+        answer.begin(await self._prepare(call, job), list(job.pending), job.mailbox)
+        if loop.stopping:
             raise BackendUnavailable("the model is being unloaded")
-        chunks = _run(self._loop, answer, generations, stream=call.stream)
+        chunks = _run(loop, answer, job, stream=call.stream)
         return Reply(200, dict(EVENT_STREAM if call.stream else JSON), chunks, answer.report)
 
     async def unload(self) -> None:
@@ -144,15 +147,18 @@ class LlamaCppEngine:
         if runtime is not None:
             await asyncio.to_thread(runtime.close)
 
-    async def _prepare(self, call: Call) -> tuple[Prepared, list[Generation]]:
+    async def _prepare(self, call: Call, job: Job) -> Prepared:
+        """Check the call and give the job its sequences."""
         runtime, preparer = self._runtime, self._preparer
         if runtime is None or preparer is None:
             raise BackendUnavailable("the model is not loaded")
-        mailbox = Mailbox()
 
-        def prepare() -> tuple[Prepared, list[Generation]]:
+        def prepare() -> Prepared:
             prepared = preparer.prepare(call)
-            return prepared, _generations(prepared, runtime, mailbox)
+            if prepared.grammar is not None:
+                check_grammar(runtime, prepared.grammar)
+            job.pending.extend(_generations(prepared, runtime, job))
+            return prepared
 
         if not _is_large(call.json):
             return prepare()
@@ -185,19 +191,15 @@ def _load_and_measure(options: RuntimeOptions, progress: Progress) -> tuple[Runt
     return runtime, floor if grown is None else grown if partly else max(grown, floor)
 
 
-async def _run(
-    loop: DecodeLoop, answer: Answer, generations: list[Generation], *, stream: bool
-) -> AsyncGenerator[bytes, None]:
+async def _run(loop: DecodeLoop, answer: Answer, job: Job, *, stream: bool) -> AsyncGenerator[bytes, None]:
     """The answer's bytes. The decode loop hears of it with the first one that is asked for, and of its end."""
     chunks = answer.stream() if stream else answer.whole()
     try:
-        for generation in generations:
-            loop.submit(generation)
+        loop.submit(job)
         async for chunk in chunks:
             yield chunk
     finally:
-        for generation in generations:
-            loop.cancel(generation)
+        loop.cancel(job)
         answer.update_report()
         await chunks.aclose()
 
@@ -208,21 +210,21 @@ def _close_loaded(loading: asyncio.Future[tuple[Runtime, int]]) -> None:
         loading.result()[0].close()
 
 
-def _generations(prepared: Prepared, runtime: Runtime, mailbox: Mailbox) -> list[Generation]:
+def _generations(prepared: Prepared, runtime: Runtime, job: Job) -> list[Generation]:
     """One generation for each choice of each prompt, in the order of their indexes."""
     options = prepared.options
     generations: list[Generation] = []
     for prompt, limit in zip(prepared.prompts, prepared.limits, strict=True):
         for copy in range(options.n):
-            sampling = options.sampling.for_copy(copy)
             generations.append(
                 Generation(
                     index=len(generations),
+                    job=job,
                     prompt=prompt,
                     limit=limit,
-                    sampler=Sampler(runtime, sampling, prepared.grammar, prompt),
+                    sampling=options.sampling.for_copy(copy),
+                    grammar=prepared.grammar,
                     assembler=TextAssembler(options.stops),
-                    mailbox=mailbox,
                     top_logprobs=options.top_logprobs,
                     prompt_logprobs=prepared.echo and options.top_logprobs is not None,
                     ignore_eos=options.ignore_eos,

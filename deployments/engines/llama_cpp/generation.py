@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cluster.errors import PoolError
 from deployments.engines.chat.logprobs import TokenLogprob
+from deployments.engines.chat.request import Sampling
 from deployments.engines.chat.utf8 import TextAssembler
 from deployments.engines.llama_cpp.sampling import Sampler
+
+#: A sequence with more deltas than this unread pauses until its reader has caught up.
+MAX_UNREAD = 256
 
 
 @dataclass(slots=True)
@@ -23,11 +29,18 @@ class Delta:
 
 
 class Mailbox:
-    """Hand-over of one call's deltas to its event loop. All methods run on that loop."""
+    """Hand-over of one call's deltas to its event loop. `put` and `take` run on that loop.
 
-    def __init__(self) -> None:
+    The decode thread asks `is_behind` before it makes another token of a sequence, and must be woken with `on_read`
+    once the reader has caught up: `paused` says that it has seen one that was behind.
+    """
+
+    def __init__(self, on_read: Callable[[], None]) -> None:
         self.loop = asyncio.get_running_loop()
+        self.paused = False
+        self._on_read = on_read
         self._deltas: list[Delta] = []
+        self._taken: dict[int, int] = {}
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, delta: Delta) -> None:
@@ -44,7 +57,30 @@ class Mailbox:
             finally:
                 self._waiter = None
         deltas, self._deltas = self._deltas, []
+        for delta in deltas:
+            self._taken[delta.index] = self._taken.get(delta.index, 0) + 1
+        if self.paused:
+            self.paused = False
+            self._on_read()
         return deltas
+
+    def is_behind(self, index: int, said: int) -> bool:
+        """Whether too many of the `said` deltas of one sequence are unread. Runs in the decode thread."""
+        if said - self._taken.get(index, 0) <= MAX_UNREAD:
+            return False
+        # Set first and looked at again: whatever is read in this moment either counts here or sees the flag.
+        self.paused = True
+        return said - self._taken.get(index, 0) > MAX_UNREAD
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """All sequences of one call. `pending` are those that have not started; at most `width` run at a time."""
+
+    mailbox: Mailbox
+    width: int
+    pending: deque[Generation] = field(default_factory=deque)
+    cancelled: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -52,12 +88,13 @@ class Generation:
     """One sequence to generate, and how far it is. After `submit` only the decode thread changes it."""
 
     index: int
+    job: Job
     prompt: list[int]
     #: Tokens it may make, from the request and from what is left of the context.
     limit: int
-    sampler: Sampler
+    sampling: Sampling
     assembler: TextAssembler
-    mailbox: Mailbox
+    grammar: str | None = None
     top_logprobs: int | None = None
     #: Report the log-probabilities of the prompt's own tokens too (`echo` with `logprobs`).
     prompt_logprobs: bool = False
@@ -67,7 +104,10 @@ class Generation:
     #: The text of the prompt's first token, for `prompt_logprobs`.
     first_piece: bytes = b""
 
-    cancelled: bool = False
+    #: Made when the sequence starts, and closed when it ends.
+    sampler: Sampler | None = None
+    #: How many deltas were sent to the mailbox.
+    said: int = 0
     reused: int = 0
     evaluated: int = 0
     produced: int = 0
@@ -75,3 +115,8 @@ class Generation:
     first_token_at: float = 0.0
     ended_at: float = 0.0
     pending_logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether its reader has to catch up before it goes on."""
+        return self.job.mailbox.is_behind(self.index, self.said)

@@ -28,6 +28,19 @@ REPEAT_WINDOW = 64
 NO_TOKEN = -1
 
 
+def check_grammar(runtime: Runtime, grammar: str) -> None:
+    """Raise `InvalidRequest` for a grammar that does not compile, before anything runs."""
+    runtime.native[0].llama_sampler_free(_compiled(runtime, grammar))
+
+
+def _compiled(runtime: Runtime, grammar: str) -> Any:
+    lib, vocab = runtime.native
+    compiled = lib.llama_sampler_init_grammar(vocab, grammar.encode(), b"root")
+    if not compiled:
+        raise InvalidRequest("the grammar of the requested format could not be compiled")
+    return compiled
+
+
 class Sampler:
     """The choice of tokens for one sequence. Used by the decode thread only; `close` frees the native parts."""
 
@@ -37,9 +50,7 @@ class Sampler:
         self._lib, self._vocab = runtime.native
         self._plain_greedy = sampling.greedy and not sampling.reshapes
         if grammar is not None:
-            self._grammar = self._lib.llama_sampler_init_grammar(self._vocab, grammar.encode(), b"root")
-            if not self._grammar:
-                raise InvalidRequest("the grammar of the requested format could not be compiled")
+            self._grammar = _compiled(runtime, grammar)
         if not self._plain_greedy:
             self._chain = self._build_chain(sampling, runtime.vocab_size, runtime.n_ctx, prompt)
         if not self._plain_greedy or self._grammar:
@@ -65,10 +76,6 @@ class Sampler:
             if part:
                 self._lib.llama_sampler_free(part)
         self._chain = self._grammar = None
-
-    def __del__(self) -> None:
-        # A request that was refused after its preparation never reaches the decode loop.
-        self.close()
 
     def _freely(self, logits: Logits) -> int:
         if self._plain_greedy:

@@ -27,8 +27,11 @@ from cluster.errors import (
     PoolError,
     UnsupportedParameter,
 )
+from deployments.engines.llama_cpp import generation as generation_module
+from deployments.engines.llama_cpp import loop as loop_module
 from deployments.engines.llama_cpp.engine import LlamaCppEngine
 from deployments.engines.llama_cpp.loop import COMPUTE_NICE
+from deployments.engines.llama_cpp.sampling import Sampler
 from deployments.engines.protocol import Call
 from tests.unit.engines.drive import CHAT, COMPLETIONS, ask, body, events, stream_of, text
 
@@ -64,6 +67,12 @@ def loop_of(engine: LlamaCppEngine) -> Any:
 def threads() -> int:
     """All of this process, those of native libraries too."""
     return len(list(Path("/proc/self/task").iterdir()))
+
+
+def stream_text(raw: bytes) -> str:
+    """The text of a whole chat stream."""
+    chunks = [json.loads(event[6:]) for event in raw.split(b"\n\n") if event.startswith(b"data: {")]
+    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
 
 
 async def became_idle(engine: LlamaCppEngine) -> bool:
@@ -177,6 +186,82 @@ async def test_more_sequences_than_slots_wait_their_turn(engine: LlamaCppEngine)
     Completion.model_validate(answer)
     assert [choice["index"] for choice in answer["choices"]] == list(range(12))
     assert answer["usage"]["completion_tokens"] <= 36
+
+
+@pytest.mark.parametrize("width", [1, 3])
+async def test_a_request_runs_as_many_sequences_as_it_has_slots(
+    engine: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    alive: set[int] = set()
+    peak = 0
+
+    class Counted(Sampler):
+        def __init__(self, *arguments: Any) -> None:
+            nonlocal peak
+            super().__init__(*arguments)
+            alive.add(id(self))
+            peak = max(peak, len(alive))
+
+        def close(self) -> None:
+            super().close()
+            alive.discard(id(self))
+
+    monkeypatch.setattr(loop_module, "Sampler", Counted)
+    fields = {"prompt": ["One", "Two"], "n": 3, "max_tokens": 3, "temperature": 0, "ignore_eos": True}
+    reply = await engine.call(Call(COMPLETIONS, fields, "w", slots=width))
+    assert not alive, "samplers are made when their sequence starts"
+    answer = json.loads(b"".join([chunk async for chunk in reply.chunks]))
+    assert peak == width
+    assert not alive
+    assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+    assert len({choice["text"] for choice in answer["choices"]}) == 2
+    assert reply.report.output_tokens == 18
+
+
+async def test_closing_a_request_forgets_the_sequences_that_had_not_started(engine: LlamaCppEngine) -> None:
+    fields = {"prompt": ["One"] * 9, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    reply = await engine.call(Call(COMPLETIONS, fields, "w", slots=2))
+    assert await anext(reply.chunks)
+    await reply.chunks.aclose()
+    assert await became_idle(engine)
+    assert reply.report.output_tokens
+    assert reply.report.output_tokens < 400
+
+
+async def test_a_reader_that_is_behind_pauses_its_own_sequence_only(
+    engine: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation_module, "MAX_UNREAD", 16)
+    fields = ask(SEA, stream=True, max_tokens=120, ignore_eos=True)
+    expected = await text(engine, {**fields, "stream": False})
+    reply = await engine.call(Call(CHAT, fields, "slow"))
+    raw = await anext(reply.chunks)
+    (slot,) = [slot for slot in loop_of(engine)._slots if slot.generation]
+    slow = slot.generation
+    deadline = time.monotonic() + 60
+    while not slow.job.mailbox.paused and time.monotonic() < deadline:
+        await asyncio.sleep(0.005)
+    produced = slow.produced
+    assert 16 < produced < 60
+    assert await text(engine, ask(SEA, max_tokens=40, ignore_eos=True)), "others go on"
+    assert slow.produced <= produced + 1, "it waits for its reader"
+    raw += b"".join([chunk async for chunk in reply.chunks])
+    assert stream_text(raw) == expected
+    assert await became_idle(engine)
+
+
+async def test_a_reader_that_is_behind_and_leaves_frees_its_sequence(
+    engine: LlamaCppEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation_module, "MAX_UNREAD", 4)
+    reply = await engine.call(Call(CHAT, ask(SEA, stream=True, max_tokens=900, ignore_eos=True), "slow"))
+    assert await anext(reply.chunks)
+    (slot,) = [slot for slot in loop_of(engine)._slots if slot.generation]
+    deadline = time.monotonic() + 60
+    while not slot.generation.job.mailbox.paused and time.monotonic() < deadline:
+        await asyncio.sleep(0.005)
+    await reply.chunks.aclose()
+    assert await became_idle(engine)
 
 
 @pytest.mark.parametrize("fields", [{"max_tokens": 4}, {"max_tokens": None}])
