@@ -54,10 +54,13 @@ def families(counts: Counts, snapshot: Snapshot) -> Iterator[Metric]:
     labels = ("model", "family", "status", "class", "principal")
     yield _counter("requests", "Requests that ended", labels, counts.requests.items())
     by_model = ("model",)
-    yield _counter("tokens_in", "Prompt tokens", by_model, _by_one(counts.tokens_in))
-    yield _counter("tokens_out", "Output tokens", by_model, _by_one(counts.tokens_out))
-    cached = "Prompt tokens that needed no evaluation"
-    yield _counter("tokens_cached", cached, by_model, _by_one(counts.tokens_cached))
+    figures = counts.models.items()
+    tokens_in = (((name,), each.tokens_in) for name, each in figures)
+    yield _counter("tokens_in", "Prompt tokens", by_model, tokens_in)
+    tokens_out = (((name,), each.tokens_out) for name, each in figures)
+    yield _counter("tokens_out", "Output tokens", by_model, tokens_out)
+    tokens_cached = (((name,), each.tokens_cached) for name, each in figures)
+    yield _counter("tokens_cached", "Prompt tokens that needed no evaluation", by_model, tokens_cached)
     swap_help = "Times that room was promised to a waiting model, by why others had to go"
     yield _counter("swaps", swap_help, ("model", "reason"), counts.swaps.items())
     yield _counter("drains", "Replicas that were drained, by why", ("model", "reason"), counts.drains.items())
@@ -66,7 +69,7 @@ def families(counts: Counts, snapshot: Snapshot) -> Iterator[Metric]:
     deaths = "Engines that died after their load"
     yield _counter("engine_deaths", deaths, by_model, _by_one(counts.engine_deaths))
     for name, text in _HISTOGRAM_HELP.items():
-        yield _histogram(name, text, counts.histograms[name])
+        yield _histogram(name, text, {model: each.histograms[name] for model, each in figures})
     yield from _gauges(snapshot)
 
 

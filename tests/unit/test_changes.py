@@ -29,7 +29,7 @@ class Room:
 
     def __init__(self, limit: int = 100, spec: PoolSpec = SPEC, epoch: str = "e") -> None:
         self.ledger = Ledger(spec, epoch=epoch, now=0.0)
-        self.counts = Counts()
+        self.counts = Counts(self.ledger.knows)
         self.log = ChangeLog(epoch, limit)
         self.watch = Watch(self.ledger, self.counts, self.log)
         self.now = 0.0

@@ -47,10 +47,10 @@ def tell(ledger: Ledger, counts: Counts, *events: Any) -> None:
 
 
 def test_requests_tokens_and_times(ledger: Ledger):
-    counts = Counts()
-    counts.ended(OUTCOME, True)
-    counts.ended(OUTCOME, True)
-    counts.ended(OUTCOME._replace(status=504, ttft_s=None, total_s=None, output_tokens=None), True)
+    counts = Counts(ledger.knows)
+    counts.ended(OUTCOME)
+    counts.ended(OUTCOME)
+    counts.ended(OUTCOME._replace(status=504, ttft_s=None, total_s=None, output_tokens=None))
     found = read(counts, ledger)
     assert found[key("requests_total", "a", "chat", "200", "high", "alice")] == 2
     assert found[key("requests_total", "a", "chat", "504", "high", "alice")] == 1
@@ -63,18 +63,19 @@ def test_requests_tokens_and_times(ledger: Ledger):
 
 
 def test_the_values_of_labels_are_bounded(ledger: Ledger):
-    counts = Counts()
-    counts.ended(OUTCOME._replace(model="whatever a client says", status=12345), False)
+    counts = Counts(ledger.knows)
+    counts.ended(OUTCOME._replace(model="whatever a client says", status=12345))
     for index in range(MAX_PRINCIPALS + 10):
-        counts.ended(OUTCOME._replace(principal=f"key-{index}"), True)
+        counts.ended(OUTCOME._replace(principal=f"key-{index}"))
+    counts.ended(OUTCOME._replace(model="another", status=12345))
     found = read(counts, ledger)
-    assert found[key("requests_total", "unknown", "chat", "other", "high", "alice")] == 1
+    assert found[key("requests_total", "unknown", "chat", "other", "high", "alice")] == 2
     assert found[key("requests_total", "a", "chat", "200", "high", "other")] == 11
     assert len(counts.requests) == MAX_PRINCIPALS + 1
 
 
 def test_what_happens_to_replicas(ledger: Ledger):
-    counts = Counts()
+    counts = Counts(ledger.knows)
     arrival = RequestArrived("r", "h", "a", 2, 9e9)
     tell(ledger, counts, arrival, ReplicaStarted("a", "u", "n"), ReplicaReady("u", 90))
     found = read(counts, ledger)
@@ -91,7 +92,7 @@ def test_what_happens_to_replicas(ledger: Ledger):
 
 
 def test_failures_and_deaths_are_told_apart(ledger: Ledger):
-    counts = Counts()
+    counts = Counts(ledger.knows)
     tell(ledger, counts, RequestArrived("r", "h", "a", 2, 9e9), ReplicaStarted("a", "u", "n"), ReplicaReady("u"))
     tell(ledger, counts, EngineDied("u", "signal 9"))
     found = read(counts, ledger)

@@ -37,16 +37,16 @@ def told(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, frozenset[Any]], fl
 
 
 def test_ray_is_told_what_has_changed(told: dict[tuple[str, frozenset[Any]], float]):
-    counts, adapter = Counts(), ray_metrics.RayMetrics()
+    counts, adapter = Counts(lambda _: True), ray_metrics.RayMetrics()
     loaded = Snapshot("e", models={"a": ModelRow(leases=2), "b": ModelRow()})
-    counts.ended(OUTCOME, True)
+    counts.ended(OUTCOME)
     first = adapter.tell(families(counts, loaded))
     assert first == len(told)
     assert told["slotpool_requests_total", frozenset(("a", "chat", "200", "high", "alice"))] == 1
     assert told["slotpool_leases", frozenset("a")] == 2
     assert told["slotpool_request_seconds_bucket", frozenset(("a", "0.5"))] == 1
     assert adapter.tell(families(counts, loaded)) == 0
-    counts.ended(OUTCOME, True)
+    counts.ended(OUTCOME)
     adapter.tell(families(counts, Snapshot("e", models={"b": ModelRow()})))
     assert told["slotpool_requests_total", frozenset(("a", "chat", "200", "high", "alice"))] == 2
     assert told["slotpool_leases", frozenset("a")] == 0, "the model is gone"
@@ -54,4 +54,4 @@ def test_ray_is_told_what_has_changed(told: dict[tuple[str, frozenset[Any]], flo
 
 def test_without_ray_nothing_is_told(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ray_metrics.ray, "is_initialized", lambda: False)
-    assert ray_metrics.RayMetrics().tell(families(Counts(), Snapshot("e"))) == 0
+    assert ray_metrics.RayMetrics().tell(families(Counts(lambda _: True), Snapshot("e"))) == 0
