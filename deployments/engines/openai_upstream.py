@@ -1,14 +1,18 @@
 """Requests that run on an external OpenAI-compatible server: bytes in, bytes out.
 
 The body goes as it came, with the fields beside it that keep the server from unloading the model in between; the
-answer comes as it was sent, whole events at a time. Whatever goes wrong is one of the contract's errors, and none of
-them holds the server's key.
+answer comes as it was sent, whole events at a time (`upstream_bytes.py`), and no faster than it is read. Nothing that
+a server sends is taken without a bound. Whatever goes wrong is one of the contract's errors, and none of them holds the
+server's key.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
@@ -17,13 +21,15 @@ import httpx
 from cluster.config import ServerEntry
 from cluster.errors import BackendTimeout, BackendUnavailable, PoolError, RateLimited, ReplicaGone
 from cluster.servers.types import base_url, hold_fields
-from deployments.coalesce import coalesce
-from deployments.engines.protocol import Call
+from deployments.engines.protocol import EVENT_STREAM, JSON, Call, Reply, Report
+from deployments.engines.upstream_bytes import EventSplitter, Unreadable, UsageReader, one_body
 
 #: A server on a network answers a connection within this time, in seconds, or is taken to be away.
 CONNECT_S = 5.0
 #: How much of a refusal's body is read, and how much of its message is passed on, in characters.
 MAX_REFUSAL, MAX_MESSAGE = 65_536, 500
+#: An answer's headers; the HTTP library itself bounds their bytes, at 100 KiB together.
+MAX_HEADERS = 100
 
 
 class Upstreams:
@@ -37,24 +43,32 @@ class Upstreams:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
         )
 
+    async def call(self, server: ServerEntry, call: Call, keep_alive_s: float, timeout_s: float) -> Reply:
+        """The server's answer to one leased call, once it has said that there is one; its chunks must be closed.
+
+        Raises `ReplicaGone` when the server cannot be reached or is lost, `BackendTimeout` after `timeout_s`, and the
+        upstream errors of CONTRACT section 6 for what it refuses; the chunks raise them, too.
+        """
+        report = Report()
+        chunks = self._answer(server, call, keep_alive_s, asyncio.get_running_loop().time() + timeout_s, report)
+        # The first item only says that the server has accepted. From here on closing the chunks ends the request.
+        await anext(chunks)
+        return Reply(200, dict(EVENT_STREAM if call.stream else JSON), chunks, report)
+
     async def generate(
         self, server: ServerEntry, call: Call, keep_alive_s: float, timeout_s: float
     ) -> AsyncGenerator[bytes, None]:
-        """The server's answer to one leased call: whole SSE events, or one JSON body. Closing it ends the request.
-
-        Raises `ReplicaGone` when the server cannot be reached or is lost, `BackendTimeout` after `timeout_s`, and the
-        upstream errors of CONTRACT section 6 for what it refuses.
-        """
-        source = coalesce(self._answer(server, call, keep_alive_s), _at_once, timeout_s)
-        try:
-            async for chunk in source:
+        """The bytes of `call`."""
+        reply = await self.call(server, call, keep_alive_s, timeout_s)
+        async with contextlib.aclosing(reply.chunks) as chunks:
+            async for chunk in chunks:
                 yield chunk
-        except TimeoutError:
-            raise BackendTimeout("the request ran longer than it may", phase="running") from None
-        finally:
-            await source.aclose()
 
-    async def _answer(self, server: ServerEntry, call: Call, keep_alive_s: float) -> AsyncGenerator[bytes, None]:
+    async def _answer(
+        self, server: ServerEntry, call: Call, keep_alive_s: float, deadline: float, report: Report
+    ) -> AsyncGenerator[bytes, None]:
+        """An empty item once the server has accepted, and then its answer."""
+        started = time.perf_counter()
         key = _key(server)
         request = self._client.build_request(
             "POST",
@@ -62,16 +76,28 @@ class Upstreams:
             content=json.dumps({**call.json, **hold_fields(server.server_type, keep_alive_s)}).encode(),
             headers=_headers(call, key),
         )
+        usage = UsageReader()
         try:
-            answer = await self._client.send(request, stream=True)
+            async with asyncio.timeout_at(deadline):
+                answer = await self._client.send(request, stream=True)
             try:
-                if answer.status_code != 200:
-                    raise await _refusal(server, answer, key)
-                parts = _whole_events(answer) if call.stream else _one_body(answer)
-                async for part in parts:
-                    yield part
+                async with asyncio.timeout_at(deadline):
+                    await _check_head(server, call, answer, key)
+                yield b""
+                parts = _stream(answer, deadline, usage) if call.stream else _whole(answer, deadline, usage)
+                async with contextlib.aclosing(parts):
+                    async for part in parts:
+                        if report.ttft_ms is None and call.stream:
+                            report.ttft_ms = (time.perf_counter() - started) * 1e3
+                        yield part
             finally:
                 await answer.aclose()
+                usage.fill(report)
+                report.total_ms = (time.perf_counter() - started) * 1e3
+        except Unreadable as error:
+            raise _unreadable(str(error)) from None
+        except TimeoutError:
+            raise BackendTimeout("the request ran longer than it may", phase="running") from None
         except (httpx.ConnectError, httpx.ConnectTimeout):
             raise _gone(f"the server {server.url} cannot be reached") from None
         except httpx.TimeoutException:
@@ -80,10 +106,6 @@ class Upstreams:
             ) from None
         except httpx.TransportError:
             raise _gone(f"the connection to the server {server.url} was lost") from None
-
-
-def _at_once() -> float:
-    return 0.0
 
 
 def _key(server: ServerEntry) -> str | None:
@@ -111,30 +133,46 @@ def _headers(call: Call, key: str | None) -> dict[str, str]:
     return headers
 
 
-async def _whole_events(answer: httpx.Response) -> AsyncIterator[bytes]:
-    """The stream's bytes, never half an event: if the server is lost, an error event can follow what was sent."""
-    kind = answer.headers.get("content-type", "")
-    if not kind.startswith("text/event-stream"):
-        raise _unreadable(f"a stream was asked for, and {kind or 'something without a type'} came")
-    rest = b""
-    async for part in answer.aiter_raw():
-        rest += part
-        end = max(rest.rfind(mark) + len(mark) if mark in rest else 0 for mark in (b"\n\n", b"\r\n\r\n"))
-        if end:
-            yield rest[:end]
-            rest = rest[end:]
-    if rest.strip():
-        # Its last event has no blank line behind it; with one, it is whole for everybody.
-        yield rest.rstrip() + b"\n\n"
+async def _check_head(server: ServerEntry, call: Call, answer: httpx.Response, key: str | None) -> None:
+    """Raise what a refusal means, or `Unreadable` where the head announces something that was not asked for."""
+    if answer.status_code != 200:
+        raise await _refusal(server, answer, key)
+    if len(answer.headers.raw) > MAX_HEADERS:
+        raise Unreadable(f"it sent more than {MAX_HEADERS} headers")
+    if answer.headers.get("content-encoding", "identity") != "identity":
+        raise Unreadable("its answer is compressed, which was not asked for")
+    kind = answer.headers.get("content-type", "")[:MAX_MESSAGE]
+    if call.stream and not kind.startswith("text/event-stream"):
+        raise Unreadable(f"a stream was asked for, and {kind or 'something without a type'} came")
 
 
-async def _one_body(answer: httpx.Response) -> AsyncIterator[bytes]:
-    body = b"".join([part async for part in answer.aiter_raw()])
-    try:
-        if not isinstance(json.loads(body), dict):
-            raise ValueError
-    except (ValueError, RecursionError):
-        raise _unreadable("its answer is not a JSON object") from None
+async def _timed(answer: httpx.Response, deadline: float) -> AsyncGenerator[bytes, None]:
+    """The raw parts of an answer. Raises `TimeoutError` at the deadline; time that the reader takes counts as well."""
+    parts: AsyncIterator[bytes] = answer.aiter_raw()
+    while True:
+        # Around each read and never around a `yield`, where it would cancel whoever reads.
+        async with asyncio.timeout_at(deadline):
+            part = await anext(parts, None)
+        if part is None:
+            return
+        yield part
+
+
+async def _stream(answer: httpx.Response, deadline: float, usage: UsageReader) -> AsyncGenerator[bytes, None]:
+    """The stream's events, never half of one: if the server is lost, an error event can follow what was sent."""
+    splitter = EventSplitter()
+    async for part in _timed(answer, deadline):
+        if events := splitter.push(part):
+            usage.look_at(events)
+            yield events
+    if rest := splitter.finish():
+        usage.look_at(rest)
+        yield rest
+
+
+async def _whole(answer: httpx.Response, deadline: float, usage: UsageReader) -> AsyncGenerator[bytes, None]:
+    body, parsed = await one_body(_timed(answer, deadline))
+    usage.found = parsed.get("usage")
     yield body
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.config import ServerEntry
 from cluster.errors import PoolError, ReplicaGone
 from deployments.engines.openai_upstream import Upstreams
 from deployments.engines.protocol import Call
+from deployments.engines.upstream_bytes import EventSplitter
 from tests.upstream import Upstream
 
 CHAT = "/v1/chat/completions"
@@ -33,7 +37,7 @@ def call(stream: bool = False, **fields: Any) -> Call:
 async def read(upstream: Upstream, asked: Call, timeout_s: float = 10.0, **entry: Any) -> list[bytes]:
     server = ServerEntry(url=upstream.url, **entry)
     chunks = []
-    async with contextlib.aclosing(Upstreams().generate(server, asked, 300.0, timeout_s)) as answer:
+    async with contextlib.aclosing((await Upstreams().call(server, asked, 300.0, timeout_s)).chunks) as answer:
         async for chunk in answer:
             chunks.append(chunk)
     return chunks
@@ -70,7 +74,7 @@ async def test_closing_the_answer_ends_the_request_upstream(upstream):
     upstream.gap_s = 0.05
     upstream.tokens = 1000
     server = ServerEntry(url=upstream.url)
-    async with contextlib.aclosing(Upstreams().generate(server, call(stream=True), 300.0, 60.0)) as answer:
+    async with contextlib.aclosing((await Upstreams().call(server, call(stream=True), 300.0, 60.0)).chunks) as answer:
         assert await anext(answer)
     async with asyncio.timeout(5):
         while not upstream.aborted or +upstream.running:
@@ -119,7 +123,9 @@ async def test_a_server_that_is_away_or_lost_is_gone_like_a_replica(upstream):
     seen = []
     server = ServerEntry(url=upstream.url)
     with pytest.raises(ReplicaGone) as caught:
-        async with contextlib.aclosing(Upstreams().generate(server, call(stream=True), 300.0, 10.0)) as answer:
+        async with contextlib.aclosing(
+            (await Upstreams().call(server, call(stream=True), 300.0, 10.0)).chunks
+        ) as answer:
             async for chunk in answer:
                 seen.append(chunk)
     assert (caught.value.status, caught.value.code) == (502, "upstream_connection_error")
@@ -144,6 +150,123 @@ async def test_a_server_that_hangs_ends_at_the_requests_deadline(upstream, fault
             await asyncio.sleep(0.01)
 
 
+@contextlib.asynccontextmanager
+async def scripted(answers: list[bytes | list[bytes]]) -> AsyncIterator[Upstream]:
+    """A server that sends one of the answers to each connection, byte for byte; a list is sent in pieces."""
+    writers: list[asyncio.StreamWriter] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        answer = answers.pop(0)
+        with contextlib.suppress(ConnectionError):
+            for piece in [answer] if isinstance(answer, bytes) else answer:
+                writer.write(piece)
+                await writer.drain()
+        writer.close()
+        writers.append(writer)
+
+    listener = await asyncio.start_server(serve, "127.0.0.1", 0)
+    plain = Upstream()
+    plain.port = listener.sockets[0].getsockname()[1]
+    async with listener:
+        yield plain
+
+
+OK = b"HTTP/1.1 200 OK\r\nConnection: close\r\n"
+STREAM = OK + b"Content-Type: text/event-stream\r\n\r\n"
+
+
+async def test_what_a_server_sends_has_bounds():
+    mib = b"x" * (1 << 20)
+    answers = [
+        [STREAM, b"data: ", mib, mib],
+        [OK + b"\r\n", b'{"x":"', *[mib] * 65],
+        [OK + b"".join(b"X-%d: y\r\n" % n for n in range(200)) + b"\r\n", b"{}"],
+        [OK + b"X: " + mib + b"\r\n\r\n", b"{}"],
+        [OK + b"Content-Encoding: gzip\r\n\r\n", b"{}"],
+    ]
+    async with scripted(answers) as plain:
+        for message, stream in (
+            ("an event is larger than 1 MiB", True),
+            ("larger than 64 MiB", False),
+            ("more than 100 headers", False),
+            ("connection to the server .* was lost", False),
+            ("compressed", False),
+        ):
+            with pytest.raises(PoolError, match=message) as caught:
+                await read(plain, call(stream))
+            assert caught.value.status == 502
+
+
+async def test_a_large_event_is_no_mistake():
+    event = b"data: " + b"x" * ((1 << 20) - 100) + b"\n\n"
+    async with scripted([[STREAM, event, event]]) as plain:
+        assert b"".join(await read(plain, call(stream=True))) == 2 * event
+
+
+async def test_the_report_has_the_servers_own_usage():
+    usage = b'"usage": {"prompt_tokens": 7, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 3}}'
+    events = b'data: {"choices":[],"usage":null}\n\ndata: {"choices":[], %s}\n\ndata: [DONE]\n\n' % usage
+    nonsense = b'{"usage": {"prompt_tokens": "x"}}'
+    answers = [[STREAM, events], [OK + b"\r\n", b"{%s}" % usage], [OK + b"\r\n", nonsense]]
+    reports = []
+    async with scripted(answers) as plain:
+        for stream in (True, False, False):
+            reply = await Upstreams().call(ServerEntry(url=plain.url), call(stream), 300.0, 10.0)
+            assert b"".join([chunk async for chunk in reply.chunks])
+            reports.append(reply.report)
+    for report in reports[:2]:
+        assert (report.prompt_tokens, report.output_tokens, report.cached_tokens) == (7, 5, 3)
+        assert report.total_ms is not None
+    assert reports[0].ttft_ms is not None
+    assert reports[2].prompt_tokens is None
+
+
+async def test_a_reader_that_does_not_read_holds_the_server_back():
+    event = b"data: " + b"x" * 65_536 + b"\n\n"
+    sent = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(STREAM)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                writer.write(event)
+                await writer.drain()
+                sent += len(event)
+        writer.close()
+
+    listener = await asyncio.start_server(serve, "127.0.0.1", 0)
+    plain = Upstream()
+    plain.port = listener.sockets[0].getsockname()[1]
+    async with listener:
+        reply = await Upstreams().call(ServerEntry(url=plain.url), call(stream=True), 300.0, 60.0)
+        await anext(reply.chunks)
+        before = -1
+        while before != sent:
+            before = sent
+            await asyncio.sleep(0.2)
+        assert sent < 64 << 20, "what the sockets hold, and no more"
+        await reply.chunks.aclose()
+
+
+EVENTS = b"".join(b'data: {"n":%d}\n\n' % n for n in range(4)) + b": comment\n\ndata: a\ndata: b\n\n"
+
+
+@given(
+    st.sampled_from([b"\n", b"\r\n", b"\r"]),
+    st.lists(st.integers(0, len(EVENTS) + 12), max_size=12),
+)
+def test_every_kind_of_line_end_at_every_cut(line_end: bytes, cuts: list[int]) -> None:
+    raw = EVENTS.replace(b"\n", line_end)
+    marks = [0, *sorted(min(cut, len(raw)) for cut in cuts), len(raw)]
+    splitter = EventSplitter()
+    pieces = [splitter.push(raw[a:b]) for a, b in itertools.pairwise(marks)]
+    assert all(piece.endswith(b"\n\n") for piece in pieces if piece), "never half an event"
+    assert b"".join(pieces) + splitter.finish() == EVENTS
+
+
 async def test_odd_but_legal_answers():
     """CRLF between events, no blank line at the end, an error without JSON."""
     answers = [
@@ -153,19 +276,9 @@ async def test_odd_but_legal_answers():
         b"HTTP/1.1 500 Bad\r\nConnection: close\r\n\r\n",
     ]
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        with contextlib.suppress(ConnectionError):
-            writer.write(answers.pop(0))
-            await writer.drain()
-        writer.close()
-
-    listener = await asyncio.start_server(serve, "127.0.0.1", 0)
-    plain = Upstream()
-    plain.port = listener.sockets[0].getsockname()[1]
-    async with listener:
+    async with scripted(answers) as plain:
         data = b"".join(await read(plain, call(stream=True)))
-        assert data == b"data: {}\r\n\r\ndata: [DONE]\n\n"
+        assert data == b"data: {}\n\ndata: [DONE]\n\n"
         with pytest.raises(PoolError, match="slow down") as caught:
             await read(plain, call())
         assert caught.value.retry_after == 7.0
