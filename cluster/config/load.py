@@ -51,7 +51,7 @@ def load_config(args: Mapping[str, Any] | None, environ: Mapping[str, str] = os.
         path = Path(str(data.pop("config"))).expanduser()
         if data:
             raise ConfigError(f"args: 'config' stands alone, but {sorted(data)} stand beside it")
-        data, source = read_yaml(path), str(path)
+        data, source = read_yaml(path), path.name
     for variable, key in ENVIRONMENT.items():
         if variable in environ:
             data[key] = environ[variable]
@@ -79,18 +79,21 @@ def _without_gpus(config: PoolConfig) -> PoolConfig:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds one mapping. Raises `ConfigError` when it is missing, broken or something else."""
+    """A YAML file that holds one mapping. Raises `ConfigError` when it is missing, broken or something else.
+
+    It is called by its name only: an operator far away hears of it, too, when the file is read again.
+    """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
+        raise ConfigError(f"{path.name}: {error.strerror}") from None
     except yaml.YAMLError as error:
         # Not the whole message, which quotes the line: there may be a key in it.
         mark = getattr(error, "problem_mark", None)
-        where = f"{path}: line {mark.line + 1}" if mark else str(path)
+        where = f"{path.name}: line {mark.line + 1}" if mark else path.name
         raise ConfigError(f"{where}: not YAML: {getattr(error, 'problem', None) or 'unreadable'}") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected a mapping at the top")
+        raise ConfigError(f"{path.name}: expected a mapping at the top")
     return data
 
 

@@ -81,3 +81,13 @@ def test_a_broken_file_is_not_quoted(tmp_path):
     with pytest.raises(ConfigError, match=r"pool.yaml: line \d: not YAML") as caught:
         load_config({"config": str(file)}, environ={})
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[1]", "a: [", "modles: {}", "models: {m: {backend: fake, tokns: 1}}", None])
+def test_a_mistake_tells_the_files_name_and_not_where_it_lies(tmp_path, text):
+    file = tmp_path / "pool.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(ConfigError, match=r"^pool\.yaml: ") as caught:
+        load_config({"config": str(file)}, environ={})
+    assert str(tmp_path) not in str(caught.value)
