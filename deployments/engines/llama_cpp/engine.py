@@ -31,13 +31,12 @@ from deployments.engines.llama_cpp.runtime import FLASH_ATTENTION, KV_TYPES, Run
 from deployments.engines.llama_cpp.sampling import check_grammar
 from deployments.engines.protocol import EVENT_STREAM, JSON, Call, EngineInfo, Progress, Reply
 
-#: Prompt tokens that one step may evaluate beside the running streams. On a CPU a step of 63 delays them by one
-#: quarter of a second with SmolLM2. Larger chunks gain little (a token takes 4.7 ms in chunks of 16, 4.0 at 64, 3.9
-#: at 512) and make the median first token later. 63 and not 64, because ggml's flash attention changes to a tiled
-#: kernel, with other rounding, at 64 rows.
+#: Prompt tokens that one step may evaluate beside the running streams: bounded, so that a long prompt does not stall
+#: them; larger chunks gain little on a CPU (docs/measurements.md). 63 and not 64, because ggml's flash attention
+#: changes to a tiled kernel, with other rounding, at 64 rows.
 CPU_PREFILL_CHUNK = 63
 GPU_PREFILL_CHUNK = 512
-#: A request with more characters than this is prepared in a thread: tokenizing 20 kB takes some 5 ms.
+#: A request with more characters than this is prepared in a thread, since tokenizing it would hold up the event loop.
 INLINE_CHARACTERS = 20_000
 
 
@@ -45,8 +44,8 @@ class LlamaCppEngine:
     """Implements `Engine`. `slots` sequences share one context; each has `n_ctx` tokens of its own.
 
     `n_ctx` None takes the model's own context, at most 8192, halved until the KV cache is no larger than the weights
-    or 1 GiB. `n_threads` None takes every core this process may use (8 streams on two cores: 129 tokens/s with both, 71
-    with one). `flash_attn` "auto" lets llama.cpp choose; on a CPU that is "on" (8 streams: 123 against 98 tokens/s).
+    or 1 GiB. `n_threads` None takes every core this process may use. `flash_attn` "auto" lets llama.cpp choose; on a
+    CPU that is "on".
     """
 
     def __init__(
@@ -96,7 +95,7 @@ class LlamaCppEngine:
         """Load the model in a thread. Raises `ModelUnavailable` and leaves nothing behind."""
         # A thread of its own, which ends with the load. OpenMP keeps a team of threads for every thread that has
         # evaluated something, and when all of them are more than the cores, none of them waits awake any more at the
-        # hundreds of barriers of a step: 27 instead of 9 ms for a token, beside nothing but a thread that had loaded.
+        # hundreds of barriers of a step, which then takes three times as long (docs/measurements.md).
         thread = ThreadPoolExecutor(1)
         loading = asyncio.get_running_loop().run_in_executor(thread, _load_and_measure, self._options, progress)
         thread.shutdown(wait=False)

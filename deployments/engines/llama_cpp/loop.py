@@ -5,8 +5,6 @@ running sequence, and a bounded chunk of the prompts that wait, so that a long p
 event loop hands work in with `submit` and `cancel`; tokens go back with one `call_soon_threadsafe` per step for all
 sequences together. A sequence whose reader is too far behind is left out of the steps until it was read; its slot stays
 its own. A loop that has nothing to do waits on a condition.
-
-Measured with 8 greedy streams of SmolLM2 on two cores: all that is done outside `llama_decode` takes 0.7 % of the time.
 """
 
 from __future__ import annotations
@@ -28,13 +26,12 @@ from deployments.engines.llama_cpp.sampling import NO_TOKEN, Sampler, top_logpro
 
 log = logging.getLogger(__name__)
 
-#: Copying another slot's whole cache pays when it saves this many prompt tokens (20 ms against 4 ms a token here).
+#: Copying another slot's whole cache pays when it saves this many prompt tokens (docs/measurements.md).
 COPY_GAIN = 64
 
-#: How much nicer the threads that decode are than the rest of the process. Tokens on their way out to a client go
-#: before the computing of the next ones: on two cores that both decode, an idle pool's first token over HTTP came 7 to
-#: 14 ms after the engine's own instead of 16 to 24. Relative, since Ray's processes have a niceness of 15 by default,
-#: and only root may go below that.
+#: How much nicer the threads that decode are than the rest of the process: where all cores decode, tokens on their way
+#: out to a client go before the computing of the next ones (docs/measurements.md). Relative, since Ray's processes have
+#: a niceness of their own, below which only root may go.
 COMPUTE_NICE = 5
 
 

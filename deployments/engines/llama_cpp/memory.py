@@ -43,7 +43,7 @@ DEFAULT_BATCH = 512
 #: Outputs of one step beyond one for each slot; they bound the buffer of logits.
 SPARE_OUTPUTS = 32
 
-#: llama.cpp's library and its tables of the vocabulary (measured with SmolLM2: 14 MiB, and 10 for 49,000 tokens).
+#: llama.cpp's library and its tables of the vocabulary (docs/measurements.md).
 LLAMA_CPP_BASE = 16 * MIB
 BYTES_PER_TOKEN_OF_VOCABULARY = 256
 #: What a process takes on a device before it has loaded anything.

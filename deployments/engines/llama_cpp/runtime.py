@@ -187,7 +187,7 @@ class Runtime:
         self._batch.clear()
 
     def warm_up(self) -> None:
-        """Evaluate one token, so that the first request does not pay for paging in the weights (1.6 s for 98 MB)."""
+        """Evaluate one token, so that the first request does not pay for paging in the weights."""
         self.add(0, 0, (self.start_token(),), outputs="last")
         if self.decode() != 0:
             raise ModelUnavailable("the model loads but cannot evaluate a token")
@@ -252,8 +252,7 @@ class Runtime:
         if options.type_v:
             params.type_v = KV_TYPES[options.type_v]
         # One stream of cells per sequence instead of a unified buffer: a token then attends to its own sequence only.
-        # Measured on two cores, SmolLM2, 7 sequences of 300 tokens decoding beside one prefill: 51 against 62 ms a
-        # step without, 4.7 against 6.8 ms per prefill token; and it grows with the contexts that idle slots retain.
+        # What a unified one costs grows with the contexts that idle slots retain (docs/measurements.md).
         params.kv_unified = False
         params.no_perf = True
         self._context = self._lib.llama_init_from_model(self._model, params)

@@ -1,7 +1,7 @@
 """How one sequence chooses its next token: a chain of llama.cpp samplers, and a grammar beside it.
 
-Greedy without any bias never builds a chain: numpy's argmax over the scores takes 10 µs for 49k tokens, and
-`llama_sampler_sample` with a greedy sampler 62 µs, since it first copies every score into a candidate list.
+Greedy without any bias never builds a chain: numpy's argmax over the scores is several times faster than
+`llama_sampler_sample`, which first copies every score into a candidate list (docs/measurements.md).
 
 A grammar is not part of the chain. Walking it over a whole vocabulary takes milliseconds, so the chain chooses freely
 first and the grammar looks at that single token; only when it refuses are all candidates filtered and the choice made
