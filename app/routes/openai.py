@@ -16,6 +16,7 @@ from app.body import read_json
 from app.routes.admin_rows import NOTHING
 from cluster.config import ModelConfig, PoolConfig
 from cluster.ledger.snapshot import ModelRow, Snapshot
+from deployments.engines.registry import capabilities
 from deployments.gateway import Gateway
 from deployments.requests import CHAT, COMPLETIONS, is_allowed, parse_request, resolve_model, unknown_model
 
@@ -160,6 +161,7 @@ def _row(config: PoolConfig, name: str, states: dict[str, ModelRow]) -> dict[str
         "format": model.format,
         "status": states.get(name, NOTHING).state,
         "aliases": list(model.aliases),
+        "capabilities": capabilities(model),
         "context_length": model.context_length,
         "slots": model.target_inflight,
         "min_replicas": model.min_replicas,

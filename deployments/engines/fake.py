@@ -1,7 +1,8 @@
 """An engine without a model, for trying policies and injecting faults: known words at a known speed.
 
 It emits `ID:0 ID:1 ID:2 …`, one word a token, so that a test can see from the text alone which model answered and
-that nothing is missing. Two raw paths tell what a call met: `GET /fake/environment` (the process's id and its
+that nothing is missing. Each choice of each prompt is a sequence that says the same; as many run at a time as the call
+has slots. Two raw paths tell what a call met: `GET /fake/environment` (the process's id and its
 devices) and `POST /fake/echo` (the body as it came).
 """
 
@@ -58,7 +59,7 @@ class FakeEngine:
             raise InvalidRequest(f"this model does not serve {call.path}")
         if self._faults.fault == "rate_limited":
             raise RateLimited(f"{self._id} is rate limited, as configured", retry_after=1)
-        report = Report(prompt_tokens=1, cached_tokens=0, output_tokens=0)
+        report = Report(prompt_tokens=_prompts(call.json), cached_tokens=0, output_tokens=0)
         chunks = self._answer(call, report)
         return Reply(200, dict(EVENT_STREAM if call.stream else JSON), chunks, report)
 
@@ -76,29 +77,36 @@ class FakeEngine:
             report.total_ms = (time.monotonic() - started) * 1e3
 
     async def _whole(self, call: Call, report: Report, started: float) -> AsyncGenerator[bytes, None]:
-        count = self._length(call.json)
+        count, turns = self._length(call.json), _turns(call)
         await asyncio.sleep(self._faults.ttft_s)
         report.ttft_ms = (time.monotonic() - started) * 1e3
-        await asyncio.sleep(count / self._faults.tokens_per_s)
+        await asyncio.sleep(len(turns) * count / self._faults.tokens_per_s)
         self._fail_at(0, 0)
-        report.output_tokens = count
-        yield json.dumps(self._body(call, count)).encode()
+        report.output_tokens = turns[-1].stop * count
+        yield json.dumps(self._body(call, count, report)).encode()
 
     async def _stream(self, call: Call, report: Report, started: float) -> AsyncGenerator[bytes, None]:
         count = self._length(call.json)
         await asyncio.sleep(self._faults.ttft_s)
         report.ttft_ms = (time.monotonic() - started) * 1e3
-        for index in range(count):
-            self._fail_at(index, count // 2)
-            if self._faults.fault == "hang_mid_stream" and index == count // 2:
-                await asyncio.Event().wait()
-            broken = self._faults.fault == "malformed" and index == count // 2
-            report.output_tokens = index + 1
-            yield b"data: {broken\n\n" if broken else self._chunk(call, self._word(index), None)
-            await asyncio.sleep(
-                max(0.0, started + self._faults.ttft_s + (index + 1) / self._faults.tokens_per_s - time.monotonic())
-            )
-        yield self._chunk(call, "", "stop" if count == self._faults.tokens else "length", count)
+        steps = 0
+        for turn in _turns(call):
+            for index in range(count):
+                self._fail_at(index, count // 2)
+                if self._faults.fault == "hang_mid_stream" and index == count // 2:
+                    await asyncio.Event().wait()
+                broken = self._faults.fault == "malformed" and index == count // 2
+                report.output_tokens = turn.start * count + len(turn) * (index + 1)
+                word = self._word(index)
+                yield b"data: {broken\n\n" if broken else b"".join(self._chunk(call, each, word) for each in turn)
+                steps += 1
+                await asyncio.sleep(
+                    max(0.0, started + self._faults.ttft_s + steps / self._faults.tokens_per_s - time.monotonic())
+                )
+            finish = "stop" if count == self._faults.tokens else "length"
+            for each in turn:
+                last = each == turn[-1] and turn.stop == _sequences(call.json)
+                yield self._chunk(call, each, "", finish, report if last else None)
         yield DONE
 
     def _length(self, body: dict[str, Any]) -> int:
@@ -115,14 +123,17 @@ class FakeEngine:
         if self._faults.fault == "dies_after":
             os._exit(1)
 
-    def _usage(self, count: int) -> dict[str, int]:
-        return {"prompt_tokens": 1, "completion_tokens": count, "total_tokens": count + 1}
+    def _usage(self, report: Report) -> dict[str, int]:
+        prompt, output = report.prompt_tokens or 0, report.output_tokens or 0
+        return {"prompt_tokens": prompt, "completion_tokens": output, "total_tokens": prompt + output}
 
     def _head(self, call: Call, kind: str) -> dict[str, Any]:
         return {"id": call.request_id, "object": kind, "created": int(time.time()), "model": call.json.get("model")}
 
-    def _chunk(self, call: Call, text: str, finish: str | None, count: int = 0) -> bytes:
-        choice: dict[str, Any] = {"index": 0, "finish_reason": finish}
+    def _chunk(
+        self, call: Call, index: int, text: str, finish: str | None = None, report: Report | None = None
+    ) -> bytes:
+        choice: dict[str, Any] = {"index": index, "finish_reason": finish}
         if call.path == CHAT:
             choice["delta"] = {"role": "assistant", "content": text} if text else {}
             chunk = self._head(call, "chat.completion.chunk")
@@ -130,20 +141,32 @@ class FakeEngine:
             choice["text"] = text
             chunk = self._head(call, "text_completion")
         chunk["choices"] = [choice]
-        if finish and (call.json.get("stream_options") or {}).get("include_usage"):
-            chunk["usage"] = self._usage(count)
+        if report is not None and (call.json.get("stream_options") or {}).get("include_usage"):
+            chunk["usage"] = self._usage(report)
         return b"data: " + json.dumps(chunk).encode() + b"\n\n"
 
-    def _body(self, call: Call, count: int) -> dict[str, Any]:
+    def _body(self, call: Call, count: int, report: Report) -> dict[str, Any]:
         text = "".join(self._word(index) for index in range(count))
-        choice: dict[str, Any] = {"index": 0, "finish_reason": "length"}
-        if call.path == CHAT:
-            body = self._head(call, "chat.completion")
-            choice["message"] = {"role": "assistant", "content": text}
-        else:
-            body = self._head(call, "text_completion")
-            choice["text"] = text
-        return {**body, "choices": [choice], "usage": self._usage(count)}
+        is_chat = call.path == CHAT
+        said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
+        choices = [{"index": index, "finish_reason": "length", **said} for index in range(_sequences(call.json))]
+        head = self._head(call, "chat.completion" if is_chat else "text_completion")
+        return {**head, "choices": choices, "usage": self._usage(report)}
+
+
+def _prompts(body: dict[str, Any]) -> int:
+    prompt = body.get("prompt")
+    return len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
+
+
+def _sequences(body: dict[str, Any]) -> int:
+    return (body.get("n") or 1) * _prompts(body)
+
+
+def _turns(call: Call) -> list[range]:
+    """The sequences of a call, as many at a time as it has slots."""
+    total = _sequences(call.json)
+    return [range(first, min(first + call.slots, total)) for first in range(0, total, call.slots)]
 
 
 async def _once(body: bytes) -> AsyncGenerator[bytes, None]:

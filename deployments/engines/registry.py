@@ -45,6 +45,11 @@ def backend_of(model: ModelConfig) -> Backend[Any]:
     return _BY_CONFIG[type(model)]
 
 
+def capabilities(model: ModelConfig) -> list[str]:
+    """What clients may ask of a model, in words: `chat`, `completions`."""
+    return sorted(path.removeprefix("/v1/").removesuffix("/completions") for path in backend_of(model).paths)
+
+
 def build_engine(model_id: str, model: ModelConfig, path: str) -> Engine:
     """The engine of a configured model whose file lies at `path`; not loaded yet, so cheap."""
     return backend_of(model).build(model_id, model, path)

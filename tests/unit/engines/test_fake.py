@@ -14,7 +14,7 @@ from cluster.config import FakeFaults
 from cluster.errors import InvalidRequest, RateLimited
 from deployments.engines.fake import FakeEngine
 from deployments.engines.protocol import Call, Reply, Report
-from tests.unit.engines.drive import CHAT, ask, stream_of
+from tests.unit.engines.drive import CHAT, COMPLETIONS, ask, stream_of
 
 
 def fake(**faults: object) -> FakeEngine:
@@ -47,6 +47,23 @@ async def test_the_report_is_complete_when_the_chunks_have_ended(stream: bool) -
     assert reply.report.total_ms is not None
     assert reply.report.ttft_ms is not None
     assert reply.report.total_ms >= reply.report.ttft_ms
+
+
+@pytest.mark.parametrize(
+    ("slots", "order"), [(1, [0, 0, 1, 1, 2, 2, 3, 3]), (2, [0, 1, 0, 1, 2, 3, 2, 3]), (8, [0, 1, 2, 3] * 2)]
+)
+async def test_choices_run_in_turns_within_the_slots(slots: int, order: list[int]) -> None:
+    fields = {"prompt": ["a", "b"], "n": 2, "stream": True, "stream_options": {"include_usage": True}}
+    reply = await fake(tokens=2).call(Call(COMPLETIONS, fields, "r", slots=slots))
+    events = [json.loads(event[6:]) for event in (await read(reply)).split(b"\n\n") if event.startswith(b"data: {")]
+    words = [event["choices"][0]["index"] for event in events if event["choices"][0]["text"]]
+    assert words == order
+    assert [event["choices"][0]["index"] for event in events if event["choices"][0]["finish_reason"]] == [0, 1, 2, 3]
+    assert events[-1]["usage"] == {"prompt_tokens": 2, "completion_tokens": 8, "total_tokens": 10}
+    assert reply.report.output_tokens == 8
+    whole = json.loads(await read(await fake(tokens=2).call(Call(COMPLETIONS, {**fields, "stream": False}, "r"))))
+    assert [choice["text"] for choice in whole["choices"]] == ["m:0 m:1 "] * 4
+    assert whole["usage"] == events[-1]["usage"]
 
 
 async def test_a_stream_that_was_closed_reports_what_it_made() -> None:
