@@ -32,9 +32,14 @@ class Reporter:
         with httpx.Client(base_url=self._url, timeout=5.0) as client:
             while True:
                 try:
-                    if client.get("/ready").status_code == 200:
+                    ready = client.get("/ready")
+                    if ready.status_code == 200:
                         break
-                    self._show(client.get("/v1/status").json()["ledger"])
+                    if self._pool.api_keys:
+                        # What it loads is for those with a key, and here are only digests.
+                        self._once(f"Waiting: {ready.json()['reason']}")
+                    else:
+                        self._show(client.get("/v1/status").json()["ledger"])
                 except (httpx.HTTPError, ValueError, KeyError):
                     self._once("Starting the endpoint …")
                     if (failure := deploy_failure()) is not None:
@@ -60,11 +65,12 @@ class Reporter:
     def _say_what_next(self) -> None:
         model = self._pool.default_model or next(iter(self._pool.models), "MODEL")
         body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is gravity?"}}]}}'
+        key = " -H 'Authorization: Bearer KEY'" if self._pool.api_keys else ""
         dashboard = self._context.dashboard_url
         print(
             f"\nSlotpool serves {len(self._pool.models)} model(s) at {self._url}\n\n"
-            f"  curl {self._url}/v1/chat/completions -H 'Content-Type: application/json' \\\n    -d '{body}'\n\n"
-            f"  Any OpenAI client:   base_url={self._url}/v1\n"
+            f"  curl {self._url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n    -d '{body}'\n\n"
+            f"  Any OpenAI client:   base_url={self._url}/v1{', api_key=KEY' if key else ''}\n"
             f"  Another Ray job:     RAY_AUTH_MODE=token RAY_ADDRESS={self._context.address_info['gcs_address']}\n"
             + (f"  The Ray dashboard:   http://{dashboard}, its token: {token_command()}\n" if dashboard else "")
             + "  Stop:                Ctrl-C\n",
