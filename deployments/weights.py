@@ -10,7 +10,6 @@ import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 
-from cluster.config import ModelConfig, PoolConfig
 from cluster.errors import Forbidden, InvalidRequest, ModelUnavailable
 
 #: The written forms that are not paths.
@@ -58,17 +57,6 @@ def weights_at_hand(model_path: str | None) -> Path | None:
     except ModelUnavailable:
         return None
     return path if model_path and path.exists() else None
-
-
-def check_runtime_model(pool: PoolConfig, model: ModelConfig) -> None:
-    """Whether a model may be registered, or changed to this, at run time. `pool` is the one before the change.
-
-    Its file and its interpreter must be ones that the configuration allows: whoever may register models shall not
-    thereby read any file of the machine, nor run one. Raises `InvalidRequest` or `Forbidden`.
-    """
-    check_runtime_path(model.model_path, pool.runtime_roots)
-    if model.python is not None and model.python not in {each.python for each in pool.models.values()}:
-        raise Forbidden("python must be an interpreter that another model of the pool uses", param="python")
 
 
 def check_runtime_path(model_path: str | None, roots: Iterable[str]) -> None:

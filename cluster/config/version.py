@@ -54,6 +54,7 @@ def with_model(configuration: Configuration, model: str, keys: Mapping[str, Any]
     if model in pool.names.targets:
         raise IdTaken(f"the id {model!r} is taken")
     changed = _with_models(pool, {**pool.models, model: dict(keys)})
+    _check_interpreter(pool, changed.models[model])
     return _next(
         configuration,
         changed,
@@ -82,6 +83,7 @@ def patched(configuration: Configuration, model: str, keys: Mapping[str, Any]) -
     fields = _patched_fields(before, keys)
     changed = _with_models(pool, {**pool.models, model: fields})
     after = changed.models[model]
+    _check_interpreter(pool, after)
     moves = (after.num_gpus, after.num_cpus) != (before.num_gpus, before.num_cpus)
     runtime = configuration.runtime | {model} if moves else configuration.runtime
     return _next(configuration, changed, runtime=runtime)
@@ -142,6 +144,12 @@ def _existing(pool: PoolConfig, model: str) -> ModelConfig:
     if model not in pool.models:
         raise NoSuchModel(f"the model {model!r} does not exist")
     return pool.models[model]
+
+
+def _check_interpreter(before: PoolConfig, model: ModelConfig) -> None:
+    """A model that comes or changes by a request runs no file of the machine that the pool does not run already."""
+    if model.python is not None and model.python not in {each.python for each in before.models.values()}:
+        raise ConfigError("python: by a request only an interpreter that another model has; a file may name any")
 
 
 def _patched_fields(model: ModelConfig, keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -203,3 +203,15 @@ def test_a_registered_model_gives_way_to_a_deploy_that_names_it_or_leaves_it_no_
 def test_the_same_deploy_keeps_its_changes():
     before = with_model(deployed(1.0), "c", {"backend": "fake"})
     assert merged(before, deployed(1.0)) == before
+
+
+def test_a_request_names_no_interpreter_that_the_pool_does_not_run():
+    fake = {"backend": "fake"}
+    before = deployed(models={"a": {**fake, "python": "/venv/bin/python"}, "b": fake})
+    known, strange = {"python": "/venv/bin/python"}, {"python": "/tmp/upload"}
+    assert with_model(before, "c", {**fake, **known}).pool.models["c"].python == known["python"]
+    assert patched(before, "b", known).pool.models["b"].python == known["python"]
+    for change in (lambda: with_model(before, "c", {**fake, **strange}), lambda: patched(before, "b", strange)):
+        with pytest.raises(ConfigError, match="python: "):
+            change()
+    assert patched(before, "a", {"idle_timeout": 9}).pool.models["a"].idle_timeout == 9

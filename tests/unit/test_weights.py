@@ -9,7 +9,7 @@ import pytest
 
 from cluster.config import load_config
 from cluster.errors import Forbidden, InvalidRequest, ModelUnavailable, PoolError
-from deployments.weights import check_runtime_model, check_runtime_path, resolve_weights, weights_at_hand
+from deployments.weights import check_runtime_path, resolve_weights, weights_at_hand
 
 
 def test_a_file_in_a_package():
@@ -124,17 +124,3 @@ def test_files_that_are_configured_may_be_used_again():
     for path in ("/models/b.gguf", "package:p/c.gguf"):
         with pytest.raises(Forbidden):
             check_runtime_path(path, config.runtime_roots)
-
-
-def test_an_interpreter_at_run_time_is_one_that_is_configured():
-    config = load_config({"models": {"a": {"backend": "fake", "python": "/venv/bin/python"}}}, environ={})
-
-    def model(**keys):
-        return load_config({"models": {"m": {"backend": "fake", **keys}}}, environ={}).models["m"]
-
-    check_runtime_model(config, model())
-    check_runtime_model(config, model(python="/venv/bin/python"))
-    for keys, param in (({"python": "/tmp/evil"}, "python"), ({"model_path": "/etc/hostname"}, "model_path")):
-        with pytest.raises(Forbidden) as caught:
-            check_runtime_model(config, model(**keys))
-        assert caught.value.param == param
