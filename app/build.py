@@ -6,6 +6,7 @@ file asks the ledger.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from ray import serve
@@ -15,6 +16,7 @@ from app.http import build_http
 from cluster import effects
 from cluster.config import ConfigError, PoolConfig, load_config
 from cluster.config.names import deployments_collide
+from cluster.config.version import Configuration
 from deployments.engines.registry import estimate_mib
 from deployments.ingress import Ingress, handle_keys
 from deployments.replica import Replica
@@ -42,7 +44,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.1,
         ray_actor_options={"num_cpus": 0},
     )(serve.ingress()(Ingress))
-    return ingress.bind(config, build_http, **handles)
+    return ingress.bind(Configuration((time.time(), 0), config), build_http, **handles)
 
 
 def estimated(config: PoolConfig) -> PoolConfig:

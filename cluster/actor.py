@@ -1,28 +1,35 @@
 """The mailbox around the ledger: one actor that turns calls into events and carries commands out.
 
-It owns the ledger, the calls parked until their request is granted, and one timer. Every method does its work in one
-step of the event loop, so the ledger is never seen half-changed. It must never wait for anything while it decides.
+It owns the ledger, the configuration that is in force, the calls parked until their request is granted, the orders to
+replicas, and one timer. Every method does its work in one step of the event loop, so the ledger is never seen
+half-changed. It must never wait for anything while it decides. An exception inside the ledger ends this life of it:
+the next one learns everything anew, which is tested, while nobody knows what a half-changed book would do.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import time
 import uuid
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from cluster import effects, watchdog
+from cluster import effects, watchdog, watches
 from cluster.announcements import HolderState, ReplicaState
+from cluster.attached import Attached
+from cluster.config import ConfigError
+from cluster.config.version import Configuration
 from cluster.ledger.events import (
     ConfigChanged,
+    EngineDied,
     Grant,
+    HolderAnnounced,
     HolderDied,
     LeaseReannounced,
     LeaseReleased,
+    LoadEngine,
     LoadRefused,
     LoadRequested,
     NodesChanged,
@@ -32,87 +39,90 @@ from cluster.ledger.events import (
     ReplicaGone,
     ReplicaReady,
     ReplicaStarted,
+    ReplicaSuspected,
     RequestArrived,
     RequestCancelled,
+    RestartEngine,
     ServerSuspected,
     SetDesired,
     Ticked,
     UnloadRequested,
 )
 from cluster.ledger.ledger import Ledger
-from cluster.ledger.snapshot import ReplicaRow, Snapshot
-from cluster.ledger.specs import PoolSpec
+from cluster.ledger.snapshot import Snapshot
+from cluster.ledger.specs import NodeSpec
 from cluster.metrics import Outcome
-from cluster.operator_calls import Ended, OperatorCalls, refuse_unload
+from cluster.operator_calls import Ended, OperatorCalls, refuse_overrides, refuse_unload
+from cluster.orders import EngineState, Order
+from cluster.owned_config import OwnedConfiguration
+from cluster.parked import Answer, Packed, ParkedCalls, packed
 from cluster.request import Request
+from cluster.waiting import Signal
 
 logger = logging.getLogger("slotpool.ledger")
 
 #: How long a new life of the ledger collects announcements before it decides anything, in seconds. Replicas and
 #: ingresses notice the death of its former life within milliseconds and come back within the actor's restart.
 RECOVERY_S = 2.0
-#: How often the list of machines is read, in seconds; nothing but the arrival of a new machine waits for it.
-NODES_PERIOD_S = 5.0
-
+#: A new life begins with the configuration that its actor was first made with, which may be weeks old. So it goes on
+#: listening until an ingress has announced the one it has, but no longer than this, in seconds.
+RECOVERY_LIMIT_S = 15.0
 
 #: Events that are progress by themselves, whatever the ledger decides about them.
-_PROGRESS = (LeaseReleased, ReplicaStarted, ReplicaReady, ReplicaFailed, ReplicaGone)
-
-
-class _Parked(NamedTuple):
-    """A call that waits for its answer."""
-
-    holder: str
-    answer: asyncio.Future[Grant | Reject]
+_PROGRESS = (LeaseReleased, ReplicaStarted, ReplicaReady, ReplicaFailed, ReplicaGone, EngineDied)
 
 
 class LedgerActor:
     """The pool's one scheduler. Callers get values, never exceptions, for whatever the ledger decides."""
 
-    def __init__(self, spec: PoolSpec) -> None:
+    def __init__(self, configuration: Configuration) -> None:
         now = time.monotonic()
-        restarted = effects.was_restarted()
         self.epoch = uuid.uuid4().hex[:12]
-        self._ledger = Ledger(spec, epoch=self.epoch, now=now, recovering_until=now + RECOVERY_S if restarted else None)
-        self._spec = spec
-        self._parked: dict[str, _Parked] = {}
-        self._replica_of_actor: dict[str, str] = {}
-        self._drains: dict[str, asyncio.Event] = {}
-        self._holder_of_actor: dict[str, str] = {}
-        self._progress: dict[str, float] = {}
+        self._config = OwnedConfiguration(configuration)
+        self._born_at = now
+        recovering_until = now + RECOVERY_LIMIT_S if effects.was_restarted() else None
+        self._ledger = Ledger(self._config.spec, epoch=self.epoch, now=now, recovering_until=recovering_until)
+        self._parked = ParkedCalls()
+        self._attached = Attached()
         self._operators = OperatorCalls(self._ledger)
         self._moved_at = now
         self._desired: dict[str, int] = {}
         self._desired_version = 0
-        self._desired_changed = asyncio.Event()
+        self._changed = Signal()
+        self._drains: dict[str, asyncio.Event] = {}
+        self._recovering = self._ledger.is_recovering
+        self._due: float | None = None
         self._timer: asyncio.TimerHandle | None = None
-        loop = asyncio.get_event_loop()
         self._servers: Any = None
-        self._tasks = [
-            loop.create_task(self._watch_deaths()),
-            loop.create_task(self._watch_nodes()),
-            loop.create_task(self._follow_servers()),
-        ]
+        self._follow_servers()
+        loop = asyncio.get_event_loop()
+        self._tasks = {
+            loop.create_task(watches.watch_deaths(self._attached.actors, self._on_actor_dead)),
+            loop.create_task(watches.watch_nodes(lambda: self._config.spec.node_memory_mib, self._nodes_changed)),
+        }
 
     # --- the request path ---------------------------------------------------------------------------------------
 
     async def acquire(self, holder: str, request: Request) -> Grant | Reject:
         """Wait for a slot. Parks until the request is granted, refused or out of time; idempotent by its id."""
         answer = await asyncio.shield(self._arrive(holder, request))
-        self._parked.pop(request.id, None)
+        self._parked.take(request.id)
         return answer
 
-    async def acquire_now(self, holder: str, requests: list[Request]) -> list[Grant | Reject | None]:
+    async def acquire_now(self, holder: str, requests: list[tuple[Any, ...]], sent: int = 0) -> list[Packed]:
         """Many arrivals in one message. What is decided at once is answered, None stands for a request that waits.
 
         Its answer is kept until the caller takes it with `acquire` under the same id, or gives up with `settle`.
+        Requests and answers travel as bare tuples, see `parked.packed`. `sent` is the number of the holder's message,
+        see `HolderState`.
         """
-        answers = [self._arrive(holder, request) for request in requests]
-        decided = [answer.result() if answer.done() else None for answer in answers]
-        for request, answer in zip(requests, decided, strict=True):
-            if answer is not None:
-                self._parked.pop(request.id, None)
-        return decided
+        self._attached.has_sent(holder, sent)
+        answers = [self._arrive(holder, Request(*request)) for request in requests]
+        decisions = [packed(answer) for answer in answers]
+        for request, decision in zip(requests, decisions, strict=True):
+            if decision is not None:
+                self._parked.take(request[0])
+        return decisions
 
     async def settle(self, settled: list[tuple[str, int | None, Outcome | None]]) -> None:
         """Give leases back, each by its request and generation; with None the client has left, wherever it stood."""
@@ -121,65 +131,99 @@ class LedgerActor:
                 self._post(LeaseReleased(request, generation))
                 continue
             self._post(RequestCancelled(request))
-            parked = self._parked.pop(request, None)
-            if parked is not None:
-                parked.answer.cancel()
+            self._parked.cancel(request)
 
     async def waiting(self, request: str) -> tuple[str, int | str] | None:
         """Where a request waits: ("queued", position), ("loading", model), or None when it does not wait."""
         return self._ledger.queue_position(request)
 
-    # --- replicas and ingresses ---------------------------------------------------------------------------------
+    # --- replicas -----------------------------------------------------------------------------------------------
 
     async def attach_replica(self, state: ReplicaState) -> None:
-        """Announce a replica. Parks for as long as this ledger lives, so that its end is an event for the caller."""
-        self._replica_of_actor[state.actor_id] = state.replica
-        # Its engine loads unasked, from its start.
-        self._post(ReplicaStarted(state.model, state.replica, state.node, loading=True))
+        """Announce a replica. Parks for as long as this ledger lives, so that its end is an event for the caller.
+
+        In the first seconds of a later life it may return early: the replica is then to announce itself again, with
+        what has become of it meanwhile.
+        """
+        if self._ledger.is_recovering and state.model not in self._config.spec.models:
+            # Registered at run time: this life has not heard of it yet.
+            await self._changed.until(lambda: not self._ledger.is_recovering or state.model in self._config.spec.models)
+            return
+        self._attached.add_replica(state)
+        busy = state.loading or state.engine is not None or state.failed is not None
+        self._post(ReplicaStarted(state.model, state.replica, state.node, state.started_at, busy))
         if state.failed is not None:
             self._post(ReplicaFailed(state.replica, state.failed))
         elif state.engine is not None:
-            self._post(ReplicaReady(state.replica, state.engine.memory_mib))
+            self._engine_ready(state.replica, state.engine)
         await self._park_while_alive(state.actor_id)
 
-    async def attach_holder(self, state: HolderState) -> None:
-        """Announce an ingress with the leases it holds, and the configuration it runs. Parks like a replica's."""
-        self._holder_of_actor[state.actor_id] = state.holder
-        spec = state.configuration.pool.spec()
-        if spec != self._spec:
-            self._spec = spec
-            self._post(ConfigChanged(spec))
-            await self._follow_servers()
-        for lease in state.leases:
-            self._post(
-                LeaseReannounced(
-                    lease.request,
-                    lease.holder,
-                    lease.model,
-                    lease.replica,
-                    lease.generation,
-                    slots=len(lease.slots),
-                )
-            )
-        await self._park_while_alive(state.actor_id)
+    async def orders(self, replica: str, seen: int, timeout_s: float = 30.0) -> tuple[int, Order | None]:
+        """The order to a replica once it is another than the one of the version seen; parks until then."""
+        return await self._attached.orders.after(replica, seen, timeout_s)
 
     async def replica_progress(self, replica: str, fraction: float) -> None:
         """How much of a replica's load is done, 0.0 to 1.0; for people to see, nothing is decided by it."""
-        self._progress[replica] = fraction
+        self._attached.progress[replica] = fraction
 
-    async def replica_ready(self, replica: str, memory_mib: int | None) -> None:
+    async def replica_ready(self, replica: str, engine: EngineState) -> None:
         """The engine of a replica serves now."""
-        self._progress.pop(replica, None)
-        self._post(ReplicaReady(replica, memory_mib))
+        self._engine_ready(replica, engine)
 
     async def replica_failed(self, replica: str, reason: str) -> None:
         """The engine of a replica could not be loaded."""
-        self._progress.pop(replica, None)
+        self._attached.engine_ended(replica)
         self._post(ReplicaFailed(replica, reason))
+
+    async def engine_died(self, replica: str, reason: str) -> None:
+        """The engine process of a replica is confirmed dead; the replica lives."""
+        self._attached.engine_ended(replica)
+        self._post(EngineDied(replica, reason))
+
+    async def replica_suspected(self, replica: str) -> None:
+        """A holder saw the engine of a replica hang."""
+        self._post(ReplicaSuspected(replica))
 
     async def drained(self, replica: str) -> None:
         """Parks until the ledger next drains a replica, or the replica is dead."""
         await self._drains.setdefault(replica, asyncio.Event()).wait()
+
+    # --- ingresses ----------------------------------------------------------------------------------------------
+
+    async def attach_holder(self, state: HolderState) -> None:
+        """Announce an ingress with its configuration, its leases and its waiting requests. Parks like a replica's."""
+        self._attached.add_holder(state)
+        self._meet(state.configuration)
+        if self._ledger.is_recovering:
+            self._ledger.recover_until(max(self._born_at + RECOVERY_S, time.monotonic()))
+        for lease in state.leases:
+            self._post(
+                LeaseReannounced(
+                    lease.request, lease.holder, lease.model, lease.replica, lease.generation, slots=len(lease.slots)
+                )
+            )
+        self._announced(state)
+        await self._park_while_alive(state.actor_id)
+
+    async def holder_alive(self, state: HolderState) -> None:
+        """What an attached ingress holds and waits for now, said from time to time: ends what a lost message left."""
+        if self._attached.has_holder(state):
+            self._announced(state)
+
+    async def config(self, seen: tuple[float, int], timeout_s: float = 30.0) -> Configuration:
+        """The configuration, once it is newer than the version seen, or after the time. Parks until then."""
+        await self._changed.until(lambda: self._config.current.version > seen, timeout_s)
+        return self._config.current
+
+    async def replace_config(self, expected: tuple[float, int], configuration: Configuration) -> Configuration:
+        """Put a changed configuration in force, if the one it was made from still is; the one in force afterwards.
+
+        Two callers may make different changes of the same version: whose it is, the whole answer tells.
+        """
+        await self._recovered()
+        if self._config.replace(expected, configuration):
+            self._config_changed()
+        return self._config.current
 
     async def server_lost(self, url: str) -> None:
         """A request lost its external server, before or in its answer: look at once whether it is still there."""
@@ -187,18 +231,36 @@ class LedgerActor:
         if self._servers is not None:
             self._servers.check_now(url)
 
+    # --- Serve and operators ------------------------------------------------------------------------------------
+
     async def desired(self, seen_version: int, timeout_s: float = 30.0) -> tuple[int, dict[str, int]]:
-        """The number of replicas wanted per model. Parks until it differs from `seen_version`, or `timeout_s`."""
-        with contextlib.suppress(TimeoutError):
-            while self._desired_version == seen_version or self._ledger.is_recovering:
-                await asyncio.wait_for(self._desired_changed.wait(), timeout_s)
+        """How many replicas of each model should exist. Parks until that differs from the version already seen."""
+        await self._changed.until(
+            lambda: not self._ledger.is_recovering and self._desired_version != seen_version, timeout_s
+        )
         return self._desired_version, dict(self._desired)
 
-    # --- operators ----------------------------------------------------------------------------------------------
+    async def load(
+        self, model: str, replicas: int, overrides: Mapping[str, Any] | None = None, again: bool = False
+    ) -> Ended:
+        """Load so many replicas, all or none. Parks until they are ready, refused, or have failed and are gone.
 
-    async def load(self, model: str, replicas: int) -> Ended:
-        """Load so many replicas, all or none. Parks until they are ready, refused, or have failed and are gone."""
+        `overrides` are engine keys for this load only. They are refused, and the model stays as it is, where it is
+        loaded or being loaded. `again`: the caller asks for what an earlier life of the ledger was asked already.
+        """
         await self._recovered()
+        in_force = dict(self._config.current.overrides.get(model, {}))
+        changes = bool(overrides) and not (again and in_force == overrides)
+        if changes:
+            refusal = refuse_overrides(model, self._ledger.model(model), replicas, self._config.spec.models.get(model))
+            if refusal is not None:
+                return refusal
+            try:
+                self._config.override(model, overrides)
+            except ConfigError as error:
+                return LoadRefused(model, "InvalidRequest", str(error), {"code": "invalid_load_request"})
+            # In one step with the order itself, or the overrides would end as those of a model that nobody loads.
+            self._config_changed(keep_overrides=True)
         for command in self._post(LoadRequested(model, replicas)):
             if isinstance(command, LoadRefused) and command.model == model:
                 return command
@@ -213,28 +275,17 @@ class LedgerActor:
         self._post(UnloadRequested(model))
         return await self._operators.until(model, 0)
 
-    async def _recovered(self) -> None:
-        """Wait until this life of the ledger knows what the former one left; it tells by itself when that is."""
-        while self._ledger.is_recovering:
-            await self._desired_changed.wait()
-
-    # --- for people ---------------------------------------------------------------------------------------------
-
     async def status(self) -> Snapshot:
-        """The ledger's life, with the progress of the loads under way."""
+        """The ledger's life, with what only its actor knows of replicas and time."""
         now = time.monotonic()
         snapshot = self._ledger.snapshot()
         return dataclasses.replace(
             snapshot,
-            replicas=tuple(self._with_progress(row) for row in snapshot.replicas),
+            replicas=tuple(self._attached.described(row) for row in snapshot.replicas),
             now=now,
             time=time.time(),
-            stalled=watchdog.stalled(snapshot, self._moved_at, now, watchdog.limit_s(self._spec)),
+            stalled=watchdog.stalled(snapshot, self._moved_at, now, watchdog.limit_s(self._config.spec)),
         )
-
-    def _with_progress(self, row: ReplicaRow) -> ReplicaRow:
-        fraction = self._progress.get(row.replica or "") if row.state == "STARTING" else None
-        return row if fraction is None else dataclasses.replace(row, progress=round(fraction, 3))
 
     async def check(self) -> str | None:
         """The first broken invariant in words, or None."""
@@ -246,27 +297,28 @@ class LedgerActor:
 
     # --- inside -------------------------------------------------------------------------------------------------
 
-    def _arrive(self, holder: str, request: Request) -> asyncio.Future[Grant | Reject]:
-        """The answer to a request, which has arrived now or before."""
-        parked = self._parked.get(request.id)
-        if parked is None:
-            parked = self._parked[request.id] = _Parked(holder, asyncio.get_running_loop().create_future())
-            deadline = time.monotonic() + request.timeout_s
-            arrived = RequestArrived(
-                request.id, holder, request.model, request.priority, deadline, request.keep_alive_s
-            )
-            self._post(arrived)
-        return parked.answer
-
-    def _post(self, event: Any) -> list[Any]:
+    def _post(self, event: Any, *, keep_overrides: bool = False) -> list[Any]:
+        """The one way of an event into the ledger and of its commands out of it."""
         now = time.monotonic()
-        commands = self._ledger.decide(event, now)
+        try:
+            commands = self._ledger.decide(event, now)
+            due = self._ledger.next_deadline()
+        except Exception:
+            logger.critical("the ledger failed on %r; this life of it ends", event, exc_info=True)
+            effects.end_process()
+            raise
         if isinstance(event, _PROGRESS) or any(type(command) is not Reject for command in commands):
             self._moved_at = now
+        if due != self._due or self._timer is None:
+            self._arm_timer(due)
         self._carry_out(commands)
-        self._arm_timer()
+        if self._recovering and not self._ledger.is_recovering:
+            self._recovering = False
+            self._changed.fire()
         # What a new order is told concerns its own caller alone.
         self._operators.review(() if isinstance(event, LoadRequested) else commands)
+        if self._config.current.overrides and not keep_overrides:
+            self._end_overrides()
         return commands
 
     def _carry_out(self, commands: Sequence[Any]) -> None:
@@ -277,91 +329,121 @@ class LedgerActor:
             elif isinstance(command, SetDesired):
                 self._desired[command.model] = command.replicas
                 rescaled = True
+            elif isinstance(command, LoadEngine):
+                if command.model in self._config.spec.models:
+                    self._attached.orders.give(command.replica, self._config.load(command.model, command.devices))
+            elif isinstance(command, RestartEngine):
+                self._attached.restart_engine(command.replica)
             elif isinstance(command, Quiesce):
                 self._tell_of_drain(command.replica)
         if rescaled:
-            self._publish_desired()
+            self._desired_version += 1
+            self._changed.fire()
+
+    def _arrive(self, holder: str, request: Request) -> Answer:
+        """The answer to a request, which has arrived now or before."""
+        answer = self._parked.find(request.id)
+        if answer is None:
+            answer = self._parked.park(request.id, holder)
+            self._post(
+                RequestArrived(
+                    request.id,
+                    holder,
+                    request.model,
+                    request.priority,
+                    time.monotonic() + request.timeout_s,
+                    request.keep_alive_s,
+                    request.slots,
+                    request.principal,
+                )
+            )
+        return answer
 
     def _answer(self, answer: Grant | Reject) -> None:
-        parked = self._parked.get(answer.request)
-        if parked is not None and not parked.answer.done():
-            parked.answer.set_result(answer)
-        elif isinstance(answer, Grant):
+        if not self._parked.decide(answer) and isinstance(answer, Grant):
             # Nobody waits for this grant any more: its caller vanished between the two events.
             logger.warning("grant %s has no taker, released", answer.request)
             self._post(LeaseReleased(answer.request, answer.generation))
 
-    def _tell_of_drain(self, replica: str) -> None:
-        closes = self._drains.pop(replica, None)
-        if closes is not None:
-            closes.set()
-
-    def _publish_desired(self) -> None:
-        self._desired_version += 1
-        self._desired_changed.set()
-        self._desired_changed = asyncio.Event()
-
-    def _arm_timer(self) -> None:
+    def _arm_timer(self, due: float | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        deadline = self._ledger.next_deadline()
-        if deadline is not None:
-            delay = max(0.001, deadline - time.monotonic())
-            self._timer = asyncio.get_event_loop().call_later(delay, self._post, Ticked())
+        self._due = due
+        if due is not None:
+            self._timer = asyncio.get_event_loop().call_later(max(0.001, due - time.monotonic()), self._tick)
 
-    async def _park_while_alive(self, actor_id: str) -> None:
-        if await effects.is_dead(actor_id):
-            self._bury(actor_id)
-        else:
-            await asyncio.Event().wait()
+    def _tick(self) -> None:
+        self._timer = None
+        self._post(Ticked())
 
-    def _bury(self, actor_id: str) -> None:
-        replica = self._replica_of_actor.pop(actor_id, None)
-        if replica is not None:
-            self._progress.pop(replica, None)
-            self._tell_of_drain(replica)
-            self._post(ReplicaGone(replica))
-        holder = self._holder_of_actor.pop(actor_id, None)
-        if holder is not None:
-            self._post(HolderDied(holder))
-            for request in [request for request, parked in self._parked.items() if parked.holder == holder]:
-                self._parked.pop(request).answer.cancel()
+    def _tell_of_drain(self, replica: str) -> None:
+        drains = self._drains.pop(replica, None)
+        if drains is not None:
+            drains.set()
 
-    async def _watch_deaths(self) -> None:
-        while True:
-            try:
-                async for actor_id in effects.dead_actors():
-                    self._bury(actor_id)
-            except Exception:
-                logger.exception("lost sight of dying actors, looking again")
-                await asyncio.sleep(1.0)
-                for actor_id in [*self._replica_of_actor, *self._holder_of_actor]:
-                    if await effects.is_dead(actor_id):
-                        self._bury(actor_id)
+    async def _recovered(self) -> None:
+        """Wait until this life of the ledger knows what the former one left."""
+        await self._changed.until(lambda: not self._ledger.is_recovering)
 
-    async def _follow_servers(self) -> None:
+    def _engine_ready(self, replica: str, engine: EngineState) -> None:
+        self._attached.engine_ready(replica, engine)
+        self._post(ReplicaReady(replica, engine.memory_mib, engine.address, engine.devices))
+
+    # --- configuration ------------------------------------------------------------------------------------------
+
+    def _meet(self, announced: Configuration) -> None:
+        if self._config.meet(announced):
+            self._config_changed()
+
+    def _config_changed(self, *, keep_overrides: bool = False) -> None:
+        self._post(ConfigChanged(self._config.spec), keep_overrides=keep_overrides)
+        self._follow_servers()
+        self._changed.fire()
+
+    def _end_overrides(self) -> None:
+        """Overrides hold for one load: they end when nothing of their model is left, and nobody has ordered it."""
+        if self._ledger.is_recovering:
+            return
+        for model in list(self._config.current.overrides):
+            view = self._ledger.model(model)
+            if (view is None or not (view.replicas or view.ordered)) and self._config.override(model, None):
+                self._config_changed()
+
+    def _follow_servers(self) -> None:
         """Read the manifests of the configured external servers from now on."""
-        if self._servers is None and self._spec.servers:
+        if self._servers is None and self._config.spec.servers:
             # Imports an HTTP client, which a pool without servers does without.
             from cluster.servers.manifests import ManifestWatch
 
             self._servers = ManifestWatch(self._post)
         if self._servers is not None:
-            self._servers.follow(self._spec.servers)
+            self._servers.follow(self._config.spec.servers)
 
-    async def _watch_nodes(self) -> None:
-        seen: dict[str, Any] = {}
-        machines = effects.Machines()
-        while True:
-            try:
-                nodes = await machines.read(self._spec.node_memory_mib)
-                if nodes != seen:
-                    self._post(NodesChanged(nodes))
-                    seen = nodes
-                # Only now, since a driver on another machine may take its time to answer.
-                if await machines.ask_devices():
-                    continue
-            except Exception:
-                logger.exception("could not read the list of machines")
-            await asyncio.sleep(NODES_PERIOD_S)
+    # --- lives and deaths ---------------------------------------------------------------------------------------
+
+    def _announced(self, state: HolderState) -> None:
+        """Give up what this holder has neither told of now nor asked for since."""
+        if self._attached.is_overtaken(state):
+            return
+        leases = tuple((lease.request, lease.generation) for lease in state.leases)
+        self._post(HolderAnnounced(state.holder, leases, state.waiting))
+        self._parked.cancel_all_but(state.holder, {*state.waiting, *(lease.request for lease in state.leases)})
+
+    async def _park_while_alive(self, actor_id: str) -> None:
+        if await effects.is_dead(actor_id):
+            self._on_actor_dead(actor_id)
+        else:
+            await asyncio.Event().wait()
+
+    def _on_actor_dead(self, actor_id: str) -> None:
+        replica, holder = self._attached.remove(actor_id)
+        if replica is not None:
+            self._tell_of_drain(replica)
+            self._post(ReplicaGone(replica))
+        if holder is not None:
+            self._post(HolderDied(holder))
+            self._parked.cancel_all_but(holder, ())
+
+    def _nodes_changed(self, nodes: dict[str, NodeSpec]) -> None:
+        self._post(NodesChanged(nodes))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config.names import deployment_name as deployment_name
+from cluster.config.version import Configuration
 from cluster.gpus import Gpu, read_gpus
-from cluster.ledger.specs import NodeSpec, PoolSpec
+from cluster.ledger.specs import NodeSpec
 
 APP_NAME = "slotpool"
 LEDGER_NAME = "slotpool-ledger"
@@ -41,7 +43,7 @@ SPARE_KEPT_S = 600
 _HEAD = "node:__internal_head__"
 
 
-def get_or_create_ledger(actor_class: type[Any], spec: PoolSpec) -> Any:
+def get_or_create_ledger(actor_class: type[Any], configuration: Configuration) -> Any:
     """The handle of the pool's one ledger actor, which outlives whoever started it. Blocks for a moment."""
     return (
         ray.remote(actor_class)
@@ -56,7 +58,7 @@ def get_or_create_ledger(actor_class: type[Any], spec: PoolSpec) -> Any:
             max_concurrency=100_000,
             resources={_HEAD: 0.001},
         )
-        .remote(spec)
+        .remote(configuration)
     )
 
 
@@ -65,9 +67,34 @@ def find_ledger() -> Any:
     return ray.get_actor(LEDGER_NAME, namespace=NAMESPACE)
 
 
+def answer_of(called: Any) -> asyncio.Future[Any]:
+    """The answer of a remote call, as a future of this event loop."""
+    return asyncio.wrap_future(called.future())
+
+
 def was_restarted() -> bool:
     """Whether this actor is a later life of one that died."""
     return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def end_process() -> None:
+    """End this process at once, without a word to anybody; Ray starts the ledger's actor anew."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(1)
+
+
+async def kill_replica(replica: str) -> None:
+    """End the process of a Serve replica that does not obey, as by kill -9. Of one that is gone: nothing."""
+    await asyncio.to_thread(_kill_replica, replica)
+
+
+def _kill_replica(replica: str) -> None:
+    for each in ray.util.list_named_actors(all_namespaces=True):
+        if each["name"].endswith(f"#{replica}"):
+            with contextlib.suppress(ValueError):
+                ray.kill(ray.get_actor(each["name"], namespace=each["namespace"]), no_restart=True)
 
 
 def this_actor() -> tuple[str, str]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from cluster.ledger.events import LoadRefused
 from cluster.ledger.ledger import Ledger
 from cluster.ledger.snapshot import ModelView
+from cluster.ledger.specs import ModelSpec
 
 
 class Done(NamedTuple):
@@ -95,4 +96,24 @@ def refuse_unload(model: str, view: ModelView | None) -> LoadRefused | None:
     if view.ordered or view.state == "loading":
         extras = {"code": "model_loading", "status": 409}
         return LoadRefused(model, "ModelUnavailable", f"the model {model!r} is being loaded", extras)
+    return None
+
+
+def refuse_overrides(model: str, view: ModelView | None, replicas: int, spec: ModelSpec | None) -> LoadRefused | None:
+    """Why a model cannot be loaded with overrides now; None if it can. What is loaded or loads keeps what it has.
+
+    What the ledger itself would refuse is refused by it, except where the overrides would have changed the model.
+    """
+    invalid = {"code": "invalid_load_request"}
+    if view is None or spec is None:
+        return LoadRefused(model, "ModelNotFound", f"the model {model!r} does not exist", {})
+    if not 1 <= replicas <= spec.max_replicas:
+        message = f"replicas must be between 1 and {spec.max_replicas}"
+        return LoadRefused(model, "InvalidRequest", message, invalid)
+    if view.unloading:
+        extras = {"code": "model_unloading", "status": 409}
+        return LoadRefused(model, "ModelUnavailable", f"the model {model!r} is being unloaded", extras)
+    if view.replicas or view.ordered:
+        message = f"the model {model!r} is loaded or being loaded: overrides hold for a load of their own"
+        return LoadRefused(model, "InvalidRequest", message, invalid)
     return None

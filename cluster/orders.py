@@ -1,12 +1,15 @@
 """What the ledger orders a replica to do, and how a replica describes the engine it has loaded.
 
-Plain tuples: they cross process borders. A replica is bound to its model's id only and learns everything else, the
-configuration and the devices, from the order to load.
+The records are plain tuples, since they cross process borders. A replica is bound to its model's id only and learns
+everything else, the configuration and the devices, from the order to load.
 """
 
 from __future__ import annotations
 
+import time
 from typing import Any, NamedTuple
+
+from cluster.waiting import Signal
 
 
 class Address(NamedTuple):
@@ -58,3 +61,37 @@ class Restart(NamedTuple):
 
 
 Order = Load | Restart
+
+
+class OrderBoard:
+    """The last order to each replica, with a version, for the replica to ask for.
+
+    An order stays until the next one replaces it, so that an answer that was lost is given again. Versions are
+    unique across the lives of the ledger: a replica that has carried out an order of a former life is never told that
+    it has seen one that it has not.
+    """
+
+    def __init__(self) -> None:
+        self._version = time.time_ns()
+        self._orders: dict[str, tuple[int, Order]] = {}
+        self._given = Signal()
+
+    def give(self, replica: str, order: Order) -> None:
+        """Order a replica something; it takes the place of what was ordered before. Never blocks."""
+        self._version += 1
+        self._orders[replica] = (self._version, order)
+        self._given.fire()
+
+    def forget(self, replica: str) -> None:
+        """A replica is gone."""
+        self._orders.pop(replica, None)
+
+    async def after(self, replica: str, seen: int, timeout_s: float) -> tuple[int, Order | None]:
+        """The replica's order with its version once it is another than the one seen; (seen, None) if none comes."""
+
+        def is_new() -> bool:
+            return replica in self._orders and self._orders[replica][0] != seen
+
+        if await self._given.until(is_new, timeout_s):
+            return self._orders[replica]
+        return seen, None

@@ -20,7 +20,6 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import RayServeException
 
 from cluster import effects, errors
-from cluster.announcements import HolderState
 from cluster.client import LedgerClient
 from cluster.config import PoolConfig, ServerEntry
 from cluster.config.version import Configuration
@@ -44,20 +43,21 @@ RETRIES = 1
 class Gateway:
     """The requests of one ingress process. `handles` maps every model id to its deployment's handle."""
 
-    def __init__(self, config: PoolConfig, handles: Mapping[str, Any]) -> None:
-        self.config = config
+    def __init__(self, configuration: Configuration, handles: Mapping[str, Any]) -> None:
+        self.config: PoolConfig = configuration.pool
         self._holder = uuid.uuid4().hex
-        self.ledger = LedgerClient(config.spec(), self._holder)
+        self.ledger = LedgerClient(configuration, self._holder)
         self._handles = handles
         self._pinned: dict[str, Any] = {}
         self._upstreams: Upstreams | None = None
-        self._leases: dict[str, Grant] = {}
         self._actor_id, _ = effects.this_actor()
-        self._attached = asyncio.create_task(self.ledger.stay_attached("attach_holder", self._state))
+        self._life = [
+            asyncio.create_task(self.ledger.attach_holder(self._actor_id)),
+            asyncio.create_task(self.ledger.follow_configuration(self._configured)),
+        ]
 
-    def _state(self) -> HolderState:
-        configuration = Configuration((0.0, 0), self.config)
-        return HolderState(self._holder, self._actor_id, configuration, tuple(self._leases.values()))
+    def _configured(self, configuration: Configuration) -> None:
+        self.config = configuration.pool
 
     async def stream(self, request: Request, body: dict[str, Any]) -> AsyncGenerator[bytes, None]:
         """The answer of the engine to a request and its body: SSE events for a streaming body, one JSON body otherwise.
@@ -108,7 +108,6 @@ class Gateway:
                     break
                 yield await self._where(attempt.id)
             lease = waiting.result()
-            self._leases[attempt.id] = lease
             async with contextlib.aclosing(self._run(request, body, lease, arrived)) as chunks:
                 async for chunk in chunks:
                     yield chunk
@@ -118,7 +117,6 @@ class Gateway:
                 with contextlib.suppress(errors.PoolError, RayError, asyncio.CancelledError):
                     lease = waiting.result()
             if lease is not None:
-                self._leases.pop(attempt.id, None)
                 self.ledger.release(lease)
 
     async def _run(

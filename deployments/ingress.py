@@ -12,6 +12,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster import errors
 from cluster.config import PoolConfig
+from cluster.config.version import Configuration
 from cluster.request import Request
 from deployments.gateway import Gateway
 from deployments.public_port import reuse_public_port
@@ -26,11 +27,13 @@ class Ingress:
     """
 
     async def __init__(  # type: ignore[misc]
-        self, config: PoolConfig, build_http: Callable[[Gateway], Any], **handles: DeploymentHandle
+        self, configuration: Configuration, build_http: Callable[[Gateway], Any], **handles: DeploymentHandle
     ) -> None:
         reuse_public_port()
         self._build_http = build_http
-        self._gateway = Gateway(config, {model: handles[key] for model, key in handle_keys(config).items()})
+        self._gateway = Gateway(
+            configuration, {model: handles[key] for model, key in handle_keys(configuration.pool).items()}
+        )
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._build_http(self._gateway)

@@ -71,7 +71,7 @@ class Replica:
         loading = asyncio.create_task(self._load())
         # It begins in its thread beside what follows, which takes a fifth of a second.
         await asyncio.sleep(0)
-        self._ledger = LedgerClient(config.spec())
+        self._ledger = LedgerClient()
         self._actor_id, self._node = effects.this_actor()
         self._direct = DirectServer(effects.socket_path(self._uid), self.generate)
         with contextlib.suppress(OSError):
@@ -84,14 +84,14 @@ class Replica:
         ]
 
     def _state(self) -> ReplicaState:
-        engine = None
-        if self._engine is not None:
-            address = Address(self._node, str(effects.socket_path(self._uid)))
-            revision = self._model_config.revision
-            engine = EngineState(address, os.getpid(), self._engine.info().memory_mib, None, revision)
+        engine = None if self._engine is None else self._engine_state(self._engine)
         return ReplicaState(
             self._model, self._uid, self._actor_id, self._node, self._started_at, engine, self._failed, engine is None
         )
+
+    def _engine_state(self, engine: Engine) -> EngineState:
+        address = Address(self._node, str(effects.socket_path(self._uid)))
+        return EngineState(address, os.getpid(), engine.info().memory_mib, None, self._model_config.revision)
 
     async def _load(self) -> Engine:
         """The engine, once it serves. Its progress is told through the event loop, so not before there is a ledger."""
@@ -117,7 +117,7 @@ class Replica:
             self._ledger.tell("replica_failed", self._uid, self._failed)
             return
         self._engine = engine
-        self._ledger.tell("replica_ready", self._uid, engine.info().memory_mib)
+        self._ledger.tell("replica_ready", self._uid, self._engine_state(engine))
         await self._keep_spares()
 
     async def _keep_spares(self) -> None:

@@ -212,6 +212,13 @@ class Ledger:
             times.append(timer)
         return min(times, default=None)
 
+    def recover_until(self, until: float) -> None:
+        """Move the end of the recovery window; what it decides then comes with the next event. Later: nothing."""
+        pool = self._pool
+        if pool.recovering_until is not None:
+            pool.recovering_until = until
+            pool.wake = min(pool.wake, until)
+
     def queue_position(self, request: str) -> tuple[str, int | str] | None:
         """("queued", 1-based position), ("loading", model), or None if the request does not wait."""
         return snapshot.queue_position(self._pool, request)

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from cluster import effects
 from cluster.client import LedgerClient
 from cluster.config import load_config
+from cluster.config.version import Configuration
 from cluster.request import Request
 from tests.pool import fake, local_serve, running_pool
 
@@ -61,7 +62,7 @@ async def rate(cycle: Cycle, name: str, clients: int, leases: int) -> float:
 
 
 async def compare(leases: int) -> dict[str, dict[int, float]]:
-    client = LedgerClient(load_config({"models": MODELS}, environ={}).spec(), "bench")
+    client = LedgerClient(Configuration((0.0, 0), load_config({"models": MODELS}, environ={})), "bench")
     cycles = {"one by one": one_by_one(effects.find_ledger()), "batched": batched(client)}
     rates: dict[str, dict[int, float]] = {name: {} for name in cycles}
     print(f"{'clients':<10}" + "".join(f"{name + ' /s':>16}" for name in cycles))
