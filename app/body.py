@@ -1,8 +1,9 @@
 """Reads the JSON body of a request: bounded while it comes in, and parsed without stopping the streams of others.
 
-The C parser of the standard library never lets go of the interpreter: 16 MiB of token ids stop every stream of the
-process for 0.4 s, in whichever thread they are parsed. So a large body is parsed in a thread, and one of many values
-there by the library's parser in Python, which takes ten times as long and lets the event loop have its turns.
+The C parser of the standard library never lets go of the interpreter, so megabytes of token ids stop every stream of
+the process, in whichever thread they are parsed. So a large body is parsed in a thread, and one of many values there by
+the library's parser in Python, which takes many times as long and lets the event loop have its turns
+(`docs/measurements.md`).
 """
 
 from __future__ import annotations
