@@ -14,11 +14,13 @@ import logging
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from cluster import effects, watchdog, watches
+from cluster import effects, prometheus, ray_metrics, watchdog, watches
 from cluster.announcements import HolderState, ReplicaState
 from cluster.attached import Attached
+from cluster.changes import BATCH, Changes, Watch
 from cluster.config import ConfigError
 from cluster.config.version import Configuration
 from cluster.ledger.events import (
@@ -51,7 +53,7 @@ from cluster.ledger.events import (
 from cluster.ledger.ledger import Ledger
 from cluster.ledger.snapshot import Snapshot
 from cluster.ledger.specs import NodeSpec
-from cluster.metrics import Outcome
+from cluster.metrics import Counts, Outcome, refused
 from cluster.operator_calls import Ended, OperatorCalls, refuse_overrides, refuse_unload
 from cluster.orders import EngineState, Order
 from cluster.owned_config import OwnedConfiguration
@@ -85,6 +87,8 @@ class LedgerActor:
         self._parked = ParkedCalls()
         self._attached = Attached()
         self._operators = OperatorCalls(self._ledger)
+        self._counts = Counts(self._ledger.knows)
+        self._watch = Watch(self._ledger, self._counts)
         self._moved_at = now
         self._desired: dict[str, int] = {}
         self._desired_version = 0
@@ -98,6 +102,7 @@ class LedgerActor:
         loop = asyncio.get_event_loop()
         self._tasks = {
             loop.create_task(watches.watch_deaths(self._attached.actors, self._on_actor_dead)),
+            loop.create_task(ray_metrics.keep_telling(lambda: prometheus.families(self._counts, self._snapshot()))),
             loop.create_task(watches.watch_nodes(lambda: self._config.spec.node_memory_mib, self._nodes_changed)),
         }
 
@@ -126,7 +131,9 @@ class LedgerActor:
 
     async def settle(self, settled: list[tuple[str, int | None, Outcome | None]]) -> None:
         """Give leases back, each by its request and generation; with None the client has left, wherever it stood."""
-        for request, generation, _ in settled:
+        for request, generation, outcome in settled:
+            if outcome is not None:
+                self._counts.ended(outcome)
             if generation is not None:
                 self._post(LeaseReleased(request, generation))
                 continue
@@ -165,6 +172,7 @@ class LedgerActor:
     async def replica_progress(self, replica: str, fraction: float) -> None:
         """How much of a replica's load is done, 0.0 to 1.0; for people to see, nothing is decided by it."""
         self._attached.progress[replica] = fraction
+        self._watch.progress(replica, fraction)
 
     async def replica_ready(self, replica: str, engine: EngineState) -> None:
         """The engine of a replica serves now."""
@@ -277,6 +285,9 @@ class LedgerActor:
 
     async def status(self) -> Snapshot:
         """The ledger's life, with what only its actor knows of replicas and time."""
+        return self._snapshot()
+
+    def _snapshot(self) -> Snapshot:
         now = time.monotonic()
         snapshot = self._ledger.snapshot()
         return dataclasses.replace(
@@ -286,6 +297,14 @@ class LedgerActor:
             time=time.time(),
             stalled=watchdog.stalled(snapshot, self._moved_at, now, watchdog.limit_s(self._config.spec)),
         )
+
+    async def changes(self, epoch: str, version: int, timeout_s: float = 30.0, limit: int = BATCH) -> Changes:
+        """What happened behind the entry that the caller has seen; parks until something does, or `timeout_s`."""
+        return await self._watch.follow(epoch, version, timeout_s, limit, self._snapshot)
+
+    async def metrics(self) -> bytes:
+        """All figures as Prometheus text."""
+        return prometheus.render(self._counts, self._snapshot())
 
     async def check(self) -> str | None:
         """The first broken invariant in words, or None."""
@@ -307,6 +326,7 @@ class LedgerActor:
             logger.critical("the ledger failed on %r; this life of it ends", event, exc_info=True)
             effects.end_process()
             raise
+        self._watch.decided(event)
         if isinstance(event, _PROGRESS) or any(type(command) is not Reject for command in commands):
             self._moved_at = now
         if due != self._due or self._timer is None:
@@ -357,7 +377,17 @@ class LedgerActor:
                     request.principal,
                 )
             )
+            if not answer.done():
+                answer.add_done_callback(partial(self._count_refusal, request))
+            elif isinstance(answer.result(), Reject):
+                self._count_refusal(request, answer)
         return answer
+
+    def _count_refusal(self, request: Request, answer: Answer) -> None:
+        """A request ends here if it is refused, or its client has left; a granted one ends with its lease."""
+        decided = None if answer.cancelled() else answer.result()
+        if not isinstance(decided, Grant):
+            self._counts.ended(refused(request, decided))
 
     def _answer(self, answer: Grant | Reject) -> None:
         if not self._parked.decide(answer) and isinstance(answer, Grant):

@@ -17,6 +17,7 @@ from ray.exceptions import RayActorError
 
 from cluster import effects, errors
 from cluster.announcements import HolderState
+from cluster.changes import Changes
 from cluster.config.version import Configuration
 from cluster.ledger.events import Grant, LoadRefused, Reject
 from cluster.ledger.snapshot import Snapshot
@@ -293,6 +294,21 @@ class LedgerClient:
         """The ledger's snapshot. Raises `BackendUnavailable` while there is no ledger."""
         try:
             return await _within(ANSWER_S, self._actor.status.remote())  # type: ignore[no-any-return]
+        except (RayActorError, TimeoutError):
+            raise errors.BackendUnavailable("the scheduler is being restarted", retry_after=1) from None
+
+    async def changes(self, epoch: str, version: int, timeout_s: float) -> Changes:
+        """What happened behind the entry that was seen; parks for a while. Raises `BackendUnavailable` at once."""
+        try:
+            called = self._actor.changes.remote(epoch, version, timeout_s)
+            return await _within(timeout_s + ANSWER_S, called)  # type: ignore[no-any-return]
+        except (RayActorError, TimeoutError):
+            raise errors.BackendUnavailable("the scheduler is being restarted", retry_after=1) from None
+
+    async def metrics(self) -> bytes:
+        """All figures as Prometheus text. Raises `BackendUnavailable` while there is no ledger."""
+        try:
+            return await _within(ANSWER_S, self._actor.metrics.remote())  # type: ignore[no-any-return]
         except (RayActorError, TimeoutError):
             raise errors.BackendUnavailable("the scheduler is being restarted", retry_after=1) from None
 

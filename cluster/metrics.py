@@ -10,11 +10,16 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
+from cluster import errors
+from cluster.ledger.events import Reject
 from cluster.ledger.states import ReplicaState
 from cluster.ledger.transitions import SwapBegun, Transition
+from cluster.request import Request
 
 #: The classes of requests, by their priority.
 CLASSES = {1: "high", 2: "medium", 3: "low"}
+#: What nginx made the custom: the client has left before there was an answer.
+CLIENT_LEFT = 499
 #: Names of keys beyond so many are counted together, as "other".
 MAX_PRINCIPALS = 1000
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -70,6 +75,15 @@ def family(path: str) -> str:
     """The family of a route: `chat` for `/v1/chat/completions`; `other` for what has no name of its own."""
     route = path.strip("/").removeprefix("llm-pool/").removeprefix("v1/")
     return _FAMILIES.get(route, "other")
+
+
+def refused(request: Request, reject: Reject | None) -> Outcome:
+    """The outcome of a request that was never granted; None stands for a client that left."""
+    status = CLIENT_LEFT
+    if reject is not None:
+        kind: type[errors.PoolError] = getattr(errors, reject.error, errors.PoolError)
+        status = int(reject.extras.get("status", kind.status))
+    return Outcome(request.model, family(request.path), request.principal, request.priority, status)
 
 
 class Histogram:

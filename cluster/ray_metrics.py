@@ -6,12 +6,19 @@ An adapter and nothing more: it copies samples, as gauges, into `ray.util.metric
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import ray
 from prometheus_client.core import Metric
 from ray.util.metrics import Gauge
+
+logger = logging.getLogger("slotpool.ledger")
+
+#: How often, in seconds. A copy of a thousand changed samples takes some milliseconds.
+PERIOD_S = 10.0
 
 
 class RayMetrics:
@@ -41,3 +48,14 @@ class RayMetrics:
             gauge.set(value, tags)
         self._told |= changed
         return len(changed)
+
+
+async def keep_telling(families: Callable[[], Iterable[Metric]]) -> None:
+    """Copy the figures into Ray's own now and then. Runs until cancelled."""
+    metrics = RayMetrics()
+    while True:
+        await asyncio.sleep(PERIOD_S)
+        try:
+            metrics.tell(families())
+        except Exception:
+            logger.exception("could not tell Ray the metrics")

@@ -13,6 +13,9 @@ from deployments.gateway import Gateway
 
 router = APIRouter(tags=["service"])
 
+#: What Prometheus calls its text format.
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
 
 @router.get("/health")
 async def health(request: Request) -> dict[str, str]:
@@ -57,6 +60,13 @@ async def status(request: Request) -> dict[str, Any]:
     backends = {name: _model(name, ledger) for name in gateway.config.models if name in ledger.models}
     backends |= {server.url: _server(server) for server in ledger.servers}
     return {"execution_mode": gateway.config.mode, "backends": backends, "ledger": as_dict(ledger)}
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """The pool's figures as Prometheus text (`docs/metrics.md`)."""
+    gateway: Gateway = request.app.state.gateway
+    return Response(await gateway.ledger.metrics(), media_type=CONTENT_TYPE)
 
 
 def _model(name: str, ledger: Snapshot) -> dict[str, Any]:

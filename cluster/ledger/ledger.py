@@ -228,8 +228,8 @@ class Ledger:
         return snapshot.view(self._pool, name)
 
     def knows(self, model: str) -> bool:
-        """Whether there is a model of that name."""
-        return model in self._pool.models
+        """Whether there is a model, or a public name of several, called so."""
+        return model in self._pool.models or model in self._pool.spec.variants
 
     def briefs(self) -> dict[str, snapshot.Brief]:
         """What changes from request to request, of every model. A pass over all models, cheaper than a snapshot."""

@@ -1,0 +1,105 @@
+"""The change log as server-sent events, for operators and the status page.
+
+A client that names the last event it has seen (`Last-Event-ID`, or `?last_event_id=` where it cannot set a header)
+goes on exactly behind it, at any ingress: the log is the ledger's. Any other begins with a snapshot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import StreamingResponse
+
+from cluster import errors
+from cluster.changes import Change, Changes
+from cluster.client import LedgerClient
+from cluster.ledger.snapshot import as_dict
+from deployments.gateway import Gateway
+from deployments.sse import comment
+
+router = APIRouter(tags=["admin"])
+
+#: A comment goes out when nothing has happened for so long, in seconds: proxies, and we, notice who has left.
+QUIET_S = 15.0
+#: Pause between two looks for a ledger that is being restarted, in seconds.
+RETRY_S = 0.5
+#: So many may follow at one ingress: each parks a call in the ledger.
+MAX_FOLLOWERS = 200
+
+
+@dataclass
+class _Followers:
+    """How many follow at this ingress."""
+
+    count: int = 0
+
+
+_followers = _Followers()
+
+
+@router.get("/events")
+async def events(request: Request, last_event_id: str | None = None) -> Response:
+    """Every change of the pool's state from now on, or from the last event that was seen."""
+    gateway: Gateway = request.app.state.gateway
+    if _followers.count >= MAX_FOLLOWERS:
+        raise errors.RateLimited(f"{MAX_FOLLOWERS} clients follow already", retry_after=10)
+    seen = request.headers.get("last-event-id") or last_event_id or ""
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(stream(gateway.ledger, seen), media_type="text/event-stream", headers=headers)
+
+
+async def stream(ledger: LedgerClient, last_event_id: str) -> AsyncGenerator[bytes, None]:
+    """The events behind `last_event_id`. Waits for the ledger, also for one that is being restarted. Endless.
+
+    Nothing is kept for a client that reads slowly: it asks the log for more when it has read what it got.
+    """
+    _followers.count += 1
+    try:
+        epoch, version = seen_by(last_event_id)
+        begins = not last_event_id
+        while True:
+            try:
+                found = await ledger.changes(epoch, version, QUIET_S)
+            except errors.BackendUnavailable:
+                yield comment("the scheduler is being restarted")
+                await asyncio.sleep(RETRY_S)
+                continue
+            if found.snapshot is not None:
+                if not begins:
+                    reason = "epoch" if epoch != found.epoch else "too_old"
+                    # Without an id: who is cut off behind it asks again with the old one, and gets it again.
+                    yield _event("reset", {"reason": reason})
+                yield _snapshot(found)
+            elif found.changes:
+                yield b"".join(_change(found.epoch, change) for change in found.changes)
+            else:
+                yield comment("nothing happened")
+            epoch, version, begins = found.epoch, found.version, False
+    finally:
+        _followers.count -= 1
+
+
+def seen_by(last_event_id: str) -> tuple[str, int]:
+    """The life of the ledger and the entry that an event's id names; what is none names nothing."""
+    epoch, _, version = last_event_id.rpartition("-")
+    # No id of ours is longer, and Python refuses to read numbers of thousands of digits.
+    return (epoch, int(version)) if epoch and version.isascii() and version.isdigit() and len(version) < 20 else ("", 0)
+
+
+def _snapshot(found: Changes) -> bytes:
+    assert found.snapshot is not None, "a new beginning has a snapshot"
+    return _event("snapshot", as_dict(found.snapshot), f"{found.epoch}-{found.version}")
+
+
+def _change(epoch: str, change: Change) -> bytes:
+    return _event(change.kind, change._asdict(), f"{epoch}-{change.version}")
+
+
+def _event(kind: str, data: dict[str, Any], event_id: str | None = None) -> bytes:
+    head = f"id: {event_id}\n" if event_id is not None else ""
+    return f"{head}event: {kind}\ndata: {json.dumps(data)}\n\n".encode()
