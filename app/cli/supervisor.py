@@ -31,7 +31,7 @@ PR_SET_CHILD_SUBREAPER = 36
 
 def continue_in_own_session() -> None:
     """Go on in a child that leads a session of its own. Returns in that child only; the parent waits and exits."""
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    adopt_orphans()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*STOPS, signal.SIGCHLD})
     parent = os.getpid()
     child = os.fork()
@@ -48,6 +48,11 @@ def continue_in_own_session() -> None:
     _end_what_is_left()
     sys.stdout.flush()
     os._exit(code)
+
+
+def adopt_orphans() -> None:
+    """Whatever descends from this process stays below it, also when the processes between have ended."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def _wait_for(child: int) -> int:

@@ -3,10 +3,11 @@
     python tests/bench/bench_llama_cpp.py [--concurrency 1,4,8,16] [--rounds 3] [--llama-server PATH] [--json FILE]
 
 In one run and in turn, so that whatever else the machine does hits all of them alike: `engine` is ours in this
-process, `http` the pool over Ray Serve on loopback, `Llama` the high-level object of llama-cpp-python, one request
-after another, and `llama-server` llama.cpp's own server where a binary is given. Same file, threads, slots and
-context. Every request is a chat of about 45 prompt tokens whose words are drawn at random, so that no cache helps
-beyond the template's own beginning, and makes 64 new tokens, greedy, past any end-of-sequence token.
+process, `process` the same in one of its own, over the link, `http` the pool over Ray Serve on loopback, `Llama` the
+high-level object of llama-cpp-python, one request after another, and `llama-server` llama.cpp's own server where a
+binary is given. Same file, threads, slots and context. Every request is a chat of about 45 prompt tokens whose words
+are drawn at random, so that no cache helps beyond the template's own beginning, and makes 64 new tokens, greedy, past
+any end-of-sequence token.
 
 What an idle pool adds to the time to first token is some milliseconds beside a prefill ten times as long, so it is
 measured apart: short answers of the engine and of the pool in turn, one at a time, over a connection that is kept as
@@ -40,8 +41,12 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from cluster.config import ModelConfig
+from cluster.orders import Address
+from deployments.engine_child import EngineChild, home_of
 from deployments.engines.llama_cpp.engine import LlamaCppEngine
 from deployments.engines.protocol import Call
+from deployments.link import Answer, Leased, Links
 from deployments.weights import resolve_weights
 from tests.pool import SMOLLM2, free_port, local_serve, running_pool, smollm2
 
@@ -149,6 +154,43 @@ def in_process(engine: LlamaCppEngine) -> Target:
     return stream
 
 
+@contextlib.asynccontextmanager
+async def in_own_process(threads: int) -> AsyncIterator[Target]:
+    """The same engine as replicas run it: a child of the machine's nursery, reached over its socket."""
+    home = await asyncio.to_thread(home_of, os.getpid())
+    settings = smollm2(engine_kwargs={"n_threads": threads}, target_inflight=SLOTS, gguf_n_ctx=CONTEXT)
+    order = {
+        "model": "smollm2",
+        "replica": "bench",
+        "config": ModelConfig.model_validate(settings).model_dump(mode="json", by_alias=False),
+        "overrides": {},
+        "unix": str(home.folder / "bench"),
+        "host": "",
+        "token": "",
+    }
+    child = await EngineChild.fork(home, dict(os.environ), home.folder / "bench.log")
+    links = Links("here")
+    try:
+        await child.load(order, lambda fraction: None)
+
+        async def stream(body: dict[str, Any]) -> AsyncIterator[bytes]:
+            call = Call("/v1/chat/completions", {"model": "smollm2", **body}, "bench")
+            way = await links.call(Address("here", order["unix"]), Leased("bench", "bench", 1, 600.0, call))
+            try:
+                answer = Answer(way)
+                await answer.begin()
+                async for chunk in answer.chunks():
+                    yield chunk
+            finally:
+                way.close()
+
+        yield stream
+    finally:
+        links.close()
+        child.kill()
+        await child.ended
+
+
 def over_http(session: aiohttp.ClientSession, url: str) -> Target:
     async def stream(body: dict[str, Any]) -> AsyncIterator[bytes]:
         async with session.post(f"{url}/v1/chat/completions", json={"model": "smollm2", **body}) as answer:
@@ -233,8 +275,12 @@ async def compare(
     # llama-server closes idle connections under the feet of a client that would use them again.
     other = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     loop = asyncio.get_running_loop()
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session:
-        targets = {"engine": in_process(engine), **{name: over_http(session, url) for name, url in urls.items()}}
+    async with (
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as session,
+        in_own_process(threads) as process,
+    ):
+        served = {name: over_http(session, url) for name, url in urls.items()}
+        targets = {"engine": in_process(engine), "process": process, **served}
         for target in targets.values():
             await measure("warm-up", target, 2, 2, "warm-up")
         for number in range(arguments.rounds):
@@ -292,6 +338,8 @@ def summarize(rows: list[Row], idle: dict[str, float]) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     if ("engine", 8) in speed:
         figures["engine_8_over_llama"] = speed["engine", 8] / speed["Llama", 1]
+        figures["engine_8"], figures["engine_process_8"] = speed["engine", 8], speed["process", 8]
+        figures["engine_process_over_engine"] = speed["process", 8] / speed["engine", 8]
         figures["http_8_over_engine_8"] = speed["http", 8] / speed["engine", 8]
     figures["http_ttft_minus_engine_ttft_ms"] = idle["http"] - idle["engine"]
     print("idle TTFT: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in idle.items()))
