@@ -28,7 +28,7 @@ from deployments.engines.llama_cpp.loop import DecodeLoop
 from deployments.engines.llama_cpp.memory import DEFAULT_BATCH
 from deployments.engines.llama_cpp.prepare import PATHS, Prepared, Preparer
 from deployments.engines.llama_cpp.runtime import FLASH_ATTENTION, KV_TYPES, Runtime, RuntimeOptions, load_library
-from deployments.engines.llama_cpp.sampling import check_grammar
+from deployments.engines.llama_cpp.sampling import Grammar
 from deployments.engines.protocol import EVENT_STREAM, JSON, Call, EngineInfo, Progress, Reply
 
 #: Prompt tokens that one step may evaluate beside the running streams: bounded, so that a long prompt does not stall
@@ -154,8 +154,6 @@ class LlamaCppEngine:
 
         def prepare() -> Prepared:
             prepared = preparer.prepare(call)
-            if prepared.grammar is not None:
-                check_grammar(runtime, prepared.grammar)
             job.pending.extend(_generations(prepared, runtime, job))
             return prepared
 
@@ -212,6 +210,7 @@ def _close_loaded(loading: asyncio.Future[tuple[Runtime, int]]) -> None:
 def _generations(prepared: Prepared, runtime: Runtime, job: Job) -> list[Generation]:
     """One generation for each choice of each prompt, in the order of their indexes."""
     options = prepared.options
+    grammar = None if prepared.grammar is None else Grammar(runtime, prepared.grammar)
     generations: list[Generation] = []
     for prompt, limit in zip(prepared.prompts, prepared.limits, strict=True):
         for copy in range(options.n):
@@ -222,7 +221,7 @@ def _generations(prepared: Prepared, runtime: Runtime, job: Job) -> list[Generat
                     prompt=prompt,
                     limit=limit,
                     sampling=options.sampling.for_copy(copy),
-                    grammar=prepared.grammar,
+                    grammar=grammar,
                     assembler=TextAssembler(options.stops),
                     top_logprobs=options.top_logprobs,
                     prompt_logprobs=prepared.echo and options.top_logprobs is not None,

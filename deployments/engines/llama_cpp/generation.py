@@ -11,7 +11,7 @@ from cluster.errors import PoolError
 from deployments.engines.chat.logprobs import TokenLogprob
 from deployments.engines.chat.request import Sampling
 from deployments.engines.chat.utf8 import TextAssembler
-from deployments.engines.llama_cpp.sampling import Sampler
+from deployments.engines.llama_cpp.sampling import Grammar, Sampler
 
 #: A sequence with more deltas than this unread pauses until its reader has caught up.
 MAX_UNREAD = 256
@@ -94,7 +94,7 @@ class Generation:
     limit: int
     sampling: Sampling
     assembler: TextAssembler
-    grammar: str | None = None
+    grammar: Grammar | None = None
     top_logprobs: int | None = None
     #: Report the log-probabilities of the prompt's own tokens too (`echo` with `logprobs`).
     prompt_logprobs: bool = False

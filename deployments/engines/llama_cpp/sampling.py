@@ -28,29 +28,38 @@ REPEAT_WINDOW = 64
 NO_TOKEN = -1
 
 
-def check_grammar(runtime: Runtime, grammar: str) -> None:
-    """Raise `InvalidRequest` for a grammar that does not compile, before anything runs."""
-    runtime.native[0].llama_sampler_free(_compiled(runtime, grammar))
+class Grammar:
+    """A compiled grammar, from which each sequence gets a copy of its own.
 
+    Compiling a large one takes as long as many decode steps, copying it a small part of that (docs/measurements.md):
+    so it is compiled where the request is prepared, and copied when a sequence starts. Raises `InvalidRequest`.
+    """
 
-def _compiled(runtime: Runtime, grammar: str) -> Any:
-    lib, vocab = runtime.native
-    compiled = lib.llama_sampler_init_grammar(vocab, grammar.encode(), b"root")
-    if not compiled:
-        raise InvalidRequest("the grammar of the requested format could not be compiled")
-    return compiled
+    def __init__(self, runtime: Runtime, text: str) -> None:
+        self._lib, vocab = runtime.native
+        self._compiled = self._lib.llama_sampler_init_grammar(vocab, text.encode(), b"root")
+        if not self._compiled:
+            raise InvalidRequest("the grammar of the requested format could not be compiled")
+
+    def copy(self) -> Any:
+        """A native sampler, which the caller must free."""
+        return self._lib.llama_sampler_clone(self._compiled)
+
+    def __del__(self) -> None:
+        if self._compiled:
+            self._lib.llama_sampler_free(self._compiled)
 
 
 class Sampler:
     """The choice of tokens for one sequence. Used by the decode thread only; `close` frees the native parts."""
 
-    def __init__(self, runtime: Runtime, sampling: Sampling, grammar: str | None, prompt: Sequence[int]) -> None:
+    def __init__(self, runtime: Runtime, sampling: Sampling, grammar: Grammar | None, prompt: Sequence[int]) -> None:
         self._chain: Any = None
         self._grammar: Any = None
         self._lib, self._vocab = runtime.native
         self._plain_greedy = sampling.greedy and not sampling.reshapes
         if grammar is not None:
-            self._grammar = _compiled(runtime, grammar)
+            self._grammar = grammar.copy()
         if not self._plain_greedy:
             self._chain = self._build_chain(sampling, runtime.vocab_size, runtime.n_ctx, prompt)
         if not self._plain_greedy or self._grammar:
