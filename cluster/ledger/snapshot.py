@@ -42,7 +42,8 @@ class ModelView(NamedTuple):
 class ReplicaRow:
     """One replica. `replica` is None as long as no process has announced itself; `since` is when its state began.
 
-    `record` numbers the records of one life of the ledger, as in `transitions.Moved`.
+    `devices` are those that it was assigned, `visible_devices` those that its engine's process says it has, None if it
+    has not said so. `record` numbers the records of one life of the ledger, as in `transitions.Moved`.
 
     What only the actor knows, it fills in: `pid` of the process that holds the engine, `started_at` of the replica
     (seconds since 1970), and `progress` of the load, 0.0 to 1.0, while it loads.
@@ -57,6 +58,7 @@ class ReplicaRow:
     since: float
     record: int = 0
     devices: tuple[int, ...] = ()
+    visible_devices: tuple[str, ...] | None = None
     pid: int | None = None
     started_at: float | None = None
     progress: float | None = None
@@ -201,6 +203,7 @@ def _replica(replica: Replica) -> ReplicaRow:
         since=replica.since,
         record=replica.serial,
         devices=replica.place.devices,
+        visible_devices=replica.devices,
     )
 
 

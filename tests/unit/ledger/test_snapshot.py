@@ -25,7 +25,7 @@ def ledger() -> Ledger:
     ledger = Ledger(SPEC, epoch="e", now=0.0)
     ledger.decide(RequestArrived("r", "h", "a", 2, 9e9), 1.0)
     ledger.decide(ReplicaStarted("a", "u", "n"), 1.0)
-    ledger.decide(ReplicaReady("u", 100), 2.0)
+    ledger.decide(ReplicaReady("u", 100, None, ("0",)), 2.0)
     ledger.decide(RequestArrived("s", "h", "b", 1, 9e9), 3.0)
     ledger.decide(RequestArrived("t", "h", "b", 3, 9e9), 4.0)
     return ledger
@@ -35,7 +35,8 @@ def test_the_rows_of_a_snapshot(ledger: Ledger) -> None:
     snapshot = ledger.snapshot()
     (replica,) = snapshot.replicas
     assert (replica.model, replica.replica, replica.state, replica.leases) == ("a", "u", "DRAINING", 1)
-    assert (replica.devices, replica.pid, replica.progress) == ((0,), None, None)
+    assert (replica.devices, replica.visible_devices) == ((0,), ("0",))
+    assert (replica.pid, replica.progress) == (None, None)
     assert (snapshot.models["a"].memory_mib, snapshot.models["a"].memory_estimated_mib) == (100, 64)
     assert snapshot.models["b"].queued_by_class == (1, 0, 1)
     assert [server.url for server in snapshot.servers] == ["http://one"]
