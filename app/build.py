@@ -81,4 +81,4 @@ def _replicas(config: PoolConfig, model: str) -> serve.Application:
         request_router_config=RequestRouterConfig(request_router_class="deployments.routing:PinRouter"),
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
     )(Replica)
-    return deployment.bind(config, model)
+    return deployment.bind(model)

@@ -103,9 +103,20 @@ def this_actor() -> tuple[str, str]:
     return str(context.get_actor_id()), str(context.get_node_id())
 
 
-def socket_path(replica: str) -> Path:
-    """Where a replica of this machine listens, in the folder of Ray's own sockets, which goes when Ray goes."""
-    return Path(ray._private.worker._global_node.get_sockets_dir_path()) / f"slotpool-{replica}.sock"
+def raylet_pid() -> int:
+    """The process of Ray's own on this machine: the parent of all its workers, such as this one."""
+    return os.getppid()
+
+
+def log_folder() -> Path:
+    """Where Ray keeps the logs of this machine's processes."""
+    return Path(ray._private.worker._global_node.get_logs_dir_path())
+
+
+def open_host() -> str:
+    """The address of this machine under which the cluster's others reach it; empty when there are none. Blocks."""
+    others = sum(node["Alive"] for node in ray.nodes()) > 1
+    return str(ray.util.get_node_ip_address()) if others else ""
 
 
 def start_spare_processes(wanted: int) -> None:

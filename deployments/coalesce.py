@@ -5,32 +5,43 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
+#: How much of a stream waits here for a slow reader, in bytes; then its source is not asked for more.
+HELD = 64 * 1024
+
 
 async def coalesce(
     chunks: AsyncIterator[bytes], window_s: Callable[[], float], timeout_s: float
 ) -> AsyncGenerator[bytes, None]:
     """Yield the bytes of `chunks` in order, at most one item per `window_s()` seconds after the first.
 
-    The source runs at its own speed in a task, so that a chunk never waits for the one after it. An error of the
-    source is raised after everything before it was yielded; `TimeoutError` when the source has not ended after
-    `timeout_s`. Closing this generator closes the source.
+    The source runs at its own speed in a task, so that a chunk never waits for the one after it, but no more than
+    `HELD` ahead of the reader. An error of the source is raised after everything before it was yielded;
+    `TimeoutError` when the source has not ended after `timeout_s`: it is ended then, whether anybody reads or not.
+    Closing this generator closes the source.
     """
     ready: list[bytes] = []
-    news = asyncio.Event()
+    held = 0
+    news, room = asyncio.Event(), asyncio.Event()
     expired = False
 
     async def pump() -> None:
+        nonlocal held
         try:
             async for chunk in chunks:
                 ready.append(chunk)
+                held += len(chunk)
                 news.set()
+                if held >= HELD:
+                    room.clear()
+                    await room.wait()
         finally:
             news.set()
+            await _close(chunks)
 
     def expire() -> None:
         nonlocal expired
         expired = True
-        news.set()
+        source.cancel()
 
     loop = asyncio.get_running_loop()
     source = asyncio.create_task(pump())
@@ -42,25 +53,32 @@ async def coalesce(
         while True:
             await news.wait()
             wait_s = next_at - loop.time()
-            if wait_s > 0 and not source.done():
+            if wait_s > 0 and held < HELD and not source.done():
                 # The end of the source cuts the window short.
                 await asyncio.wait([source], timeout=wait_s)
             news.clear()
             if ready:
                 batch = b"".join(ready)
                 ready.clear()
+                held = 0
+                room.set()
                 next_at = loop.time() + window_s()
                 yield batch
             elif source.done():
+                if expired:
+                    raise TimeoutError
                 source.result()
                 return
             if source.done():
                 news.set()
-            elif expired:
-                raise TimeoutError
     finally:
         alarm.cancel()
         source.cancel()
         await asyncio.wait([source])
-        if isinstance(chunks, AsyncGenerator):
-            await chunks.aclose()
+        # Once more, for a source that was never begun.
+        await _close(chunks)
+
+
+async def _close(chunks: AsyncIterator[bytes]) -> None:
+    if isinstance(chunks, AsyncGenerator):
+        await chunks.aclose()

@@ -37,8 +37,6 @@ NURSERY_S = 60.0
 BIRTH_S = 60.0
 #: An engine process that has not answered after this time, in seconds, hangs.
 PING_S = 2.0
-#: After its last call, an engine process ends within this time, in seconds, or is killed.
-FINISH_S = 10.0
 
 
 class EngineDied(Exception):
@@ -128,7 +126,7 @@ class EngineChild:
         self.pid = 0
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._born = asyncio.Event()
-        self._pong = asyncio.Event()
+        self._pong: asyncio.Future[dict[str, Any]] | None = None
         self._is_killed = False
         self._loaded: asyncio.Future[dict[str, Any]] | None = None
         self._progress: Callable[[float], None] = _ignore
@@ -177,15 +175,16 @@ class EngineChild:
             raise ModelUnavailable(said["reason"])
         return said
 
-    async def answers(self) -> bool:
-        """Whether the process is alive and its event loop runs. Takes at most `PING_S`."""
-        self._pong.clear()
+    async def ping(self) -> tuple[int, int] | None:
+        """How many calls run and how many there have been; None if the process does not answer in `PING_S`."""
+        if self._pong is None or self._pong.done():
+            self._pong = asyncio.get_running_loop().create_future()
         self._control.write(message("ping"))
-        try:
-            await asyncio.wait_for(self._pong.wait(), PING_S)
-        except TimeoutError:
-            return False
-        return True
+        await asyncio.wait([self._pong], timeout=PING_S)
+        if not self._pong.done():
+            return None
+        said = self._pong.result()
+        return said["active"], said["calls"]
 
     def kill(self) -> None:
         """End it now, with all that it has started; `ended` tells when it is gone."""
@@ -231,7 +230,8 @@ class EngineChild:
                         if self._loaded is not None and not self._loaded.done():
                             self._loaded.set_result(said)
                     case "pong":
-                        self._pong.set()
+                        if self._pong is not None and not self._pong.done():
+                            self._pong.set_result(said)
                     case "exit":
                         why = _why(said["status"])
         except (ConnectionEnded, OSError, ValueError, KeyError):

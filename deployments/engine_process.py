@@ -40,6 +40,9 @@ CONTROL_LIMITS = {MESSAGE: 2**24}
 #: 272 of a small model took half as much CPU as to load it.
 PROGRESS_PERIOD_S = 0.1
 
+#: An engine that takes longer to unload than this, in seconds, is ended with its process.
+UNLOAD_S = 10.0
+
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
@@ -80,7 +83,8 @@ class EngineProcess:
                 case "load":
                     self._loading = asyncio.create_task(self._load(said))
                 case "ping":
-                    self._control.write(message("pong"))
+                    active, calls = self._server.load if self._server is not None else (0, 0)
+                    self._control.write(message("pong", active=active, calls=calls))
                 case "finish":
                     return await self._finish()
 
@@ -120,7 +124,7 @@ class EngineProcess:
         )
 
     async def _finish(self) -> None:
-        """End what runs, and free what the engine holds. Whoever asked bounds the time that this may take."""
+        """Let running calls end, which whoever asked bounds, then have the engine end what it has started."""
         if self._loading is not None:
             self._loading.cancel()
             await asyncio.wait([self._loading])
@@ -128,7 +132,8 @@ class EngineProcess:
             self._server.stop_listening()
             await self._server.finished()
         if self._engine is not None:
-            await self._engine.unload()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._engine.unload(), UNLOAD_S)
 
 
 async def _host(control_socket: socket.socket) -> None:

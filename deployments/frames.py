@@ -63,7 +63,7 @@ class Connection(asyncio.Protocol):
         self._partial = bytearray()
         self._reading: asyncio.Future[None] | None = None
         self._draining: asyncio.Future[None] | None = None
-        self._is_reading_paused = self._is_writing_paused = False
+        self._is_reading_paused = self._is_writing_paused = self._is_finished = False
         self._failure: Exception | None = None
 
     # --- what asyncio calls
@@ -139,6 +139,11 @@ class Connection(asyncio.Protocol):
         return not (self._frames or self._partial)
 
     @property
+    def is_read(self) -> bool:
+        """Whether somebody waits for the next frame."""
+        return self._reading is not None
+
+    @property
     def is_full(self) -> bool:
         """Whether a writer should wait in `drain`."""
         return self._is_writing_paused
@@ -161,8 +166,8 @@ class Connection(asyncio.Protocol):
         return kind, payload
 
     def write(self, data: bytes) -> None:
-        """Send frames; to a connection that has ended, nothing."""
-        if self._transport is not None and self._failure is None:
+        """Send frames; on a connection that has ended, or after `finish_writing`, nothing."""
+        if self._transport is not None and self._failure is None and not self._is_finished:
             self._transport.write(data)
 
     async def drain(self) -> None:
@@ -178,7 +183,8 @@ class Connection(asyncio.Protocol):
 
     def finish_writing(self) -> None:
         """Tell the other end that nothing more will come."""
-        if self._transport is not None:
+        if self._transport is not None and not self._is_finished:
+            self._is_finished = True
             self._transport.write_eof()
 
     def close(self) -> None:

@@ -12,21 +12,23 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
-from pathlib import Path
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ray.exceptions import RayActorError, RayError
-from ray.serve.exceptions import RayServeException
+from ray.exceptions import RayError
 
 from cluster import effects, errors
 from cluster.client import LedgerClient
 from cluster.config import PoolConfig, ServerEntry
 from cluster.config.version import Configuration
 from cluster.ledger.events import Grant
+from cluster.metrics import Outcome, family
+from cluster.orders import Address
 from cluster.request import Request
-from deployments.direct import call_directly
 from deployments.engines.protocol import Call
+from deployments.frames import raise_file_limit
+from deployments.leased_call import LeasedCall, ServeWay, Way
+from deployments.link import Leased, Links
 from deployments.sse import DONE, comment, error_event
 
 if TYPE_CHECKING:
@@ -38,19 +40,29 @@ logger = logging.getLogger("slotpool.gateway")
 KEEP_ALIVE_S = 5.0
 #: How often a request is tried on another replica, when its own vanished before the first byte.
 RETRIES = 1
+#: Pause before that, in seconds: a connection ends a moment before the ledger has heard of the engine's death, and
+#: would lease the dead one again.
+RETRY_PAUSE_S = 0.3
+#: The status that stands for a client that did not wait for its answer, in the pool's own figures.
+CLIENT_LEFT = 499
+
+#: Called with an answer's status and headers.
+OnHead = Callable[[int, dict[str, str]], None]
 
 
 class Gateway:
     """The requests of one ingress process. `handles` maps every model id to its deployment's handle."""
 
     def __init__(self, configuration: Configuration, handles: Mapping[str, Any]) -> None:
+        raise_file_limit()
         self.config: PoolConfig = configuration.pool
         self._holder = uuid.uuid4().hex
         self.ledger = LedgerClient(configuration, self._holder)
         self._handles = handles
         self._pinned: dict[str, Any] = {}
         self._upstreams: Upstreams | None = None
-        self._actor_id, _ = effects.this_actor()
+        self._actor_id, node = effects.this_actor()
+        self._links = Links(node)
         self._life = [
             asyncio.create_task(self.ledger.attach_holder(self._actor_id)),
             asyncio.create_task(self.ledger.follow_configuration(self._configured)),
@@ -59,11 +71,14 @@ class Gateway:
     def _configured(self, configuration: Configuration) -> None:
         self.config = configuration.pool
 
-    async def stream(self, request: Request, body: dict[str, Any]) -> AsyncGenerator[bytes, None]:
-        """The answer of the engine to a request and its body: SSE events for a streaming body, one JSON body otherwise.
+    async def stream(
+        self, request: Request, body: dict[str, Any], on_head: OnHead | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """The answer of the engine to a request and its body: SSE events for a streaming body, one body otherwise.
 
-        Waiting streams yield a comment every few seconds. Raises a `PoolError` for anything that goes wrong before
-        the first byte; later failures of a stream are an error event. Closing the generator frees the slot.
+        `on_head` hears its status and headers before the first byte. Waiting streams yield a comment every few
+        seconds. Raises a `PoolError` for anything that goes wrong before the first byte; later failures of a stream
+        are an error event. Closing the generator frees the slot.
         """
         arrived = time.monotonic()
         streams = bool(body.get("stream"))
@@ -71,7 +86,8 @@ class Gateway:
         for attempt in range(RETRIES + 1):
             whole = bytearray()
             try:
-                async with contextlib.aclosing(self._attempt(request, body, arrived)) as chunks:
+                source = self._attempt(request, body, arrived, is_last=attempt == RETRIES, on_head=on_head)
+                async with contextlib.aclosing(source) as chunks:
                     async for chunk in chunks:
                         if not streams:
                             # Kept until it is complete: a part of a body cannot be mended by an error behind it.
@@ -86,6 +102,7 @@ class Gateway:
             except errors.ReplicaGone as error:
                 failure: errors.PoolError = error
                 if not started and attempt < RETRIES:
+                    await asyncio.sleep(RETRY_PAUSE_S)
                     continue
             except errors.PoolError as error:
                 failure = error
@@ -96,7 +113,10 @@ class Gateway:
                 return
             raise failure
 
-    async def _attempt(self, request: Request, body: dict[str, Any], arrived: float) -> AsyncGenerator[bytes, None]:
+    async def _attempt(
+        self, request: Request, body: dict[str, Any], arrived: float, *, is_last: bool, on_head: OnHead | None
+    ) -> AsyncGenerator[bytes, None]:
+        """One lease and the call that runs on it. A lease that is lost before the first byte counts as no request."""
         # Each attempt has an id of its own: the lease of a vanished replica may still be in the ledger's books.
         attempt = request._replace(id=uuid.uuid4().hex, timeout_s=self._left(request, arrived))
         waiting = asyncio.ensure_future(self.ledger.acquire(attempt))
@@ -108,19 +128,43 @@ class Gateway:
                     break
                 yield await self._where(attempt.id)
             lease = waiting.result()
-            async with contextlib.aclosing(self._run(request, body, lease, arrived)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
         finally:
             if lease is None and not waiting.cancel():
                 # Granted in the very moment in which the client left.
                 with contextlib.suppress(errors.PoolError, RayError, asyncio.CancelledError):
-                    lease = waiting.result()
-            if lease is not None:
-                self.ledger.release(lease)
+                    self.ledger.release(waiting.result())
+        call = self._leased_call(request, body, lease, arrived)
+        status: int | None = CLIENT_LEFT
+        try:
+            async with contextlib.aclosing(self._run(request, body, lease, arrived, call)) as chunks:
+                async for chunk in chunks:
+                    if on_head is not None:
+                        on_head(call.status, call.headers)
+                        on_head = None
+                    yield chunk
+            status = call.status
+        except errors.PoolError as error:
+            is_lost = isinstance(error, errors.ReplicaGone) and call.first_at is None and not is_last
+            status = None if is_lost else error.status
+            raise
+        finally:
+            call.end(status)
+
+    def _leased_call(self, request: Request, body: dict[str, Any], lease: Grant, arrived: float) -> LeasedCall:
+        def release(status: int | None) -> None:
+            is_stream = bool(body.get("stream"))
+            ended = None if status is None else outcome(request, lease, call, status, arrived, is_stream=is_stream)
+            self.ledger.release(lease, ended)
+
+        def suspect() -> None:
+            if self.config.server(lease.replica) is None:
+                self.ledger.tell("replica_suspected", lease.replica)
+
+        call = LeasedCall(self._left(request, arrived), release, suspect)
+        return call
 
     async def _run(
-        self, request: Request, body: dict[str, Any], lease: Grant, arrived: float
+        self, request: Request, body: dict[str, Any], lease: Grant, arrived: float, run: LeasedCall
     ) -> AsyncGenerator[bytes, None]:
         # The model that answers may be another than was asked for: a variant, a fallback, a CPU offload.
         if lease.model != request.model:
@@ -134,19 +178,26 @@ class Gateway:
             load_wait_ms=lease.load_wait_s * 1e3,
             pool_elapsed_ms=(time.monotonic() - arrived) * 1e3,
         )
+        left_s = self._left(request, arrived)
         server = self.config.server(lease.replica)
         if server is not None:
-            async with contextlib.aclosing(
-                self._on_server(server, request, call, self._left(request, arrived))
-            ) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-            return
-        socket = effects.socket_path(lease.replica)
-        way = call_directly if socket.exists() else self._through_serve
-        async with contextlib.aclosing(way(socket, lease, call, self._left(request, arrived))) as chunks:
+            chunks = self._on_server(server, request, call, left_s)
+        else:
+            leased = Leased(lease.replica, lease.request, lease.generation, left_s, call)
+            gone = errors.ReplicaGone(f"the replica of {lease.model} went away", retry_after=1)
+            chunks = run.run(lambda: self._open(lease, leased), gone)
+        async with contextlib.aclosing(chunks):
             async for chunk in chunks:
+                run.first_at = run.first_at or time.monotonic()
                 yield chunk
+
+    async def _open(self, lease: Grant, leased: Leased) -> Way:
+        """The way to an engine: the socket on this machine, the port on another, or else Serve's handle, pinned."""
+        address: Address | None = lease.address
+        if address is not None and self._links.reaches(address):
+            return await self._links.call(address, leased)
+        handle = self._pinned.get(lease.replica) or self._pin(lease)
+        return ServeWay(handle.relay.remote(*leased.encode()), lease)
 
     async def _on_server(
         self, server: ServerEntry, request: Request, call: Call, timeout_s: float
@@ -167,21 +218,6 @@ class Gateway:
             self.ledger.tell("server_lost", server.url)
             raise
 
-    async def _through_serve(self, _: Path, lease: Grant, call: Call, timeout_s: float) -> AsyncGenerator[bytes, None]:
-        """The way to a replica on another machine: its Serve handle, pinned."""
-        answer = (self._pinned.get(lease.replica) or self._pin(lease)).generate.remote(lease, call, timeout_s)
-        finished = False
-        try:
-            async for chunk in answer:
-                yield chunk
-            finished = True
-        except (RayError, RayServeException, errors.PoolError) as error:
-            finished = True
-            raise self._translate(error, lease) from None
-        finally:
-            if not finished:
-                answer.cancel()
-
     def _pin(self, lease: Grant) -> Any:
         """A handle that reaches one replica only. Kept per replica, since making one costs more than a call."""
         if len(self._pinned) > 1000:
@@ -189,15 +225,6 @@ class Gateway:
         handle = self._handles[lease.model].options(session_id=lease.replica, stream=True)
         self._pinned[lease.replica] = handle
         return handle
-
-    def _translate(self, error: BaseException, lease: Grant) -> errors.PoolError:
-        cause = getattr(error, "cause", None) or error
-        if isinstance(cause, errors.PoolError):
-            return cause
-        if isinstance(cause, RayActorError | RayServeException) or isinstance(error, RayActorError | RayServeException):
-            return errors.ReplicaGone(f"the replica of {lease.model} went away", retry_after=1)
-        logger.error("calling a replica of %s failed: %r", lease.model, error)
-        return errors.PoolError(f"the replica of {lease.model} failed")
 
     def _left(self, request: Request, arrived: float) -> float:
         return max(0.0, arrived + request.timeout_s - time.monotonic())
@@ -207,3 +234,29 @@ class Gateway:
         if where is not None and where[0] == "loading":
             return comment(f"loading model={where[1]}")
         return comment(f"queued position={where[1]}" if where else "queued")
+
+
+def outcome(
+    request: Request, lease: Grant, call: LeasedCall, status: int, arrived: float, *, is_stream: bool
+) -> Outcome:
+    """How a request ended, for the pool's figures."""
+    report = call.report
+    ttft_s = None
+    if is_stream:
+        ttft_s = None if call.first_at is None else call.first_at - arrived
+    elif report.ttft_ms is not None:
+        ttft_s = lease.queue_wait_s + lease.load_wait_s + report.ttft_ms / 1e3
+    return Outcome(
+        lease.model,
+        family(request.path),
+        request.principal,
+        request.priority,
+        status,
+        lease.queue_wait_s,
+        lease.load_wait_s,
+        ttft_s,
+        time.monotonic() - arrived,
+        report.prompt_tokens,
+        report.cached_tokens,
+        report.output_tokens,
+    )

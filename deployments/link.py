@@ -148,6 +148,11 @@ class LinkCall:
         self._links, self._key, self._connection = links, key, connection
         self._is_over = False
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether somebody waits for the next frame."""
+        return self._connection.is_read
+
     def fail(self, error: Exception) -> None:
         """Give up on the engine: whoever reads gets `error` at once."""
         self._connection.fail(error)
@@ -184,12 +189,15 @@ class Links:
         return address.node == self._node or bool(address.port)
 
     async def call(self, address: Address, leased: Leased) -> LinkCall:
-        """Send a call to the engine that listens there. Raises `ConnectionError` or `OSError` if it does not."""
+        """Send a call to the engine that listens there. Raises `OSError` if none does."""
+        return await self.send(address, *leased.encode())
+
+    async def send(self, address: Address, head: bytes, body: bytes) -> LinkCall:
+        """Send a call whose request and body are encoded already."""
         key = address.unix if address.node == self._node else f"{address.host}:{address.port}"
         connection = self._take(key) or await self._connect(address, key)
         call = LinkCall(self, key, connection)
         try:
-            head, body = leased.encode()
             connection.write(frame(REQUEST, head) + frame(BODY, body))
             await connection.drain()
         except BaseException:

@@ -39,7 +39,7 @@ class LinkServer:
         self._model, self._replica, self._respond = model, replica, respond
         self._servers: list[asyncio.Server] = []
         self._connections: set[asyncio.Task[None]] = set()
-        self._active = 0
+        self._active = self._calls = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -60,6 +60,11 @@ class LinkServer:
         server = await loop.create_server(lambda: self._accept(gate), host, 0, backlog=BACKLOG)
         self._servers.append(server)
         return int(server.sockets[0].getsockname()[1])
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """How many calls run, and how many there have been."""
+        return self._active, self._calls
 
     def stop_listening(self) -> None:
         for server in self._servers:
@@ -97,6 +102,7 @@ class LinkServer:
         task = asyncio.current_task()
         assert task is not None
         self._active += 1
+        self._calls += 1
         self._idle.clear()
         # A client says nothing while it is answered: whatever comes in is its end.
         connection.on_input = task.cancel

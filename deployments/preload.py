@@ -2,7 +2,7 @@
 
 Ray's flag `preload_python_modules` names it (`RAY_FLAGS` in `app/cli/flags.py`). It must only import, and must not
 fail: it is imported by every worker process of the cluster, whatever that is going to be. Engine libraries are left
-to the engines, but for llama.cpp's, which is small; the others take seconds and gigabytes.
+to the engines' own processes.
 
 The importing is done by a thread with the lowest priority, where a thread can have one of its own: a model that
 answers at that time on the same cores needs them more.
@@ -16,8 +16,7 @@ import os
 import sys
 import threading
 
-#: The last two only where llama-cpp-python is installed.
-MODULES = ("ray.serve._private.replica", "deployments.replica", "llama_cpp", "deployments.engines.llama_cpp.engine")
+MODULES = ("ray.serve._private.replica", "deployments.replica")
 
 
 def _import() -> None:

@@ -15,8 +15,13 @@ import httpx
 import openai
 import pytest
 import ray
+from ray import serve
 
 from cluster import effects
+from cluster.ledger.events import Grant
+from deployments.engines.protocol import Call
+from deployments.leased_call import ServeWay
+from deployments.link import Answer, Leased
 from tests.pool import Pool, fake, running_pool
 
 MODELS = {
@@ -63,19 +68,26 @@ def test_chat_and_completions_streamed_and_not(pool: Pool):
     assert "".join(part.choices[0].text for part in parts) == words("quick", 3)
 
 
-def test_a_replica_whose_socket_is_not_there_is_reached_through_its_handle(pool: Pool):
-    """As one on another machine is. The socket is there otherwise: nobody would notice the slow way."""
+async def test_an_engine_is_reached_through_its_replicas_handle(pool: Pool):
+    """As one on another machine is that no port leads to. Nobody would notice that this way is broken."""
     (replica,) = (row["replica"] for row in pool.ledger()["replicas"] if row["model"] == "quick")
-    path = effects.socket_path(replica)
-    away = path.with_suffix(".away")
-    path.rename(away)
-    try:
-        chunks = list(pool.openai().chat.completions.create(**body("quick", max_tokens=5), stream=True))
-        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == words("quick", 5)
-        with pytest.raises(openai.RateLimitError):
-            pool.openai().chat.completions.create(**body("limited"))
-    finally:
-        away.rename(path)
+    handle = serve.get_deployment_handle("quick", effects.APP_NAME).options(session_id=replica, stream=True)
+
+    async def answer(**fields: object) -> Answer:
+        call = Call("/v1/chat/completions", body("quick", **fields), "r")
+        lease = Grant("r", "h", "quick", replica, (0,), 1, 0.0, 0.0)
+        answer = Answer(ServeWay(handle.relay.remote(*Leased(replica, "r", 1, 10.0, call).encode()), lease))
+        await answer.begin()
+        return answer
+
+    streamed = await answer(max_tokens=5, stream=True)
+    text = b"".join([chunk async for chunk in streamed.chunks()])
+    assert text.count(b"quick:") == 5
+    assert streamed.report is not None
+    assert streamed.report.output_tokens == 5
+    whole = await answer()
+    assert whole.status == 200
+    assert b"quick:7" in b"".join([chunk async for chunk in whole.chunks()])
 
 
 def test_a_large_body_passes(pool: Pool):

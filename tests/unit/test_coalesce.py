@@ -7,7 +7,7 @@ from contextlib import aclosing
 
 import pytest
 
-from deployments.coalesce import coalesce
+from deployments.coalesce import HELD, coalesce
 
 
 async def source(parts, closed=None):
@@ -85,3 +85,36 @@ async def test_closing_closes_the_source(parts):
 
 async def test_an_empty_source_is_an_empty_stream():
     assert [item async for item in coalesce(source([]), lambda: 1, 10)] == []
+
+
+async def test_a_source_runs_only_so_far_ahead_of_a_reader_that_stopped():
+    sent = 0
+
+    async def endless():
+        nonlocal sent
+        while True:
+            sent += 1000
+            yield b"x" * 1000
+            await asyncio.sleep(0)
+
+    async with aclosing(coalesce(endless(), lambda: 0, 10)) as chunks:
+        await anext(chunks)
+        for _ in range(1000):
+            await asyncio.sleep(0)
+        assert sent <= HELD + 3000
+        seen = sent
+        await anext(chunks)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert sent > seen
+
+
+async def test_the_time_is_over_for_a_reader_that_stopped_as_well():
+    closed: list[bool] = []
+    async with aclosing(coalesce(source([b"a"] * 9 + [None], closed), lambda: 0, 0.05)) as chunks:
+        await anext(chunks)
+        while not closed:
+            await asyncio.sleep(0.01)
+        with pytest.raises(TimeoutError):
+            while True:
+                await anext(chunks)

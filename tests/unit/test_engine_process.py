@@ -6,14 +6,12 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +21,12 @@ from cluster.config import ModelConfig
 from cluster.errors import ModelUnavailable
 from cluster.orders import Address
 from deployments import engine_child
-from deployments.engine_child import EngineChild, EngineDied, Home, home_of, start_nursery
+from deployments.engine_child import EngineChild, EngineDied, Home, start_nursery
 from deployments.engine_process import at_most_every
 from deployments.engines.protocol import Call
 from deployments.frames import ConnectionEnded, make_private
 from deployments.link import Answer, Leased, Links
+from tests.unit.raylet import Raylet, lives, started_raylet, wait_until
 
 
 def test_a_load_with_many_steps_is_reported_now_and_then() -> None:
@@ -41,18 +40,6 @@ def test_a_load_with_many_steps_is_reported_now_and_then() -> None:
     assert told == [0.0, 0.5, 0.6]
 
 
-class Raylet:
-    """A process that stands for Ray's own: what is started for it ends with it."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(["sleep", "1000"])
-        self.home = home_of(self.process.pid)
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-
-
 @pytest.fixture(scope="module")
 def raylet() -> Iterator[Raylet]:
     with started_raylet() as raylet:
@@ -64,30 +51,6 @@ def own_raylet() -> Iterator[Raylet]:
     """One that the test may do with as it likes."""
     with started_raylet() as raylet:
         yield raylet
-
-
-@contextlib.contextmanager
-def started_raylet() -> Iterator[Raylet]:
-    raylet = Raylet()
-    try:
-        yield raylet
-    finally:
-        raylet.end()
-        wait_until(lambda: not (raylet.home.folder / "nursery.sock").exists())
-        shutil.rmtree(raylet.home.folder, ignore_errors=True)
-
-
-def wait_until(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def lives(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path("/proc", str(pid), "stat").read_text().rsplit(") ", 1)[1][0] != "Z"
-    return False
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -151,7 +114,7 @@ async def test_an_engine_loads_serves_and_finishes(raylet: Raylet, way: str):
     assert os.getsid(child.pid) == child.pid
     assert stat.S_IMODE((raylet.home.folder / "m").stat().st_mode) == 0o600
     assert b"m:0 " in b"".join([chunk async for chunk in answer(raylet)])
-    assert await child.answers()
+    assert await child.ping() == (0, 1)
     await asyncio.wait_for(child.finish(), 10)
     assert child.ended.result() == "the engine process ended with exit status 0"
     assert not lives(child.pid)
@@ -179,10 +142,10 @@ async def test_a_death_in_mid_stream_is_heard_of_at_once_with_its_reason(
 @WAYS
 async def test_a_process_that_hangs_is_seen_and_killed(raylet: Raylet, way: str, monkeypatch: pytest.MonkeyPatch):
     child = await loaded(raylet, way)
-    assert await child.answers()
+    assert await child.ping() == (0, 0)
     os.kill(child.pid, signal.SIGSTOP)
     monkeypatch.setattr(engine_child, "PING_S", 0.2)
-    assert not await child.answers()
+    assert await child.ping() is None
     child.kill()
     assert await asyncio.wait_for(asyncio.shield(child.ended), 5) == "the engine process was ended"
     assert not lives(child.pid)
@@ -281,7 +244,7 @@ async def test_engines_end_with_the_nursery_and_the_next_one_starts_another(own_
     await asyncio.wait_for(asyncio.shield(child.ended), 5)
     wait_until(lambda: not lives(child.pid))
     again = await begin(own_raylet, "fork")
-    assert await again.answers()
+    assert await again.ping() == (0, 0)
     again.kill()
 
 

@@ -24,7 +24,9 @@ class Scripted(Gateway):
     def __init__(self, *attempts: list[bytes | PoolError]) -> None:
         self.attempts = iter(attempts)
 
-    async def _attempt(self, request: Request, body: dict[str, Any], arrived: float) -> AsyncGenerator[bytes, None]:
+    async def _attempt(
+        self, request: Request, body: dict[str, Any], arrived: float, **_: Any
+    ) -> AsyncGenerator[bytes, None]:
         for step in next(self.attempts):
             if isinstance(step, PoolError):
                 raise step

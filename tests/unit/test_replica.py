@@ -1,4 +1,4 @@
-"""What a replica does beside answering: reports of a load, and spare processes for whoever comes next."""
+"""What a replica does beside its engine: spare processes for whoever comes next, and the detour through Serve."""
 
 from __future__ import annotations
 
@@ -6,19 +6,11 @@ import asyncio
 
 import pytest
 
+from cluster.errors import ReplicaGone
 from deployments import replica
-from deployments.replica import SPARES, Replica, at_most_every
-
-
-def test_a_load_with_many_steps_is_reported_now_and_then() -> None:
-    told: list[float] = []
-    often = at_most_every(3600.0, told.append)
-    for step in range(100):
-        often(step / 100)
-    always = at_most_every(0.0, told.append)
-    always(0.5)
-    always(0.6)
-    assert told == [0.0, 0.5, 0.6]
+from deployments.link import Links
+from deployments.replica import SPARES, Replica
+from deployments.supervisor import Supervisor
 
 
 @pytest.fixture
@@ -31,46 +23,66 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return asked
 
 
-def bare_replica() -> Replica:
-    """One without Serve around it, and without an engine."""
-    bare = object.__new__(Replica)
-    bare._active = bare._calls = 0
-    bare._idle = asyncio.Event()
-    return bare
+class Engine(Supervisor):
+    """Says what the test wants: running calls, and all that there were."""
+
+    def __init__(self) -> None:
+        self.load: tuple[int, int] | None = None
+        self.engine = None
+        self._model = "m"
+
+    async def load_of_engine(self) -> tuple[int, int] | None:
+        return self.load
+
+
+def bare_replica() -> tuple[Replica, Engine]:
+    """One without Serve around it, and with an engine that only says how busy it is."""
+    bare, engine = object.__new__(Replica), Engine()
+    bare._supervisor, bare._model = engine, "m"
+    return bare, engine
 
 
 async def test_spare_processes_wait_for_a_pause_in_the_requests(started: list[int]) -> None:
-    busy = bare_replica()
+    busy, engine = bare_replica()
     keeping = asyncio.create_task(busy._keep_spares())
-    await asyncio.sleep(0.1)
+    await asyncio.sleep(0.15)
+    assert started == [], "it loads"
+    engine.load = (1, 1)
+    await asyncio.sleep(0.15)
     assert started == [], "a stream runs"
-    busy._idle.set()
-    await asyncio.sleep(0.02)
-    busy._calls += 1
-    await asyncio.sleep(0.05)
+    for calls in range(2, 8):
+        engine.load = (0, calls)
+        await asyncio.sleep(0.03)
     assert started == [], "another one came at once"
-    await asyncio.wait_for(keeping, 1)
+    await asyncio.wait_for(keeping, 5)
     assert started == [SPARES]
 
 
-async def test_a_busy_replica_whose_door_closes_has_a_process_started_for_its_successor(started: list[int]) -> None:
+async def test_a_busy_replica_that_drains_has_a_process_started_for_its_successor(started: list[int]) -> None:
     class Ledger:
         def __init__(self) -> None:
-            self.closed = asyncio.Event()
+            self.drains = asyncio.Event()
 
         async def drained(self, uid: str) -> None:
-            await self.closed.wait()
-            self.closed.clear()
+            await self.drains.wait()
+            self.drains.clear()
 
-    busy = bare_replica()
+    busy, engine = bare_replica()
     ledger = Ledger()
     busy._uid, busy._ledger = "u", ledger  # type: ignore[assignment]
     helping = asyncio.create_task(busy._help_successor())
-    ledger.closed.set()
+    ledger.drains.set()
     await asyncio.sleep(0.05)
     assert started == [], "nothing runs here: the successor starts right now, and by itself"
-    busy._active = 1
-    ledger.closed.set()
+    engine.load = (1, 1)
+    ledger.drains.set()
     await asyncio.sleep(0.05)
     assert started == [1]
     helping.cancel()
+
+
+async def test_the_detour_without_an_engine_is_refused() -> None:
+    bare, _ = bare_replica()
+    bare._links = Links("here")
+    with pytest.raises(ReplicaGone):
+        await anext(bare.relay(b"", b""))

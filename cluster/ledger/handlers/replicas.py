@@ -74,6 +74,8 @@ def replica_ready(pool: Pool, event: ReplicaReady, now: float) -> None:
             pool.early_ready[event.replica] = event
         return
     if replica.state is not ReplicaState.STARTING:
+        # One that was suspected and answers does not hang; it may be suspected again.
+        replica.suspected = False
         log.info("%r is ready: ignored", replica)
         return
     replica.address, replica.devices = event.address, event.devices
