@@ -119,6 +119,12 @@ def test_after_its_death_it_may_be_suspected_again() -> None:
     assert desk.tell(ReplicaSuspected("u")) == ["restart u"]
 
 
+def test_one_that_answered_may_be_suspected_again() -> None:
+    desk = serving()
+    desk.tell(ReplicaSuspected("u"), ReplicaReady("u"))
+    assert desk.tell(ReplicaSuspected("u")) == ["restart u"]
+
+
 def test_one_that_drains_can_hang_too() -> None:
     desk = serving()
     desk.tell(UnloadRequested("a"))
