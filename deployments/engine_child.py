@@ -37,6 +37,8 @@ NURSERY_S = 60.0
 BIRTH_S = 60.0
 #: An engine process that has not answered after this time, in seconds, hangs.
 PING_S = 2.0
+#: A process whose control channel has closed ends within this time, in seconds, or is killed.
+END_S = 1.0
 
 
 class EngineDied(Exception):
@@ -236,6 +238,9 @@ class EngineChild:
                         why = _why(said["status"])
         except (ConnectionEnded, OSError, ValueError, KeyError):
             pass
+        if self._status is not None:
+            # The channel of one that ends by itself closes a moment before the process is gone.
+            await asyncio.wait([self._status], timeout=END_S)
         self._kill()
         if self._status is not None:
             why = _why(await self._status)
