@@ -162,10 +162,10 @@ def pace_controller(*, hurry: bool) -> None:
 
 
 class Machines:
-    """The cluster's live nodes with what they declare, and with the memory of their GPUs once that is known."""
+    """The cluster's live nodes with what they declare, and with what is known of their GPUs once that is known."""
 
     def __init__(self) -> None:
-        self._device_mib: dict[str, int] = {}
+        self._gpus: dict[str, list[Gpu]] = {}
 
     async def read(self, memory_mib: int) -> dict[str, NodeSpec]:
         """The nodes as they are now. `memory_mib` is the configured budget of each (0 = none).
@@ -180,7 +180,9 @@ class Machines:
                 gpus=int(node["Resources"].get("GPU", 0)),
                 cpus=float(node["Resources"].get("CPU", 0)),
                 memory_mib=memory_mib,
-                device_memory_mib=self._device_mib.get(node["NodeID"], 0),
+                device_memory_mib=min((gpu.total_mib for gpu in self._gpus.get(node["NodeID"], ())), default=0),
+                device_uuids=tuple(gpu.uuid for gpu in self._gpus.get(node["NodeID"], ())),
+                hosts=tuple(node[key] for key in ("NodeManagerHostname", "NodeManagerAddress") if node.get(key)),
             )
             for node in nodes
         }
@@ -188,10 +190,10 @@ class Machines:
     async def ask_devices(self) -> bool:
         """Ask the drivers of all nodes with GPUs that were not asked yet; whether there is news. May take seconds."""
         nodes = [node["NodeID"] for node in await _live_nodes() if node["Resources"].get("GPU", 0)]
-        unknown = [node for node in nodes if node not in self._device_mib]
+        unknown = [node for node in nodes if node not in self._gpus]
         answers = await asyncio.gather(*(_gpus_of(node) for node in unknown))
         for node, (gpus, _) in zip(unknown, answers, strict=True):
-            self._device_mib[node] = min((gpu.total_mib for gpu in gpus), default=0)
+            self._gpus[node] = gpus
         return any(gpus for gpus, _ in answers)
 
 

@@ -258,7 +258,9 @@ async def test_the_memory_of_a_device_is_its_budget(nvml, monkeypatch):
     machines = effects.Machines()
     assert (await machines.read(0))["here"].device_memory_mib == 0
     assert await machines.ask_devices()
-    assert (await machines.read(7))["here"] == NodeSpec("here", 2, 4.0, 7, 81920)
+    uuids = tuple(gpu.uuid for gpu in gpus.read_gpus()[0])
+    assert len(uuids) == 2
+    assert (await machines.read(7))["here"] == NodeSpec("here", 2, 4.0, 7, 81920, uuids, ("host",))
     assert not await machines.ask_devices()
     assert await effects.gpus_of_all_nodes() == ([("host", each) for each in gpus.read_gpus()[0]], None)
     nvml.fails = True

@@ -161,6 +161,9 @@ def _holds(spec: NodeSpec, shape: Shape, enough: int) -> int:
         if spec.device_memory_mib and shape.memory_per_device > spec.device_memory_mib:
             return 0
         gpus = len(named_devices(spec, shape.only)) if shape.only else spec.gpus
+        if shape.only and not spec.device_uuids and not all(each.rpartition("/")[2].isdecimal() for each in shape.only):
+            # Whether it has a device of that UUID cannot be told yet: its driver was not asked.
+            gpus = spec.gpus
         share = UNIT // shape.per_device
         if spec.device_memory_mib and shape.memory_per_device:
             share = min(share, spec.device_memory_mib // shape.memory_per_device)

@@ -52,6 +52,14 @@ def test_more_devices_than_it_is_bound_to() -> None:
     assert desk.tell(LoadRequested("a", 3)) == ["refuse a MemoryBudgetExceeded"]
 
 
+def test_a_uuid_is_waited_for_until_the_drivers_were_asked() -> None:
+    desk = Desk(model("a", devices=("GPU-b",)), gpus=2)
+    assert desk.arrive("r1", "a") == []
+    assert desk.tell(NodesChanged({"n": NodeSpec("n", gpus=2, device_uuids=UUIDS)})) == ["desire a 1"]
+    desk.tell(ReplicaStarted("a", "u", "n"))
+    assert desk.loads[0].devices == (1,)
+
+
 def test_without_gpus_the_binding_means_nothing() -> None:
     desk = Desk(model("a", num_gpus=0.0, devices=("7",)), nodes=NODES)
     assert desk.arrive("r1", "a") == ["desire a 1"]
