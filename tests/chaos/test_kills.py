@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -99,6 +102,61 @@ async def test_the_ledger_dies_and_comes_back_with_every_lease(pool: Pool):
     healed = await asyncio.to_thread(pool.wait, lambda ledger: ledger["leases"] == 0 and not ledger["recovering"])
     assert replica_of(healed, "calm")["replica"] == replica_of(before, "calm")["replica"]
     assert healed["models"]["calm"]["desired"] == 1
+
+
+async def test_a_ledger_that_fails_inside_ends_itself_and_comes_back_with_every_lease(pool: Pool):
+    """An exception in the middle of a decision: nobody knows what the books are worth, so they are made anew."""
+    from cluster import effects
+
+    def poison(actor: Any) -> None:
+        def decide(event: Any, now: float) -> None:
+            raise RuntimeError("poisoned")
+
+        actor._ledger.decide = decide
+
+    begun = asyncio.Event()
+    stream = asyncio.create_task(read(pool, "calm", begun))
+    await begun.wait()
+    before = await asyncio.to_thread(pool.ledger)
+    await effects.find_ledger().__ray_call__.remote(poison)
+    late = asyncio.create_task(read(pool, "to_drain", asyncio.Event(), 5))
+    after = await asyncio.to_thread(
+        pool.wait, lambda ledger: ledger["epoch"] != before["epoch"] and ledger["leases"] >= 1
+    )
+    assert replica_of(after, "calm")["replica"] == replica_of(before, "calm")["replica"]
+    assert await late == words("to_drain", 5)
+    assert await stream == words("calm", 100)
+    await asyncio.to_thread(pool.wait, lambda ledger: ledger["leases"] == 0 and not ledger["recovering"])
+
+
+async def test_a_ledger_that_is_stopped_costs_a_request_its_own_time_and_nobody_else_anything(pool: Pool):
+    import httpx
+
+    from cluster import effects
+
+    def pid_of(actor: Any) -> int:
+        import os
+
+        return os.getpid()
+
+    begun = asyncio.Event()
+    stream = asyncio.create_task(read(pool, "calm", begun))
+    await begun.wait()
+    pid = await effects.find_ledger().__ray_call__.remote(pid_of)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        body = {"model": "to_drain", "messages": [{"role": "user", "content": "x"}], "timeout_s": 2}
+        asked_at = time.monotonic()
+        answer = await asyncio.to_thread(httpx.post, f"{pool.url}/v1/chat/completions", json=body, timeout=30)
+        assert (answer.status_code, answer.json()["error"]["phase"]) == (504, "queued")
+        assert time.monotonic() - asked_at < 12
+        status = await asyncio.to_thread(httpx.get, f"{pool.url}/v1/status", timeout=30)
+        assert status.status_code == 503
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert await read(pool, "to_drain", asyncio.Event(), 5) == words("to_drain", 5)
+    assert await stream == words("calm", 100)
+    await asyncio.to_thread(pool.wait, lambda ledger: ledger["leases"] == 0 and ledger["queued"] == 0)
 
 
 async def test_an_operators_load_survives_the_ledger(pool: Pool):

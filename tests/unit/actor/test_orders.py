@@ -71,6 +71,18 @@ async def test_an_order_replaces_the_one_before_and_ends_with_its_replica(cluste
     assert await actor.orders("u", 0, timeout_s=0.01) == (0, None)
 
 
+async def test_an_engine_that_died_loads_again_in_the_same_replica(cluster: Cluster):
+    actor = await cluster.life(CONFIG)
+    await cluster.serve(actor, "a", "u")
+    seen, _ = await actor.orders("u", 0)
+    await actor.engine_died("u", "segmentation fault")
+    assert state(actor) == "loading"
+    _, order = await actor.orders("u", seen)
+    assert isinstance(order, Load)
+    await actor.replica_ready("u", engine())
+    assert state(actor) == "loaded"
+
+
 async def test_a_replica_that_hangs_itself_is_ended(cluster: Cluster, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(attached, "RESTART_S", 0.01)
     actor = await cluster.life(CONFIG)
