@@ -131,14 +131,15 @@ class LedgerActor:
 
     async def settle(self, settled: list[tuple[str, int | None, Outcome | None]]) -> None:
         """Give leases back, each by its request and generation; with None the client has left, wherever it stood."""
-        for request, generation, outcome in settled:
-            if outcome is not None:
-                self._counts.ended(outcome)
+        for request, generation, _ in settled:
             if generation is not None:
                 self._post(LeaseReleased(request, generation))
                 continue
             self._post(RequestCancelled(request))
             self._parked.cancel(request)
+        for _, _, outcome in settled:
+            if outcome is not None:
+                self._counts.ended(outcome)
 
     async def waiting(self, request: str) -> tuple[str, int | str] | None:
         """Where a request waits: ("queued", position), ("loading", model), or None when it does not wait."""
@@ -326,7 +327,11 @@ class LedgerActor:
             logger.critical("the ledger failed on %r; this life of it ends", event, exc_info=True)
             effects.end_process()
             raise
-        self._watch.decided(event)
+        try:
+            self._watch.decided(event)
+        except Exception:
+            # Whoever only looks on must not keep a decision from being carried out.
+            logger.exception("the change log missed %r", event)
         if isinstance(event, _PROGRESS) or any(type(command) is not Reject for command in commands):
             self._moved_at = now
         if due != self._due or self._timer is None:

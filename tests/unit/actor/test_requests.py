@@ -8,6 +8,7 @@ import logging
 import pytest
 
 from cluster.ledger.events import Grant, LeaseReleased, Reject
+from cluster.metrics import Outcome
 from cluster.parked import unpacked
 from cluster.request import Request
 from tests.unit.actor.no_ray import MODELS, Cluster, configuration, engine, holder, turns
@@ -109,3 +110,22 @@ async def test_an_exception_inside_the_ledger_ends_this_life_and_says_which_even
     with pytest.raises(KeyError):
         actor._tick()
     assert cluster.ended_lives == 2
+
+
+async def test_a_fault_of_those_who_only_look_on_keeps_no_decision_from_being_carried_out(cluster: Cluster, caplog):
+    actor = await cluster.life(CONFIG)
+    cluster.park(actor.attach_holder(holder(CONFIG)))
+    await cluster.serve(actor, "a", "u")
+
+    def fail(_: object) -> None:
+        raise KeyError("x")
+
+    actor._watch.decided = fail
+    actor._counts.ended = fail
+    (grant,) = await arrive(actor, [Request("r", "a")])
+    assert isinstance(grant, Grant)
+    assert "the change log missed" in caplog.text
+    with pytest.raises(KeyError):
+        await actor.settle([("r", grant.generation, Outcome("a", "chat", "anonymous", 2, 200))])
+    assert leases(actor) == 0
+    assert cluster.ended_lives == 0
