@@ -83,7 +83,16 @@ class LedgerActor:
         self._config = OwnedConfiguration(configuration)
         self._born_at = now
         recovering_until = now + RECOVERY_LIMIT_S if effects.was_restarted() else None
-        self._ledger = Ledger(self._config.spec, epoch=self.epoch, now=now, recovering_until=recovering_until)
+        # A later life was made with the configuration of the first, which says nothing of what runs by now: the
+        # newest comes with an ingress, within the window.
+        self._ledger = Ledger(
+            self._config.spec,
+            epoch=self.epoch,
+            now=now,
+            recovering_until=recovering_until,
+            configured=recovering_until is None,
+            patience_s=0.0,
+        )
         self._parked = ParkedCalls()
         self._attached = Attached()
         self._operators = OperatorCalls(self._ledger)
@@ -428,7 +437,7 @@ class LedgerActor:
     # --- configuration ------------------------------------------------------------------------------------------
 
     def _meet(self, announced: Configuration) -> None:
-        if self._config.meet(announced):
+        if self._config.meet(announced) or self._ledger.awaits_configuration:
             self._config_changed()
 
     def _config_changed(self, *, keep_overrides: bool = False) -> None:

@@ -109,8 +109,8 @@ class Ledger:
     running replicas and leases are announced and adopted, arrivals wait, nothing is started, evicted or stopped, and
     no `SetDesired` is sent; when the window closes every model's desired count is said once.
 
-    Not `configured`, the window stays open until the first `ConfigChanged`, and 30 s beyond its end at most; until
-    then nothing is judged by `spec`, which may be old: what is heard is kept, and told to the ledger afterwards.
+    Not `configured`, the window stays open until the first `ConfigChanged`, and `patience_s` beyond its end at most;
+    until then nothing is judged by `spec`, which may be old: what is heard is kept, and told to the ledger afterwards.
     """
 
     def __init__(
@@ -121,12 +121,13 @@ class Ledger:
         now: float,
         recovering_until: float | None = None,
         configured: bool = True,
+        patience_s: float = early.PATIENCE_S,
     ) -> None:
         self._pool = Pool(spec, epoch, now, recovering_until)
         operators.config_changed(self._pool, ConfigChanged(spec), now)
         machines.nodes_changed(self._pool, NodesChanged(spec.nodes), now)
         if not configured:
-            early.await_configuration(self._pool)
+            early.await_configuration(self._pool, patience_s)
 
     @property
     def epoch(self) -> str:
@@ -135,6 +136,11 @@ class Ledger:
     @property
     def is_recovering(self) -> bool:
         return self._pool.is_recovering
+
+    @property
+    def awaits_configuration(self) -> bool:
+        """Nothing but a `ConfigChanged` is wanted now: all else is kept until one has come, or patience has ended."""
+        return self._pool.early is not None
 
     @property
     def desired(self) -> dict[str, int]:

@@ -18,12 +18,12 @@ GRACE_S = 1.0
 MAX_EVENTS = 100_000
 
 
-def await_configuration(pool: Pool) -> None:
+def await_configuration(pool: Pool, patience_s: float) -> None:
     """From now on keep what is heard, until a `ConfigChanged` has come or patience ends."""
     assert pool.recovering_until is not None, "only a ledger that recovers waits for its configuration"
     pool.early = []
     pool.recovers_at = pool.recovering_until
-    pool.recovering_until += PATIENCE_S
+    pool.recovering_until += patience_s
 
 
 def keep(pool: Pool, event: Event) -> bool:

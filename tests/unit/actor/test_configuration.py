@@ -90,6 +90,18 @@ async def test_a_new_life_decides_nothing_before_an_ingress_has_told_it_the_newe
     assert await asyncio.wait_for(loading, 5) == Done("mine", 1)
 
 
+async def test_replicas_of_what_was_changed_at_run_time_are_not_judged_by_the_first_configuration(cluster: Cluster):
+    """They announce themselves before the ingress that knows what they run."""
+    newest = configuration({"a": {"engine_kwargs": {"tokens": 9}}}, (2000.0, 3))
+    actor = await cluster.life(CONFIG, restarted=True)
+    cluster.park(actor.attach_replica(started("a", "u", engine=engine())))
+    await turns()
+    cluster.park(actor.attach_holder(holder(newest)))
+    _, desired = await actor.desired(0, timeout_s=10.0)
+    assert desired["a"] == 1
+    assert actor._ledger.snapshot().replicas[0].state == "READY"
+
+
 async def test_a_new_life_without_any_ingress_waits_no_longer_than_its_bound(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ):

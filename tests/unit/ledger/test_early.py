@@ -59,7 +59,9 @@ def test_the_window_stays_open_until_the_configuration_comes() -> None:
     assert desk.at(2.0) == []
     assert desk.at(20.0) == []
     assert desk.ledger.is_recovering
+    assert desk.ledger.awaits_configuration
     assert desk.tell(ConfigChanged(NEW)) == []
+    assert not desk.ledger.awaits_configuration
     assert desk.at(20.5) == [], "the leases of other holders may still come"
     assert desk.ledger.next_deadline() == 21.0
     assert desk.at(21.0) == ["grant r1 u", "desire later 0", "desire a 1"]
