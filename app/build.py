@@ -1,16 +1,18 @@
 """From a configuration to a Serve application: one deployment per model, one ingress in front.
 
-`serve_config.yaml` names `app.build:build`. Scaling is not decided here: the application-level policy in the same
-file asks the ledger.
+`serve_config.yaml` names `app.build:build`. Scaling is not decided here: every model's deployment has a policy that
+asks the ledger. A replica is bound to its model's id, and its deployment to what a replica takes of the machine, so a
+deploy with another configuration of a model restarts nothing.
 """
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from ray import serve
-from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from app.http import build_http
 from cluster import effects
@@ -18,12 +20,14 @@ from cluster.config import ConfigError, PoolConfig, load_config
 from cluster.config.names import deployments_collide
 from cluster.config.version import Configuration
 from deployments.engines.registry import estimate_mib
-from deployments.ingress import Ingress, handle_keys
+from deployments.ingress import Building, Ingress
 from deployments.replica import Replica
 from deployments.weights import weights_at_hand
 
 #: Calls that Serve lets through to one process. The ledger's slots are the bound, so this must never be one.
 UNBOUNDED = 100_000
+#: Serve's own bound on the replicas of a model. The ledger's is the configured one, which may change at run time.
+MOST_REPLICAS = 1024
 #: What Serve's grace period leaves above the longest request, in seconds.
 GRACE_S = 60.0
 
@@ -33,8 +37,8 @@ def build(args: dict[str, Any]) -> serve.Application:
     config = estimated(load_config(args))
     if deployments_collide(config.models):
         raise ConfigError("two model ids differ only in characters that Ray Serve does not allow in a name")
-    keys = handle_keys(config)
-    handles = {keys[model]: _replicas(config, model) for model in config.models}
+    source = str(Path(str(args["config"])).expanduser().resolve()) if "config" in args else None
+    graph = [replicas(config, model) for model in config.models]
     ingress = serve.deployment(
         name="ingress",
         max_ongoing_requests=UNBOUNDED,
@@ -44,7 +48,32 @@ def build(args: dict[str, Any]) -> serve.Application:
         graceful_shutdown_wait_loop_s=0.1,
         ray_actor_options={"num_cpus": 0},
     )(serve.ingress()(Ingress))
-    return ingress.bind(Configuration((time.time(), 0), config), build_http, **handles)
+    building = Building(build_http, application, estimated, source)
+    return ingress.bind(Configuration((time.time(), 0), config), building, graph)
+
+
+class Front:
+    """The first deployment of a model's own application. It never has a replica.
+
+    With direct ingress Serve gives every replica of an application's first deployment a public port, and there is one.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+
+def application(config: PoolConfig, model: str) -> serve.Application:
+    """The Serve application of a model that the graph has no deployment for."""
+    front = serve.deployment(
+        name=f"{effects.deployment_name(model)}-front",
+        autoscaling_config=AutoscalingConfig(min_replicas=0, max_replicas=1, policy=_policy("")),
+        ray_actor_options={"num_cpus": 0},
+    )(Front)
+    return front.bind(replicas(config, model))
+
+
+def _policy(model: str) -> AutoscalingPolicy:
+    return AutoscalingPolicy(policy_function="cluster.scaling:LedgerPolicy", policy_kwargs={"model": model})
 
 
 def estimated(config: PoolConfig) -> PoolConfig:
@@ -61,7 +90,8 @@ def estimated(config: PoolConfig) -> PoolConfig:
     return config.with_estimates(estimates)
 
 
-def _replicas(config: PoolConfig, model: str) -> serve.Application:
+def replicas(config: PoolConfig, model: str) -> serve.Application:
+    """The deployment of one configured model, as a part of the graph or as an application of its own."""
     settings = config.models[model]
     deployment = serve.deployment(
         name=effects.deployment_name(model),
@@ -71,12 +101,12 @@ def _replicas(config: PoolConfig, model: str) -> serve.Application:
         health_check_period_s=config.health_check_interval,
         autoscaling_config=AutoscalingConfig(
             min_replicas=0,
-            initial_replicas=0,
-            max_replicas=settings.max_replicas,
+            max_replicas=MOST_REPLICAS,
             upscale_delay_s=0,
             downscale_delay_s=0,
             downscale_to_zero_delay_s=0,
             metrics_interval_s=10,
+            policy=_policy(model),
         ),
         request_router_config=RequestRouterConfig(request_router_class="deployments.routing:PinRouter"),
         ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},

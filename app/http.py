@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from app.answers import error_response
 from app.auth import ApiKeyMiddleware, route_path
-from app.routes import admin, events, openai, service
+from app.routes import admin, admin_models, events, openai, service
 from app.routes.openai import request_id_of
 from cluster import errors
 from deployments.gateway import Gateway
@@ -30,6 +30,7 @@ def build_http(gateway: Gateway) -> FastAPI:
     app.include_router(openai.router)
     for prefix in ("/v1/admin", "/admin"):
         app.include_router(admin.router, prefix=prefix)
+        app.include_router(admin_models.router, prefix=prefix)
         app.include_router(events.router, prefix=prefix)
     app.include_router(admin.list_router, prefix="/v1/admin")
     app.include_router(admin.short_router, prefix="/admin")

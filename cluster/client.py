@@ -250,6 +250,12 @@ class LedgerClient:
 
         await _supervised(follow)
 
+    async def newest_configuration(self) -> Configuration:
+        """The configuration that is in force now."""
+        current: Configuration = await self._follow("config", (0.0, -1))
+        self._adopt(current)
+        return current
+
     async def replace_config(self, expected: tuple[float, int], configuration: Configuration) -> Configuration:
         """Put a changed configuration in force, if the one it was made from still is; the one in force afterwards.
 

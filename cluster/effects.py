@@ -1,36 +1,48 @@
 """Every call into Ray that is not on the path of a request: names, the ledger's birth, machines, deaths of actors.
 
-Ray's private interfaces are used here and nowhere else, against the pinned version: the public API has no event for
-"an actor died", and asking once a second would keep a crashed holder's slots for a second.
+Ray's private interfaces are used here and in `deployments/routing.py` and nowhere else, against the pinned version;
+`tests/unit/test_ray_canaries.py` names each of them. Where a later Ray lacks one, the pool goes on without what it is
+for: deaths of actors are then polled for, no processes are started ahead, and Serve's control loop keeps its pace.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private.gcs_pubsub import GcsAioActorSubscriber
-from ray._private.grpc_utils import init_grpc_channel
-from ray.core.generated.common_pb2 import Language
-from ray.core.generated.gcs_pb2 import ActorTableData
-from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest
-from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
-from ray.core.generated.runtime_environment_pb2 import RuntimeEnvInfo
+
+try:
+    from ray._private.gcs_pubsub import GcsAioActorSubscriber
+    from ray.core.generated.gcs_pb2 import ActorTableData
+except ImportError:
+    GcsAioActorSubscriber = ActorTableData = None
+try:
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated.common_pb2 import Language
+    from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest
+    from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
+    from ray.core.generated.runtime_environment_pb2 import RuntimeEnvInfo
+except ImportError:
+    PrestartWorkersRequest = None
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.applications import GRAPH
 from cluster.config.names import deployment_name as deployment_name
 from cluster.config.version import Configuration
 from cluster.gpus import Gpu, read_gpus
 from cluster.ledger.specs import NodeSpec
 
-APP_NAME = "slotpool"
+logger = logging.getLogger("slotpool.effects")
+
+APP_NAME = GRAPH
 LEDGER_NAME = "slotpool-ledger"
 NAMESPACE = "slotpool"
 
@@ -39,6 +51,11 @@ NODE_ANSWER_S = 10.0
 
 #: For how long a spare process is kept that no replica takes, in seconds.
 SPARE_KEPT_S = 600
+
+#: How often deaths of actors are looked for where Ray does not tell of them, in seconds.
+DEATHS_PERIOD_S = 1.0
+#: Set by `make serve` for the Ray that it starts: only there the pace of Serve's control loop is the pool's own affair.
+PACE_FLAG = "SLOTPOOL_PACE_CONTROLLER"
 
 _HEAD = "node:__internal_head__"
 
@@ -123,8 +140,11 @@ def start_spare_processes(wanted: int) -> None:
     """Have worker processes started on this machine until so many wait there for the next replicas to take them.
 
     A fresh process imports for more than a second, while somebody waits for its model. Ray's library has the call,
-    but no Python for it. Processes that are idle for whatever reason count as spares. Blocks for milliseconds.
+    but no Python for it; a Ray without it starts none. Processes that are idle for whatever reason count as spares.
+    Blocks for milliseconds.
     """
+    if PrestartWorkersRequest is None:
+        return
     missing = wanted - _idle_processes()
     if missing <= 0:
         return
@@ -153,12 +173,39 @@ def _idle_processes() -> int:
 
 
 def pace_controller(*, hurry: bool) -> None:
-    """How soon Serve's control loop runs again: after 5 ms in a hurry, else as configured. For its own process."""
+    """How soon Serve's control loop runs again: after 5 ms in a hurry, else as configured. For its own process.
+
+    All applications of the cluster share that loop, so nothing happens unless `make serve` started this Ray.
+    """
+    if os.environ.get(PACE_FLAG) != "1":
+        return
     # Imported here: Serve takes a second to import, and the controller's process has it already.
     from ray.serve._private import constants, controller
 
-    usual = constants.CONTROL_LOOP_INTERVAL_S
-    controller.CONTROL_LOOP_INTERVAL_S = min(0.005, usual) if hurry else usual
+    usual = getattr(constants, "CONTROL_LOOP_INTERVAL_S", None)
+    if usual is not None and hasattr(controller, "CONTROL_LOOP_INTERVAL_S"):
+        controller.CONTROL_LOOP_INTERVAL_S = min(0.005, usual) if hurry else usual
+
+
+def disregard_stale_requests(is_ours: Callable[[Any], bool]) -> None:
+    """Keep Serve from starting a replica by itself, for the deployments whose context is ours. For Serve's controller.
+
+    For a deployment without replicas whose handles have reported a waiting request, however long ago, Serve decides on
+    one replica without asking its policy. Calling this twice changes nothing. Without the hook that happens again, and
+    the ledger stops such a replica.
+    """
+    from ray.serve import autoscaling_policy
+
+    original = getattr(autoscaling_policy, "_get_cold_start_scale_up_replicas", None)
+    if original is None:
+        logger.warning("Ray Serve may start replicas by itself: it has no _get_cold_start_scale_up_replicas")
+    elif not hasattr(original, "slotpool"):
+
+        def only_for_others(context: Any) -> int | None:
+            return None if is_ours(context) else original(context)
+
+        only_for_others.slotpool = True  # type: ignore[attr-defined]
+        autoscaling_policy._get_cold_start_scale_up_replicas = only_for_others
 
 
 class Machines:
@@ -231,13 +278,37 @@ async def _gpus_of(node: str) -> tuple[list[Gpu], str | None]:
 
 
 async def dead_actors() -> AsyncIterator[str]:
-    """Yields the id of every actor of the cluster whose process is confirmed dead, within milliseconds, for ever."""
+    """Yields the id of every actor of the cluster whose process is confirmed dead, for ever.
+
+    Within milliseconds; within `DEATHS_PERIOD_S` where Ray does not tell of them.
+    """
+    if GcsAioActorSubscriber is None:
+        async for actor_id in _dead_actors_by_polling():
+            yield actor_id
     subscriber = GcsAioActorSubscriber(address=ray.get_runtime_context().gcs_address)
     await subscriber.subscribe()
     while True:
         for actor_id, data in await subscriber.poll(batch_size=1000):
             if data.state in (ActorTableData.DEAD, ActorTableData.RESTARTING):
                 yield actor_id.hex()
+
+
+async def _dead_actors_by_polling() -> AsyncIterator[str]:
+    restarts: dict[str, int] = {}
+    told: set[str] = set()
+    while True:
+        for actor_id, actor in (await asyncio.to_thread(ray._private.state.actors)).items():
+            is_dead = actor["State"] in ("DEAD", "RESTARTING")
+            # One that was restarted between two looks died between them.
+            has_died = actor["NumRestarts"] > restarts.get(actor_id, actor["NumRestarts"])
+            restarts[actor_id] = actor["NumRestarts"]
+            if not is_dead:
+                told.discard(actor_id)
+            if has_died or (is_dead and actor_id not in told):
+                yield actor_id
+            if is_dead:
+                told.add(actor_id)
+        await asyncio.sleep(DEATHS_PERIOD_S)
 
 
 async def is_dead(actor_id: str) -> bool:

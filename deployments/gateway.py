@@ -58,6 +58,7 @@ class Gateway:
         self.config: PoolConfig = configuration.pool
         self._holder = uuid.uuid4().hex
         self.ledger = LedgerClient(configuration, self._holder)
+        self.on_configuration: list[Callable[[Configuration], None]] = []
         self._handles = handles
         self._pinned: dict[str, Any] = {}
         self._upstreams: Upstreams | None = None
@@ -70,6 +71,8 @@ class Gateway:
 
     def _configured(self, configuration: Configuration) -> None:
         self.config = configuration.pool
+        for each in self.on_configuration:
+            each(configuration)
 
     async def stream(
         self, request: Request, body: dict[str, Any], on_head: OnHead | None = None

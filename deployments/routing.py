@@ -9,15 +9,25 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from ray.serve._private.request_router.common import PendingRequest
-from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
-from ray.serve._private.request_router.replica_wrapper import RunningReplica
-
 from cluster.errors import ReplicaGone
+
+#: There is no second way to send a call to one certain replica through Serve, so the pool does not start without this.
+NO_HOOK = "this version of Ray Serve has no router that a leased request could be pinned with"
+
+try:
+    from ray.serve._private.request_router.common import PendingRequest
+    from ray.serve._private.request_router.pow_2_router import PowerOfTwoChoicesRequestRouter
+    from ray.serve._private.request_router.replica_wrapper import RunningReplica
+except ImportError as error:
+    raise ImportError(f"{NO_HOOK}: {error}") from error
+
 
 #: How long a replica that the ledger calls ready may stay unknown to this process, in seconds: Serve tells its
 #: handles of a new replica a moment after the replica itself has told the ledger.
 APPEAR_S = 10.0
+
+if not hasattr(PowerOfTwoChoicesRequestRouter, "_choose_replica_for_request"):
+    raise ImportError(f"{NO_HOOK}: PowerOfTwoChoicesRequestRouter._choose_replica_for_request")
 
 
 class PinRouter(PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]

@@ -127,7 +127,6 @@ def serve_document(args: dict[str, Any]) -> dict[str, Any]:
                 "name": effects.APP_NAME,
                 "route_prefix": "/",
                 "import_path": "app.build:build",
-                "autoscaling_policy": {"policy_function": "cluster.scaling:LedgerPolicy"},
                 "args": args,
             }
         ],
@@ -159,7 +158,8 @@ def running_pool(port: int, args: dict[str, Any]) -> Iterator[Pool]:
         yield pool
     finally:
         pool.close()
-        serve.delete(effects.APP_NAME)
+        for name in serve.status().applications:
+            serve.delete(name)
         with contextlib.suppress(ValueError):
             ray.kill(effects.find_ledger(), no_restart=True)
 

@@ -8,8 +8,8 @@ the canonical object (`app.answers`).
 from __future__ import annotations
 
 import asyncio
-import logging
 import uuid
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Request, Response
@@ -17,12 +17,11 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.body import read_json
-from app.routes.admin_rows import admin_row, gpu_row, is_resident, memory_row, short_row
+from app.routes.admin_models import row_of, runtime_of
+from app.routes.admin_rows import gpu_row, is_resident, memory_row, short_row
 from cluster import effects, errors
 from cluster.config import CacheType, FlashAttention
 from deployments.gateway import Gateway
-
-logger = logging.getLogger("slotpool.admin")
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -32,9 +31,6 @@ router = APIRouter(tags=["admin"])
 list_router = APIRouter(tags=["admin"])
 #: Under `/admin`.
 short_router = APIRouter(tags=["admin"])
-
-#: Loads that go on in the background; a task that nobody refers to may vanish.
-_background: set[asyncio.Task[None]] = set()
 
 
 class LoadOptions(BaseModel):
@@ -54,13 +50,13 @@ class LoadOptions(BaseModel):
     exllama_cache_v_bits: Annotated[int, Field(ge=2, le=8)] | None = None
     exllama_max_rq_tokens: Annotated[int, Field(ge=1)] | None = None
 
-    def overrides(self) -> list[str]:
-        """The keys that would change the engine for this load; an explicit null is one, too."""
-        return sorted(self.model_fields_set - {"replicas"})
+    def overrides(self) -> dict[str, Any]:
+        """The keys that are laid over the engine's own for this load; an explicit null is one, too."""
+        return {key: getattr(self, key) for key in sorted(self.model_fields_set - {"replicas"})}
 
 
 class LoadById(BaseModel):
-    """The body of `POST /admin/models/load`; `path` and `quant` say what to register, which is not done here."""
+    """The body of `POST /admin/models/load`; `path` and `quant` say what to register where the id is new."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
@@ -81,8 +77,9 @@ class UnloadById(BaseModel):
 async def load(request: Request, model: str) -> Response:
     """Load a model and wait until it serves. All of the replicas or none.
 
-    Overrides of engine settings for a single load are checked, and then refused with 400 `invalid_load_request`: every
-    replica of a model runs what is configured.
+    Engine keys in the body hold for this load only, and are never written to a file. The pool refuses them with 400
+    `invalid_load_request`, and the model stays as it was, where it is loaded or loads, where its backend does not know
+    them, or where they do not go together.
     """
     name, replicas = await _load(request, model)
     return JSONResponse({"status": "loaded", "model": name, "loaded_replicas": replicas})
@@ -119,9 +116,9 @@ async def gpu_memory(request: Request) -> Response:
 @list_router.get("/models")
 async def list_models(request: Request) -> Response:
     """One row for each configured model."""
-    gateway = _gateway(request)
-    ledger = await gateway.ledger.status()
-    return JSONResponse({"models": [admin_row(gateway.config, name, ledger) for name in gateway.config.models]})
+    ledger = await _gateway(request).ledger.status()
+    configuration = runtime_of(request).configuration
+    return JSONResponse({"models": [row_of(configuration, name, ledger) for name in configuration.pool.models]})
 
 
 @short_router.get("/models")
@@ -135,20 +132,14 @@ async def list_resident(request: Request) -> Response:
 
 @short_router.post("/models/load")
 async def load_in_background(request: Request) -> Response:
-    """Begin to load a configured model; `GET /admin/models` tells how it goes."""
-    gateway = _gateway(request)
-    asked = await _body(request, LoadById)
-    name = _known(gateway, asked.id)
-
-    async def run() -> None:
-        try:
-            await gateway.ledger.load(name, max(1, gateway.config.models[name].min_replicas))
-        except errors.PoolError as error:
-            logger.warning("background load of %s: %s", name, error.message)
-
-    task = asyncio.create_task(run())
-    _background.add(task)
-    task.add_done_callback(_background.discard)
+    """Begin to load a model, which is registered first if its id is new; `GET /admin/models` tells how it goes."""
+    wanted = await _body(request, LoadById)
+    runtime = runtime_of(request)
+    if wanted.path is not None and wanted.id not in runtime.configuration.pool.names.targets:
+        path = await asyncio.to_thread(path_of_quant, wanted.path, wanted.quant)
+        await runtime.register(wanted.id, {"model_path": path})
+    name = _known(_gateway(request), wanted.id)
+    runtime.load_in_background(name, max(1, runtime.configuration.pool.models[name].min_replicas))
     message = f"the model {name!r} is being loaded"
     answer = {"batch_id": uuid.uuid4().hex, "model_id": name, "status": "loading", "message": message}
     return JSONResponse(answer, 202)
@@ -170,15 +161,8 @@ async def _load(request: Request, model: str) -> tuple[str, int]:
     gateway = _gateway(request)
     name = _known(gateway, model)
     options = await _body(request, LoadOptions)
-    overrides = options.overrides()
-    if overrides:
-        raise errors.InvalidRequest(
-            f"{', '.join(overrides)}: settings of a single load are not supported; they are the configuration's",
-            param=overrides[0],
-            code="invalid_load_request",
-        )
     replicas = options.replicas or max(1, gateway.config.models[name].min_replicas)
-    return name, await gateway.ledger.load(name, replicas)
+    return name, await gateway.ledger.load(name, replicas, options.overrides() or None)
 
 
 async def _unload(request: Request, model: str) -> str:
@@ -186,6 +170,20 @@ async def _unload(request: Request, model: str) -> str:
     name = _known(gateway, model)
     await gateway.ledger.unload(name)
     return name
+
+
+def path_of_quant(path: str, quant: str | None) -> str:
+    """The model file that a path and the name of a quantisation mean. Raises `InvalidRequest`; looks at the disk.
+
+    A file is itself; of a folder it is the one GGUF file that has the quantisation in its name.
+    """
+    folder = Path(path)
+    if quant is None or not folder.is_absolute() or not folder.is_dir():
+        return path
+    found = sorted(each for each in folder.glob("*.gguf") if quant.lower() in each.name.lower())
+    if len(found) != 1:
+        raise errors.InvalidRequest(f"quant: {len(found)} files of the folder have {quant!r} in their name", status=422)
+    return str(found[0])
 
 
 def _gateway(request: Request) -> Gateway:

@@ -52,8 +52,8 @@ def test_the_words_of_detail(error, status, code):
 
 
 def test_an_explicit_null_is_an_override():
-    assert LoadOptions.model_validate({"gguf_type_k": None, "replicas": 2}).overrides() == ["gguf_type_k"]
-    assert LoadOptions.model_validate({}).overrides() == []
+    assert LoadOptions.model_validate({"gguf_type_k": None, "replicas": 2}).overrides() == {"gguf_type_k": None}
+    assert LoadOptions.model_validate({}).overrides() == {}
     for bad in ({"exllama_cache_size": 300}, {"gguf_n_ctx": 0}, {"replicas": 0}, {"replicas": "2"}, {"x": 1}):
         with pytest.raises(ValueError, match="validation error"):
             LoadOptions.model_validate(bad)

@@ -21,7 +21,7 @@ def test_the_shipped_file_is_valid():
     assert config.models["smollm2"].enabled
     assert config.resolve("default") == "smollm2"
     assert document["http_options"]["host"] == "127.0.0.1"
-    assert document["applications"][0]["autoscaling_policy"] == {"policy_function": "cluster.scaling:LedgerPolicy"}
+    assert "autoscaling_policy" not in document["applications"][0]
 
 
 @pytest.mark.parametrize(

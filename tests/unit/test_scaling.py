@@ -1,21 +1,32 @@
-"""The policy that Serve calls: it says only what should change."""
+"""The policy that Serve calls: the ledger's count, exactly, and never a word of its own."""
 
 from __future__ import annotations
 
+import pickle
 from types import SimpleNamespace
 
 import pytest
+from ray.serve import autoscaling_policy
+from ray.serve._private import constants, controller
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from cluster import effects, scaling
-from cluster.scaling import HURRY_S, LONGEST_HURRY_S, LedgerPolicy
+from cluster import effects, pace
+from cluster import follower as following
+from cluster.applications import GRAPH, application_of, own_applications
+from cluster.config import Configuration, load_config
+from cluster.config.version import patched, with_model, without_model
+from cluster.follower import Counts, Follower
+from cluster.pace import HURRY_S, LONGEST_HURRY_S, Pace
+from cluster.scaling import LedgerPolicy, is_ours
 
-
-class Key(str):
-    """A deployment's id as Serve passes it: hashable, with a name."""
-
-    @property
-    def name(self):
-        return str(self)
+CONFIG = AutoscalingConfig(
+    min_replicas=0,
+    max_replicas=1024,
+    upscale_delay_s=0,
+    downscale_delay_s=0,
+    downscale_to_zero_delay_s=0,
+    policy=AutoscalingPolicy(policy_function="cluster.scaling:LedgerPolicy", policy_kwargs={"model": "a"}),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -26,51 +37,130 @@ def paces(monkeypatch):
     return paces
 
 
-def decide(desired, policy=None, running=(), **targets):
-    if policy is None:
-        policy = new_policy()
-    policy._desired = desired
-    running = dict(running)
-    contexts = {
-        Key(name): SimpleNamespace(target_num_replicas=count, current_num_replicas=running.get(name, count))
-        for name, count in targets.items()
-    }
-    return policy(contexts)[0]
+@pytest.fixture
+def follower(monkeypatch):
+    """The follower of this process, which follows nothing."""
+    follower = Follower()
+    monkeypatch.setattr(following, "follower", lambda: follower)
+    monkeypatch.setattr(autoscaling_policy, "_get_cold_start_scale_up_replicas", lambda context: 1)
+    return follower
 
 
-def new_policy():
-    """A policy without the thread that follows a ledger."""
-    policy = LedgerPolicy.__new__(LedgerPolicy)
-    policy._changed_at = 0.0
-    return policy
+def context(target, running=None, application=GRAPH, config=CONFIG):
+    return SimpleNamespace(
+        app_name=application,
+        deployment_id=f"{application}#a",
+        target_num_replicas=target,
+        current_num_replicas=target if running is None else running,
+        total_num_requests=5,
+        policy_state={},
+        config=config,
+    )
 
 
-def test_without_a_ledger_nothing_changes():
-    assert decide(None, a=1, b=0) == {}
+def served(policy, context):
+    """What Serve makes of a policy's answer."""
+    return autoscaling_policy._apply_autoscaling_config(policy)(context)[0]
 
 
-def test_only_changes_are_named():
-    assert decide({"a": 1, "b": 2}, a=1, b=1) == {"b": 2}
+def test_without_word_from_a_ledger_nothing_changes(follower):
+    assert LedgerPolicy("a")(context(2)) == (2, {})
 
 
-def test_an_unused_model_is_not_named_so_that_serve_does_not_start_it_by_itself():
-    assert decide({"a": 0}, a=0, b=0) == {}
+@pytest.mark.parametrize("target", [0, 1, 3])
+@pytest.mark.parametrize("wanted", [1, 2, 900])
+def test_serve_does_what_the_ledger_wants(follower, target, wanted):
+    follower.counts = Counts({"a": wanted}, {"a": GRAPH})
+    assert served(LedgerPolicy("a"), context(target)) == wanted
 
 
-def test_a_model_that_should_go_is_named():
-    assert decide({}, a=1) == {"a": 0}
+@pytest.mark.parametrize("counts", [Counts({"a": 0}, {"a": GRAPH}), Counts({}, {"a": GRAPH}), Counts({}, {})])
+def test_stale_request_counts_start_nothing(follower, counts):
+    follower.counts = counts
+    assert served(LedgerPolicy("a"), context(0)) == 0
+
+
+def test_other_applications_of_the_cluster_start_as_ever(follower):
+    LedgerPolicy("a")
+    LedgerPolicy("b")
+    others = AutoscalingConfig(min_replicas=0, max_replicas=3)
+    assert not is_ours(context(0, config=others))
+    assert served(lambda _: (0, {}), context(0, config=others)) == 1
+
+
+def test_serve_sends_the_policy_to_its_controller_by_value():
+    sent = CONFIG.policy.get_serialized_policy_def()
+    assert pickle.loads(sent).__name__ == "LedgerPolicy"
+
+
+def test_only_the_application_in_which_a_model_lives_has_its_replicas():
+    follower = Follower()
+    follower.counts = Counts({"a": 2}, {"a": "slotpool-model-a-1-0"})
+    assert follower.wanted("slotpool-model-a-1-0", "a") == 2
+    assert follower.wanted(GRAPH, "a") == 0
+
+
+class Ledger:
+    """Answers `desired` and `config` from lists, and is then lost."""
+
+    def __init__(self, *answers):
+        self.desired = SimpleNamespace(remote=lambda seen: answers[seen + 1][0])
+        self.config = SimpleNamespace(remote=lambda seen: self.now)
+        self.answers = answers
+        self.now = None
+
+    def get(self, answer, timeout):
+        if isinstance(answer, Configuration):
+            return answer
+        version, counts = answer
+        self.now = self.answers[version][1]
+        return version, counts
+
+
+def test_the_follower_knows_where_a_model_is_and_where_a_removed_one_was(monkeypatch):
+    deployed = Configuration((1.0, 0), load_config({"models": {"a": {"backend": "fake"}}}, environ={}))
+    registered = with_model(deployed, "b", {"backend": "fake", "num_gpus": 0.5})
+    ledger = Ledger(((0, {"a": 1, "b": 1}), registered), ((1, {"a": 1, "b": 1}), without_model(registered, "b")))
+    monkeypatch.setattr(following, "ray", SimpleNamespace(get=ledger.get))
+    follower = Follower()
+    with pytest.raises(IndexError):
+        follower.follow(ledger)
+    assert follower.counts == Counts({"a": 1, "b": 1}, {"a": GRAPH, "b": "slotpool-model-b-0.5-0"})
+
+
+def test_an_application_is_named_after_its_model_and_size():
+    deployed = Configuration((1.0, 0), load_config({"models": {"a/b": {"backend": "fake"}}}, environ={}))
+    assert application_of(deployed, "a/b") == GRAPH
+    assert own_applications(deployed) == {}
+    moved = patched(deployed, "a/b", {"num_gpus": 0.25, "num_cpus": 2})
+    assert own_applications(moved) == {"slotpool-model-a-b-0.25-2": "a/b"}
 
 
 def test_the_controller_hurries_from_a_change_until_what_should_run_does(monkeypatch, paces):
     now = 100.0
-    monkeypatch.setattr(scaling, "time", SimpleNamespace(monotonic=lambda: now))
-    policy = new_policy()
-    decide({"a": 1}, policy, a=1)
-    decide({"a": 0, "b": 1}, policy, a=1, b=0)
-    starting = {"b": 0}
+    monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=lambda: now))
+    one = Pace()
+    now += LONGEST_HURRY_S
+    one.saw("a", 1, 1, 1)
+    one.saw("b", 1, 0, 0)
     now += HURRY_S + 0.1
-    decide({"a": 0, "b": 1}, policy, starting, a=0, b=1)
-    decide({"a": 0, "b": 1}, policy, a=0, b=1)
-    now = 100.0 + LONGEST_HURRY_S + 0.1
-    decide({"a": 0, "b": 1}, policy, starting, a=0, b=1)
-    assert paces == [False, True, True, False, False]
+    one.saw("b", 1, 1, 0)
+    one.saw("b", 1, 1, 1)
+    one.saw("b", 1, 1, 0)
+    now += LONGEST_HURRY_S
+    one.saw("b", 1, 1, 0)
+    assert paces == [False, True, True, False, True, False]
+
+
+def test_only_a_ray_of_the_pools_own_is_paced(monkeypatch):
+    monkeypatch.undo()
+    usual = constants.CONTROL_LOOP_INTERVAL_S
+    monkeypatch.setattr(controller, "CONTROL_LOOP_INTERVAL_S", usual)
+    monkeypatch.delenv(effects.PACE_FLAG, raising=False)
+    effects.pace_controller(hurry=True)
+    assert usual == controller.CONTROL_LOOP_INTERVAL_S
+    monkeypatch.setenv(effects.PACE_FLAG, "1")
+    effects.pace_controller(hurry=True)
+    assert controller.CONTROL_LOOP_INTERVAL_S == 0.005
+    effects.pace_controller(hurry=False)
+    assert usual == controller.CONTROL_LOOP_INTERVAL_S
