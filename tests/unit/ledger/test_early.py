@@ -122,3 +122,12 @@ def test_there_is_a_limit_to_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> No
     desk = waiting()
     assert desk.arrive("r1", "a") == []
     assert desk.arrive("r2", "a") == ["reject r2 BackendUnavailable"]
+
+
+def test_the_end_of_the_window_can_be_moved() -> None:
+    desk = Desk(model("a"), recovering_until=9.0)
+    desk.ledger.recover_until(2.0)
+    assert desk.ledger.next_deadline() == 2.0
+    assert desk.at(2.0) == ["desire a 0"]
+    desk.ledger.recover_until(5.0)
+    assert not desk.ledger.is_recovering
