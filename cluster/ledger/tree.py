@@ -36,6 +36,7 @@ def settle(pool: Pool, now: float) -> None:
     """Do all that can be done now. Mutates the pool; the commands are in `pool.out`."""
     if pool.is_recovering:
         return
+    pool.undecided = False
     for _ in range(MAX_ROUNDS):
         if not pool.touched and not pool.went_idle:
             break
@@ -54,6 +55,7 @@ def settle(pool: Pool, now: float) -> None:
             _stop_idle(pool, model, now)
             pool.arm(model, due(pool, model))
     else:
+        pool.undecided = True
         log.error("no decision after %d rounds, %d models left for the next event", MAX_ROUNDS, len(pool.touched))
     pool.flush_desired()
 

@@ -34,6 +34,7 @@ from cluster.ledger.events import (
     Event,
     Grant,
     LeaseReleased,
+    LoadEngine,
     ReplicaGone,
     ReplicaReady,
     ReplicaStarted,
@@ -196,6 +197,7 @@ class Rival:
                     place.used = now
         elif isinstance(event, ReplicaStarted):
             next(each for each in self.places if each.model == event.model and not each.uid).uid = event.replica
+            out.append(LoadEngine(event.replica, event.model, ()))
         elif isinstance(event, ReplicaReady):
             next(each for each in self.places if each.uid == event.replica).state = "ready"
         elif isinstance(event, ReplicaGone):

@@ -8,11 +8,12 @@ The budget is 1,000 seeds; `tests/stateful/test_fuzz.py` goes on without one.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from cluster.ledger.events import LoadRequested, UnloadRequested
+from cluster.ledger.events import ConfigChanged, LoadRequested, UnloadRequested
 from cluster.ledger.ledger import Ledger
 from cluster.ledger.specs import ModelSpec, NodeSpec, PoolSpec
 from tests.sim.world import Faults, World
@@ -69,6 +70,10 @@ def draw_faults(rng: random.Random) -> Faults:
         never_starts=maybe(0.1),
         dies_after_s=maybe(20.0),
         wrong_victim=maybe(0.3),
+        engine_dies_after_s=maybe(15.0),
+        engine_hangs=maybe(0.05),
+        loses=maybe(0.2),
+        strays=maybe(0.3),
         cancels=maybe(0.2),
         load_spread=0.5,
     )
@@ -85,10 +90,14 @@ def simulate(seed: int) -> World:
         return Ledger(spec, epoch="e1", now=now)
 
     def again(now: float) -> Ledger:
-        return Ledger(spec, epoch="e2", now=now, recovering_until=now + 2.0)
+        # Made with what it was first started with, it hears of the present configuration from an ingress.
+        world.at(now + arrives_s, lambda: world.post(ConfigChanged(spec)))
+        old = replace(spec, models={"A": replace(spec.models["A"], revision="old")})
+        return Ledger(old, epoch="e2", now=now, recovering_until=now + 2.0, configured=False)
 
     world = World(spec, new, seed=seed, load_s=rng.uniform(0.2, 3.0), faults=faults, after_step=check)
     world.spec = spec
+    arrives_s = rng.choice((0.5, 5.0))
     names = [*spec.models, "public", "nonsense"]
     now = 0.0
     for _ in range(rng.randint(20, 120)):
@@ -96,7 +105,8 @@ def simulate(seed: int) -> World:
         model, service_s = rng.choice(names), rng.expovariate(1.0)
         priority, holder = rng.randint(1, 3), f"h{rng.randint(1, 3)}"
         timeout_s = rng.choice((2.0, 30.0, 100.0))
-        world.at(now, _submit(world, model, service_s, priority, holder, timeout_s))
+        slots = rng.choice((1, 1, 1, 2, 5))
+        world.at(now, _submit(world, model, service_s, priority, holder, timeout_s, slots))
     if rng.random() < 0.3:
         world.at(now * rng.random(), lambda: world.kill_holder("h3"))
     if rng.random() < 0.3:
@@ -105,17 +115,22 @@ def simulate(seed: int) -> World:
         world.at(now * rng.random(), lambda: world.tell(UnloadRequested("A")))
     if rng.random() < 0.3:
         world.at(now * rng.random(), lambda: world.tell(LoadRequested("B", rng.randint(1, 3))))
+    for turn in range(1, 20):
+        world.at(now * turn / 20, world.announce_holders)
     world.run(until=now)
     # The faults stop; what is under way goes on.
     world.faults = Faults()
+    world.at(now + 1.0, world.announce_holders)
     world.run(until=now + 400.0, max_steps=20_000)
     return world
 
 
-def _submit(world: World, model: str, service_s: float, priority: int, holder: str, timeout_s: float) -> Any:
+def _submit(
+    world: World, model: str, service_s: float, priority: int, holder: str, timeout_s: float, slots: int
+) -> Any:
     def submit() -> None:
         if holder not in world.dead_holders:
-            world.submit(model, service_s, priority=priority, holder=holder, timeout_s=timeout_s)
+            world.submit(model, service_s, priority=priority, holder=holder, timeout_s=timeout_s, slots=slots)
 
     return submit
 

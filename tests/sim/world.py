@@ -16,17 +16,22 @@ from typing import Any, Protocol
 
 from cluster.ledger.events import (
     Command,
+    EngineDied,
     Event,
     Grant,
+    HolderAnnounced,
     LeaseReannounced,
     LeaseReleased,
+    LoadEngine,
     Reject,
     ReplicaFailed,
     ReplicaGone,
     ReplicaReady,
     ReplicaStarted,
+    ReplicaSuspected,
     RequestArrived,
     RequestCancelled,
+    RestartEngine,
     SetDesired,
     Ticked,
 )
@@ -52,6 +57,10 @@ class Faults:
     never_starts: float = 0.0
     dies_after_s: float = 0.0
     wrong_victim: float = 0.0
+    engine_dies_after_s: float = 0.0
+    engine_hangs: float = 0.0
+    loses: float = 0.0
+    strays: float = 0.0
     cancels: float = 0.0
     leaks: float = 0.0
     load_spread: float = 0.0
@@ -67,6 +76,8 @@ class Request:
     priority: int
     arrived: float
     service_s: float
+    slots: int = 1
+    width: int = 0
     granted: float | None = None
     generation: int = 0
     replica: str = ""
@@ -81,7 +92,7 @@ class Request:
 
 @dataclass(eq=False)
 class Process:
-    """A replica's real process."""
+    """A replica's real process: pending, starting, waiting for its order to load, loading, ready, failed, stopping."""
 
     uid: str
     model: str
@@ -89,6 +100,7 @@ class Process:
     number: int
     load_s: float
     state: str = "pending"
+    devices: tuple[int, ...] = ()
     streams: dict[str, Request] = field(default_factory=dict)
 
 
@@ -115,8 +127,15 @@ class World:
         self.faults = faults or Faults()
         # Only a world in which everybody does as told, in time, can blame the ledger for what happens to a stream.
         self.is_gentle = not (
-            self.faults.late_s or self.faults.twice or self.faults.dies_after_s or self.faults.wrong_victim
+            self.faults.late_s
+            or self.faults.twice
+            or self.faults.dies_after_s
+            or self.faults.wrong_victim
+            or self.faults.engine_dies_after_s
+            or self.faults.engine_hangs
+            or self.faults.loses
         )
+        self.restarted = False
         self.after_step = after_step
         self.now = 0.0
         self.heap: list[tuple[float, int, Callable[[], None]]] = []
@@ -187,10 +206,11 @@ class World:
         timeout_s: float = 1e6,
         holder: str = "ingress",
         keep_alive_s: float | None = None,
+        slots: int = 1,
     ) -> Request:
-        request = Request(f"r{next(self.numbers)}", model, holder, priority, self.now, service_s)
+        request = Request(f"r{next(self.numbers)}", model, holder, priority, self.now, service_s, slots)
         self.requests[request.name] = request
-        self.tell(RequestArrived(request.name, holder, model, priority, self.now + timeout_s, keep_alive_s))
+        self.tell(RequestArrived(request.name, holder, model, priority, self.now + timeout_s, keep_alive_s, slots))
         if self.faults.cancels and self.random.random() < self.faults.cancels:
             self.at(self.now + self.random.expovariate(0.5), lambda: self.cancel(request))
         return request
@@ -230,9 +250,13 @@ class World:
             self.at(self.now + 0.05, lambda: self._finish(request))
             return
         process.streams[request.name] = request
+        request.width = len(grant.slots)
         slots = self.spec.models[process.model].slots
-        if len(process.streams) > slots and self.is_gentle:
-            self.crimes.append(f"{process.uid} has {len(process.streams)} streams on {slots} slots")
+        used = sum(each.width for each in process.streams.values())
+        if used > slots and self.is_gentle:
+            self.crimes.append(f"{process.uid} runs {used} sequences on {slots} slots")
+        if self.faults.engine_hangs and self.random.random() < self.faults.engine_hangs:
+            self.tell(ReplicaSuspected(process.uid))
         self.at(self.now + request.service_s, lambda: self._finish(request))
 
     def _finish(self, request: Request, tell: bool = True) -> None:
@@ -242,8 +266,17 @@ class World:
         process = self.processes.get(request.replica)
         if process is not None:
             process.streams.pop(request.name, None)
-        if tell and request.granted is not None and request.holder not in self.dead_holders:
+        lost = self.faults.loses and self.random.random() < self.faults.loses
+        if tell and not lost and request.granted is not None and request.holder not in self.dead_holders:
             self.tell(LeaseReleased(request.name, request.generation))
+
+    def announce_holders(self) -> None:
+        """Every holder says what it has. It keeps its messages in order, so this one is not late."""
+        for holder in sorted({each.holder for each in self.requests.values()} - self.dead_holders):
+            has = [each for each in self.requests.values() if each.holder == holder and not each.done]
+            held = tuple((each.name, each.generation) for each in has if each.granted is not None)
+            waiting = tuple(each.name for each in has if each.granted is None)
+            self.post(HolderAnnounced(holder, held, waiting))
 
     # --- Ray Serve ----------------------------------------------------------------------------------------------
 
@@ -257,6 +290,12 @@ class World:
         elif isinstance(command, SetDesired):
             self.desired[command.model] = command.replicas
             self.at(self.now + self.loop_s, lambda: self._reconcile(command.model))
+        elif isinstance(command, LoadEngine):
+            self._load(command)
+        elif isinstance(command, RestartEngine):
+            process = self.processes.get(command.replica)
+            if process is not None:
+                self.at(self.now + 0.05, lambda: self._engine_dies(process))
 
     def _running(self, model: str) -> list[Process]:
         return [each for each in self.processes.values() if each.model == model and each.state != "stopping"]
@@ -272,8 +311,8 @@ class World:
                 continue
             self._try_start(process)
         for _ in range(len(running) - self.desired.get(model, 0)):
-            # Like Serve: what does not serve yet goes first, then the newest.
-            newest = max(running, key=lambda each: (each.state != "ready", each.number))
+            # Like Serve: what has not started yet goes first, then the newest, whatever its engine does.
+            newest = max(running, key=lambda each: (each.state in ("pending", "starting"), each.number))
             if self.faults.wrong_victim and self.random.random() < self.faults.wrong_victim:
                 newest = self.random.choice(running)
             running.remove(newest)
@@ -298,7 +337,10 @@ class World:
 
     def _room(self, model: str) -> str | None:
         need = self.spec.models[model].num_gpus
-        for node in self.spec.nodes.values():
+        nodes = list(self.spec.nodes.values())
+        if self.faults.strays and self.random.random() < self.faults.strays:
+            self.random.shuffle(nodes)
+        for node in nodes:
             used = sum(
                 self.spec.models[each.model].num_gpus
                 for each in self.processes.values()
@@ -312,25 +354,63 @@ class World:
         if process.state != "starting":
             return
         self.swaps += 1
-        self.tell(ReplicaStarted(process.model, process.uid, process.node))
+        process.state = "waiting"
+        self.tell(ReplicaStarted(process.model, process.uid, process.node, float(process.number)))
+        if self.faults.dies_after_s:
+            self.at(self.now + self.random.expovariate(1.0 / self.faults.dies_after_s), lambda: self._die(process))
+
+    def _load(self, order: LoadEngine) -> None:
+        """The order to load reaches its replica, which may have died or been stopped meanwhile."""
+        process = self.processes.get(order.replica)
+        if process is None or process.state != "waiting":
+            return
+        process.state = "loading"
+        process.devices = order.devices
+        self._check_devices(process)
         if self.faults.load_hangs and self.random.random() < self.faults.load_hangs:
             return
         if self.faults.load_fails and self.random.random() < self.faults.load_fails:
             self.at(self.now + process.load_s * 0.7, lambda: self._failed(process))
             return
         self.at(self.now + process.load_s, lambda: self._ready(process))
-        if self.faults.dies_after_s:
-            self.at(self.now + self.random.expovariate(1.0 / self.faults.dies_after_s), lambda: self._die(process))
+        if self.faults.engine_dies_after_s:
+            after = self.random.expovariate(1.0 / self.faults.engine_dies_after_s)
+            self.at(self.now + after, lambda: self._engine_dies(process))
+
+    def _check_devices(self, process: Process) -> None:
+        """No device is used twice, and no two of a group that keeps apart meet. A restarted ledger may guess wrong."""
+        if self.restarted or not process.devices:
+            return
+        spec = self.spec.models[process.model]
+        for index in process.devices:
+            here = [
+                self.spec.models[each.model]
+                for each in self.processes.values()
+                if each.node == process.node and index in each.devices
+            ]
+            if sum(min(1.0, each.num_gpus) for each in here) > 1.0 + 1e-9:
+                self.crimes.append(f"device {index} of {process.node} is given out twice, to {process.uid} at last")
+            if any(each.group == spec.group and each.name != spec.name for each in here if spec.group):
+                self.crimes.append(f"{process.uid} meets its group on device {index} of {process.node}")
+
+    def _engine_dies(self, process: Process) -> None:
+        """The engine's own process dies, with its streams; the replica goes on."""
+        if process.state not in ("loading", "ready"):
+            return
+        process.state = "waiting"
+        for request in list(process.streams.values()):
+            self._finish(request)
+        self.tell(EngineDied(process.uid, "it crashed"))
 
     def _failed(self, process: Process) -> None:
-        if process.state == "starting":
+        if process.state == "loading":
             process.state = "failed"
             self.tell(ReplicaFailed(process.uid, "the engine says no"))
 
     def _ready(self, process: Process) -> None:
-        if process.state == "starting":
+        if process.state == "loading":
             process.state = "ready"
-            self.tell(ReplicaReady(process.uid))
+            self.tell(ReplicaReady(process.uid, devices=tuple(map(str, process.devices))))
 
     def _stop(self, process: Process) -> None:
         if process.state == "pending":
@@ -365,21 +445,33 @@ class World:
     def restart(self, make: Callable[[float], Any]) -> None:
         """The ledger is killed and comes back empty; everybody announces what is there."""
         self.scheduler = make(self.now)
+        self.restarted = True
         self.waking = None
         for process in sorted(self.processes.values(), key=lambda each: self.random.random()):
             if process.state not in ("pending", "stopping"):
-                self.tell(ReplicaStarted(process.model, process.uid, process.node))
+                loads = process.state in ("loading", "ready", "failed")
+                number = float(process.number)
+                self.tell(ReplicaStarted(process.model, process.uid, process.node, number, loads))
                 if process.state == "ready":
-                    self.tell(ReplicaReady(process.uid))
+                    self.tell(ReplicaReady(process.uid, devices=tuple(map(str, process.devices))))
                 elif process.state == "failed":
                     self.tell(ReplicaFailed(process.uid, "the engine said no"))
         for request in self.requests.values():
             if request.done or request.holder in self.dead_holders:
                 continue
             if request.granted is None:
-                self.tell(RequestArrived(request.name, request.holder, request.model, request.priority, self.now + 1e6))
+                deadline = self.now + 1e6
+                name, holder, model, priority = request.name, request.holder, request.model, request.priority
+                self.tell(RequestArrived(name, holder, model, priority, deadline, slots=request.slots))
             else:
                 self.tell(
-                    LeaseReannounced(request.name, request.holder, request.model, request.replica, request.generation)
+                    LeaseReannounced(
+                        request.name,
+                        request.holder,
+                        request.model,
+                        request.replica,
+                        request.generation,
+                        slots=request.width,
+                    )
                 )
         self._wake_later()

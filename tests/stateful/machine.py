@@ -16,7 +16,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from cluster.ledger.events import (
     ConfigChanged,
+    EngineDied,
     Event,
+    HolderAnnounced,
     HolderDied,
     LeaseReannounced,
     LeaseReleased,
@@ -25,16 +27,17 @@ from cluster.ledger.events import (
     ReplicaFailed,
     ReplicaReady,
     ReplicaStarted,
+    ReplicaSuspected,
     RequestArrived,
     RequestCancelled,
     Ticked,
     UnloadRequested,
 )
 from cluster.ledger.states import TRANSITIONS, Cause, ReplicaState
-from tests.stateful.outside import GPUS, MODELS, SPEC, STARTING, Outside, Seen
+from tests.stateful.outside import GPUS, MODELS, SPEC, Outside, Seen
 
 # What a process can do by itself, and the event by which the ledger hears of it.
-BY_ITSELF = (Cause.LOADED, Cause.FAILED, Cause.GONE)
+BY_ITSELF = (Cause.LOADED, Cause.FAILED, Cause.GONE, Cause.ENGINE_DIED)
 PAUSES = (0.0, 0.0, 0.1, 1.0, 4.0, 15.0)
 SHORT = PAUSES[:4]
 
@@ -69,27 +72,37 @@ class LedgerMachine(RuleBasedStateMachine):
         timeout=st.sampled_from([3.0, 30.0, 300.0]),
         keep_alive=st.sampled_from([None, None, None, 0.0, 2.0]),
         count=st.sampled_from([1, 1, 1, 4]),
+        slots=st.sampled_from([1, 1, 1, 2, 3]),
         pause=st.sampled_from(PAUSES),
     )
     def arrive(
-        self, model: str, priority: int, holder: str, timeout: float, keep_alive: float | None, count: int, pause: float
+        self,
+        model: str,
+        priority: int,
+        holder: str,
+        timeout: float,
+        keep_alive: float | None,
+        count: int,
+        slots: int,
+        pause: float,
     ) -> None:
         self.out.pass_time(pause)
         for _ in range(count):
-            commands = self.out.send(model, priority, holder, timeout, keep_alive)
+            commands = self.out.send(model, priority, holder, timeout, keep_alive, slots)
             if model == "nobody" or holder in self.out.dead:
                 assert [type(each) for each in commands] == [Reject], f"not refused at once: {commands}"
 
     @rule(
         model=st.sampled_from(["A", "B", "C"]),
         classes=st.lists(st.integers(1, 3), min_size=3, max_size=4),
+        widths=st.lists(st.sampled_from([1, 1, 2]), min_size=4, max_size=4),
         step=st.sampled_from([0.0, 0.5, 2.0]),
     )
-    def line_up(self, model: str, classes: list[int], step: float) -> None:
-        """A line forms, and one place after the other is given back."""
-        for priority in classes:
+    def line_up(self, model: str, classes: list[int], widths: list[int], step: float) -> None:
+        """A line forms, wide ones in it, and one place after the other is given back."""
+        for priority, slots in zip(classes, widths, strict=False):
             self.out.pass_time(step)
-            self.out.send(model, priority)
+            self.out.send(model, priority, slots=slots)
         for sent in [each for each in self.out.leased() if each.model == model]:
             self.out.pass_time(step)
             if not sent.answered:
@@ -99,7 +112,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def arrive_again(self, data: st.DataObject) -> None:
         sent = data.draw(st.sampled_from(self.out.waiting() + self.out.leased()))
-        commands = self.out.tell(RequestArrived(sent.name, sent.holder, sent.model, sent.priority, sent.deadline))
+        commands = self.out.tell(self.out.arrival(sent))
         if sent.grant is not None:
             assert sent.grant in commands, "a lease was not told again"
 
@@ -122,6 +135,18 @@ class LedgerMachine(RuleBasedStateMachine):
         self.out.pass_time(pause)
         if not sent.answered:
             self.out.cancel(sent)
+
+    @precondition(lambda self: self.out.waiting() or self.out.leased())
+    @rule(data=st.data(), pause=st.sampled_from(SHORT))
+    def a_holder_announces_itself(self, data: st.DataObject, pause: float) -> None:
+        """Some of its releases and cancellations were lost, and some of its grants are still on their way."""
+        self.out.pass_time(pause)
+        has = self.out.waiting() + self.out.leased()
+        if not has:
+            return
+        holder = data.draw(st.sampled_from(sorted({each.holder for each in has})))
+        names = st.sampled_from(sorted(each.name for each in has if each.holder == holder))
+        self.out.lose_settles(holder, data.draw(st.sets(names)), data.draw(st.sets(names)))
 
     @rule(data=st.data(), model=st.sampled_from(["A", "B", "C"]))
     def holder_dies(self, data: st.DataObject, model: str) -> None:
@@ -146,12 +171,12 @@ class LedgerMachine(RuleBasedStateMachine):
         if missing := self.out.missing():
             self.out.announce(data.draw(st.sampled_from(missing)))
 
-    @precondition(lambda self: any(each.state is STARTING for each in self.out.seen.values()))
+    @precondition(lambda self: self.out.loading())
     @rule(data=st.data(), pause=st.sampled_from(SHORT))
     def loads(self, data: st.DataObject, pause: float) -> None:
         """The usual course of things, drawn more often than by chance."""
         self.out.pass_time(pause)
-        if loading := [each for each in self.out.seen.values() if each.state is STARTING]:
+        if loading := self.out.loading():
             self.out.act(data.draw(st.sampled_from(loading)), Cause.LOADED)
 
     @rule(pause=st.sampled_from(SHORT))
@@ -165,8 +190,20 @@ class LedgerMachine(RuleBasedStateMachine):
         """A process does anything that the transition table allows."""
         self.out.pass_time(pause)
         seen = data.draw(st.sampled_from(list(self.out.seen.values())))
-        legal = [cause for cause in BY_ITSELF if (self.out.inside(seen), cause) in TRANSITIONS]
-        self.out.act(seen, data.draw(st.sampled_from(legal)))
+        self.out.act(seen, data.draw(st.sampled_from(self.out.able(seen, BY_ITSELF))))
+
+    @precondition(lambda self: any(each.has_engine and not each.is_restarting for each in self.out.seen.values()))
+    @rule(data=st.data(), dies=st.booleans())
+    def an_engine_hangs(self, data: st.DataObject, dies: bool) -> None:
+        """A holder notices; the engine is killed, soon or when its replica gets to it."""
+        self.out.tell(Ticked())
+        hung = [each for each in self.out.seen.values() if each.has_engine and not each.is_restarting]
+        hung = [each for each in hung if self.out.inside(each).may_hold_leases]
+        if hung:
+            seen = data.draw(st.sampled_from(hung))
+            self.out.suspect(seen)
+            if dies:
+                self.out.act(seen, Cause.ENGINE_DIED)
 
     @precondition(lambda self: self.out.too_many())
     @rule(data=st.data(), pause=st.sampled_from(PAUSES))
@@ -223,7 +260,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def _by_itself(self, model: str, cause: Cause) -> None:
         if not self.out.alive(model) and model in self.out.missing():
             self.out.announce(model)
-        able: list[Seen] = [each for each in self.out.alive(model) if (self.out.inside(each), cause) in TRANSITIONS]
+        able: list[Seen] = [each for each in self.out.alive(model) if self.out.able(each, (cause,))]
         if able:
             self.out.act(able[0], cause)
 
@@ -267,13 +304,22 @@ class LedgerMachine(RuleBasedStateMachine):
 
     # --- a new life of the ledger -------------------------------------------------------------------------------
 
-    @rule(data=st.data(), holders=st.sets(st.sampled_from(["h2", "h3"])), pause=st.sampled_from([0.0, 0.1, 0.5]))
-    def ledger_restarts(self, data: st.DataObject, holders: set[str], pause: float) -> None:
-        """All is announced anew, in any order; some have died meanwhile. No lease is lost, and none granted twice."""
+    @rule(
+        data=st.data(),
+        holders=st.sets(st.sampled_from(["h2", "h3"])),
+        pause=st.sampled_from([0.0, 0.1, 0.5]),
+        configured=st.booleans(),
+    )
+    def ledger_restarts(self, data: st.DataObject, holders: set[str], pause: float, configured: bool) -> None:
+        """All is announced anew, in any order; some have died meanwhile. No lease is lost, and none granted twice.
+
+        The new ledger need not know the newest configuration: it comes among the rest.
+        """
         self.out.tell(Ticked())
         dying = data.draw(st.sets(st.sampled_from(sorted(self.out.seen)))) if self.out.seen else set()
-        self.out.lose_the_ledger()
-        events = data.draw(st.permutations(self.out.announcements(dying, holders)))
+        self.out.lose_the_ledger(configured)
+        announced = self.out.announcements(dying, holders)
+        events = data.draw(st.permutations(announced if configured else [*announced, ConfigChanged(SPEC)]))
         for index, event in enumerate(events):
             if index == len(events) // 2:
                 self.out.pass_time(pause)
@@ -294,6 +340,12 @@ class LedgerMachine(RuleBasedStateMachine):
                 ReplicaReady("dead"),
                 ReplicaFailed("unknown", "why"),
                 ReplicaStarted("nobody", "x#1", "n"),
+                ReplicaStarted("A", "x#2", "n", float("nan")),
+                EngineDied("dead", "why"),
+                ReplicaSuspected("unknown"),
+                HolderAnnounced("nobody", (), ("unknown",)),
+                HolderAnnounced("h1", ("r1",), ()),  # type: ignore[arg-type]
+                RequestArrived("bad", "h1", "A", 1, 9.0, None, 0),
                 UnloadRequested("nobody"),
                 HolderDied("nobody"),
                 RequestArrived("", "h1", "A", 7, 5.0),

@@ -7,12 +7,14 @@ Serve are here; `machine.py` draws which of them happen, and when.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.ledger.events import (
     Command,
+    EngineDied,
     Event,
     Grant,
+    HolderAnnounced,
     HolderDied,
     LeaseReannounced,
     LeaseReleased,
@@ -26,15 +28,17 @@ from cluster.ledger.events import (
     ReplicaGone,
     ReplicaReady,
     ReplicaStarted,
+    ReplicaSuspected,
     RequestArrived,
     RequestCancelled,
+    RestartEngine,
     SetDesired,
     Ticked,
     UnloadRequested,
 )
 from cluster.ledger.ledger import Ledger
 from cluster.ledger.specs import ModelSpec, NodeSpec, PoolSpec
-from cluster.ledger.states import Cause, ReplicaState
+from cluster.ledger.states import TRANSITIONS, Cause, ReplicaState
 
 GPUS = 2
 MODELS = {
@@ -46,6 +50,12 @@ MODELS = {
 }
 SPEC = PoolSpec(
     models=MODELS, nodes={"n": NodeSpec("n", gpus=GPUS, cpus=4.0)}, queue_max_size=12, bound_s=(5.0, 8.0, 12.0)
+)
+# What an ingress of an earlier deploy would have it: judged by this, all would be drained or forgotten.
+OLD_SPEC = PoolSpec(
+    models={"A": replace(MODELS["A"], revision="old", slots=1), "Z": replace(MODELS["A"], name="Z")},
+    nodes=SPEC.nodes,
+    queue_max_size=1,
 )
 WINDOW_S = 3.0
 STARTING, READY, DRAINING = ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING
@@ -62,6 +72,7 @@ class Sent:
     priority: int
     deadline: float
     number: int
+    slots: int = 1
     grant: Grant | None = None
     answered: bool = False
 
@@ -75,6 +86,11 @@ class Seen:
     number: int
     state: ReplicaState = STARTING
     leases: set[str] = field(default_factory=set)
+    devices: tuple[int, ...] = ()
+    # its engine: told to load, loaded, told to be killed
+    is_loading: bool = False
+    has_engine: bool = False
+    is_restarting: bool = False
 
 
 class Outside:
@@ -111,7 +127,10 @@ class Outside:
         assert sent.holder not in self.dead, f"{grant} goes to a dead holder"
         taken = {slot for each in seen.leases for slot in self.sent[each].grant.slots}  # type: ignore[union-attr]
         assert not taken & set(grant.slots), f"slots {grant.slots} of {seen} are leased twice"
-        assert len(seen.leases) < MODELS[seen.model].slots, f"{seen} is full"
+        slots = MODELS[seen.model].slots
+        assert len(set(grant.slots)) == min(sent.slots, slots), f"{grant} is not what {sent} asked for"
+        assert len(taken) + len(grant.slots) <= slots, f"{seen} is full"
+        assert seen.has_engine, f"{grant} goes to {seen}, whose engine is dead"
         # Who was sent to a fallback waits in another line.
         if sent.model == seen.model and not MODELS[sent.model].fallbacks:
             for other in self.waiting(sent.model):
@@ -130,6 +149,9 @@ class Outside:
 
     def _setdesired(self, command: SetDesired) -> None:
         model = command.model
+        if model not in MODELS:
+            assert command.replicas == 0, f"{command} of a model that was removed"
+            return
         assert 0 <= command.replicas <= MODELS[model].max_replicas or self.unasked, f"{command} is out of bounds"
         alive, before = self.alive(model), self.desired[model]
         if command.replicas > before:
@@ -153,10 +175,27 @@ class Outside:
     def _reopen(self, command: Reopen) -> None:
         seen = self.seen[command.replica]
         assert seen.state is DRAINING, f"{command} of {seen}"
+        assert seen.has_engine, f"{command} of {seen}, whose engine is dead"
         seen.state = READY
 
     def _loadengine(self, command: LoadEngine) -> None:
-        assert self.seen[command.replica].state is STARTING, f"{command} of {self.seen[command.replica]}"
+        seen = self.seen[command.replica]
+        assert seen.state is STARTING, f"{command} of {seen}"
+        assert not seen.is_loading, f"{command} of {seen}, which loads already"
+        seen.is_loading, seen.devices = True, command.devices
+        share = MODELS[seen.model].num_gpus
+        assert len(command.devices) == -(-share // 1), f"{command} for {share} devices"
+        if self.unasked:
+            return
+        for index in command.devices:
+            used = sum(min(1.0, MODELS[each.model].num_gpus) for each in self.seen.values() if index in each.devices)
+            assert used <= 1.0 + 1e-9, f"{command}: device {index} is given out twice"
+
+    def _restartengine(self, command: RestartEngine) -> None:
+        seen = self.seen[command.replica]
+        assert seen.has_engine, f"{command} of {seen}, which has no engine"
+        assert not seen.is_restarting, f"{command} of {seen} for a second time"
+        seen.is_restarting = True
 
     def _loadrefused(self, command: LoadRefused) -> None:
         assert command.model in MODELS
@@ -207,13 +246,23 @@ class Outside:
         self.tell(Ticked())
 
     def send(
-        self, model: str, priority: int, holder: str = "h1", timeout: float = 300.0, keep_alive: float | None = None
+        self,
+        model: str,
+        priority: int,
+        holder: str = "h1",
+        timeout: float = 300.0,
+        keep_alive: float | None = None,
+        slots: int = 1,
     ) -> list[Command]:
         self.numbers += 1
         name = f"r{self.numbers}"
-        self.sent[name] = Sent(name, holder, model, priority, self.now + timeout, self.numbers)
+        self.sent[name] = Sent(name, holder, model, priority, self.now + timeout, self.numbers, slots)
         self.unloaded.discard(model)
-        return self.tell(RequestArrived(name, holder, model, priority, self.now + timeout, keep_alive))
+        return self.tell(RequestArrived(name, holder, model, priority, self.now + timeout, keep_alive, slots))
+
+    def arrival(self, sent: Sent) -> RequestArrived:
+        """The event by which a request is asked for again."""
+        return RequestArrived(sent.name, sent.holder, sent.model, sent.priority, sent.deadline, slots=sent.slots)
 
     def end(self, sent: Sent) -> None:
         """A request is over, as its client sees it."""
@@ -245,19 +294,52 @@ class Outside:
         self.numbers += 1
         seen = Seen(f"{model}#{self.numbers}", model, self.numbers)
         self.seen[seen.uid] = seen
-        self.tell(ReplicaStarted(model, seen.uid, "n"))
-        self.tell(ReplicaStarted(model, seen.uid, "n"))
+        self.tell(ReplicaStarted(model, seen.uid, "n", float(seen.number)))
+        self.tell(ReplicaStarted(model, seen.uid, "n", float(seen.number)))
+
+    def loading(self) -> list[Seen]:
+        """Those whose engine was told to load."""
+        return [each for each in self.seen.values() if each.state is STARTING and each.is_loading]
+
+    def able(self, seen: Seen, causes: tuple[Cause, ...]) -> list[Cause]:
+        """What a process can do by itself now: without an order to load there is no engine that could be loaded."""
+        able = [cause for cause in causes if (self.inside(seen), cause) in TRANSITIONS]
+        return [cause for cause in able if cause is not Cause.LOADED or seen.is_loading]
+
+    def lose_settles(self, holder: str, lost: set[str], underway: set[str]) -> None:
+        """What a holder has ended never reached the ledger; it announces what it has, some of it not yet granted."""
+        has = [each for each in self.waiting() + self.leased() if each.holder == holder]
+        for sent in [each for each in has if each.name in lost]:
+            self.end(sent)
+        kept = [each for each in has if not each.answered]
+        held = [(each.name, each.grant.generation) for each in kept if each.grant and each.name not in underway]
+        waiting = [each.name for each in kept if not each.grant or each.name in underway]
+        self.tell(HolderAnnounced(holder, tuple(held), tuple(waiting)))
+
+    def suspect(self, seen: Seen) -> None:
+        self.tell(ReplicaSuspected(seen.uid))
+        assert seen.is_restarting, f"{seen} hangs, and nobody restarts it"
+        assert not self.tell(ReplicaSuspected(seen.uid)), "it is restarted already"
 
     def act(self, seen: Seen, cause: Cause) -> None:
-        """A process loads, fails or dies."""
+        """A process loads, fails or dies, or its engine does."""
         if cause is Cause.LOADED:
             if self.inside(seen) is STARTING:
                 seen.state = READY
-            self.tell(ReplicaReady(seen.uid))
+            seen.is_loading, seen.has_engine, seen.is_restarting = False, True, False
+            self.tell(ReplicaReady(seen.uid, devices=tuple(map(str, seen.devices))))
             return
         for name in list(seen.leases):
             self.end(self.sent[name])
-        if cause is Cause.FAILED:
+        seen.is_loading = seen.has_engine = seen.is_restarting = False
+        if cause is Cause.ENGINE_DIED:
+            if seen.state is READY:
+                seen.state = STARTING
+            self.tell(EngineDied(seen.uid, "it crashed"))
+            # It is the ledger that counts how often.
+            if self.inside(seen) is FAILED:
+                seen.state = FAILED
+        elif cause is Cause.FAILED:
             seen.state = FAILED
             self.tell(ReplicaFailed(seen.uid, "it says no"))
         else:
@@ -266,12 +348,23 @@ class Outside:
 
     # --- a new life of the ledger -------------------------------------------------------------------------------
 
-    def lose_the_ledger(self) -> None:
-        """The ledger is back, empty. What Serve was told before it has done by the time that the window closes."""
+    def lose_the_ledger(self, configured: bool) -> None:
+        """The ledger is back, empty. What Serve was told before it has done by the time that the window closes.
+
+        Not `configured`, it was made with an older configuration, and hears of the present one from an ingress.
+        """
         self.lives += 1
         self.dead.clear()
         self.unloaded.clear()
-        self.ledger = Ledger(SPEC, epoch=f"e{self.lives}", now=self.now, recovering_until=self.now + WINDOW_S)
+        self.ledger = Ledger(
+            SPEC if configured else OLD_SPEC,
+            epoch=f"e{self.lives}",
+            now=self.now,
+            recovering_until=self.now + WINDOW_S,
+            configured=configured,
+        )
+        for seen in self.seen.values():
+            seen.is_restarting = False
 
     def announcements(self, dying: set[str], dead_holders: set[str]) -> list[Event]:
         """What the new ledger hears, in no order: of each process, each lease and each waiter that is left."""
@@ -280,22 +373,33 @@ class Outside:
             if sent.grant is not None:
                 lease = sent.grant
                 events.append(
-                    LeaseReannounced(sent.name, sent.holder, sent.model, lease.replica, lease.generation, sent.priority)
+                    LeaseReannounced(
+                        sent.name,
+                        sent.holder,
+                        sent.model,
+                        lease.replica,
+                        lease.generation,
+                        sent.priority,
+                        len(lease.slots),
+                    )
                 )
                 if lease.replica in dying or sent.holder in dead_holders:
                     self.end(sent)
             elif sent.holder in dead_holders:
                 self.end(sent)
             else:
-                events.append(RequestArrived(sent.name, sent.holder, sent.model, sent.priority, sent.deadline))
+                events.append(self.arrival(sent))
         for seen in list(self.seen.values()):
-            events.append(ReplicaStarted(seen.model, seen.uid, "n"))
+            loads = seen.is_loading or seen.has_engine
+            events.append(ReplicaStarted(seen.model, seen.uid, "n", float(seen.number), loads))
             if seen.state in (STOPPING, FAILED) or seen.uid in dying:
                 events.append(ReplicaGone(seen.uid))
                 del self.seen[seen.uid]
-            elif seen.state is not STARTING:
-                events.append(ReplicaReady(seen.uid))
+            elif seen.has_engine:
+                events.append(ReplicaReady(seen.uid, devices=tuple(map(str, seen.devices))))
                 seen.state = READY
+            else:
+                seen.state = STARTING
         return events
 
     def hear(self, event: Event) -> None:
@@ -313,8 +417,7 @@ class Outside:
         assert names == set(self.seen), f"{names} are on the books, {set(self.seen)} are alive"
         for sent in self.leased():
             assert sent.grant is not None
-            event = RequestArrived(sent.name, sent.holder, sent.model, sent.priority, sent.deadline)
-            told = self.ledger.decide(event, self.now)
+            told = self.ledger.decide(self.arrival(sent), self.now)
             assert len(told) == 1, f"the lease of {sent} was lost: {told}"
             grant = told[0]
             assert isinstance(grant, Grant), f"the lease of {sent} was lost: {grant}"
@@ -337,6 +440,6 @@ class Outside:
                     self.stop_one(model)
             for model in self.missing():
                 self.announce(model)
-            for seen in [each for each in self.seen.values() if each.state is STARTING]:
+            for seen in self.loading():
                 if seen.uid in self.seen:
                     self.act(seen, Cause.LOADED)

@@ -17,8 +17,8 @@ from cluster.ledger import placing, states
 from cluster.ledger.books import pool, queue, records
 from cluster.ledger.books.placement import Node
 from cluster.ledger.books.shapes import Place, Shape
-from cluster.ledger.events import HolderDied, LeaseReleased, ReplicaReady, RequestArrived
-from cluster.ledger.handlers import replicas, requests
+from cluster.ledger.events import EngineDied, HolderAnnounced, HolderDied, LeaseReleased, ReplicaReady, RequestArrived
+from cluster.ledger.handlers import engines, holders, replicas, requests
 from cluster.ledger.states import Cause, ReplicaState
 from tests.stateful.budget import run_machine
 
@@ -38,8 +38,8 @@ def memory_is_credited_early(patch: pytest.MonkeyPatch) -> None:
     """The next model is loaded while the previous one's memory is not yet free."""
     right = pool.Pool.move
 
-    def wrong(books: pool.Pool, replica: records.Replica, cause: Cause, now: float) -> None:
-        right(books, replica, cause, now)
+    def wrong(books: pool.Pool, replica: records.Replica, cause: Cause, now: float, reason: str = "") -> None:
+        right(books, replica, cause, now, reason)
         if cause in (Cause.EMPTIED, Cause.FAILED):
             right(books, replica, Cause.GONE, now)
 
@@ -82,8 +82,8 @@ def eviction_does_not_wait(patch: pytest.MonkeyPatch) -> None:
     """The victim is stopped at once, and its streams with it."""
     right = pool.Pool.quiesce
 
-    def wrong(books: pool.Pool, replica: records.Replica, now: float) -> None:
-        right(books, replica, now)
+    def wrong(books: pool.Pool, replica: records.Replica, now: float, reason: str = "") -> None:
+        right(books, replica, now, reason)
         books.revoke(replica, now)
 
     patch.setattr(pool.Pool, "quiesce", wrong)
@@ -152,7 +152,7 @@ def waiters_are_lost_on_a_failed_load(patch: pytest.MonkeyPatch) -> None:
         if books.out:
             books.out.pop()
 
-    patch.setattr(replicas, "refuse_or_reroute", wrong)
+    patch.setattr(engines, "refuse_or_reroute", wrong)
 
 
 def desired_rises_too_soon(patch: pytest.MonkeyPatch) -> None:
@@ -185,6 +185,38 @@ def one_of_two_never_loads(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(pool.Pool, "best_pending", lambda self, limit: [])
 
 
+def wide_leases_give_one_slot_back(patch: pytest.MonkeyPatch) -> None:
+    right = pool.Pool.release
+
+    def wrong(books: pool.Pool, lease: records.Lease, now: float) -> None:
+        lease.slots = lease.slots[:1]
+        right(books, lease, now)
+
+    patch.setattr(pool.Pool, "release", wrong)
+
+
+def dead_engines_keep_their_leases(patch: pytest.MonkeyPatch) -> None:
+    right = engines.engine_died
+
+    def wrong(books: pool.Pool, event: EngineDied, now: float) -> None:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(pool.Pool, "revoke", lambda *_: None)
+            right(books, event, now)
+
+    patch.setitem(front._HANDLERS, EngineDied, wrong)
+
+
+def grants_under_way_are_reconciled_away(patch: pytest.MonkeyPatch) -> None:
+    """A holder that has not received its grant yet is taken for one that has given it back."""
+    right = holders.holder_announced
+
+    def wrong(books: pool.Pool, event: HolderAnnounced, now: float) -> None:
+        waiting = tuple(each for each in event.waiting if each not in books.leases)
+        right(books, event._replace(waiting=waiting), now)
+
+    patch.setitem(front._HANDLERS, HolderAnnounced, wrong)
+
+
 BUGS = [
     stale_releases_count,
     memory_is_credited_early,
@@ -200,6 +232,9 @@ BUGS = [
     desired_rises_too_soon,
     stopping_victims_are_revived,
     one_of_two_never_loads,
+    wide_leases_give_one_slot_back,
+    dead_engines_keep_their_leases,
+    grants_under_way_are_reconciled_away,
 ]
 
 

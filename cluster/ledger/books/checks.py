@@ -18,6 +18,7 @@ READY, STARTING, DRAINING = ReplicaState.READY, ReplicaState.STARTING, ReplicaSt
 
 def check(pool: Pool) -> None:
     """Raise `AssertionError` with the first broken invariant. Changes nothing; costs a pass over everything."""
+    assert not pool.undecided, "the decision tree did not come to an end"
     replicas = [replica for model in pool.models.values() for replica in model.replicas]
     for replica in replicas:
         _check_replica(pool, replica)

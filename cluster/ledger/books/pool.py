@@ -79,6 +79,8 @@ class Pool:
         self.drained = False
         # work for the decision tree
         self.touched: dict[Model, None] = {}
+        # the tree went round and round without an end, which is a mistake
+        self.undecided = False
         self.understaffed: dict[Model, None] = {}
         self.claims: dict[Model, None] = {}
         self.pending: list[tuple[float, int, Model]] = []

@@ -229,7 +229,8 @@ def lease_released(pool: Pool, event: LeaseReleased, now: float) -> None:
         return
     pool.announce(pool.hand_over(lease, next_lease, now, policy.split_wait(model, next_lease, now)))
     model.keep_alive_s = next_lease.keep_alive_s
-    if model.pending_rank is not None or model.claim is not None or model.counts[STARTING]:
+    # Who comes after a wide one may find slots that were free before it already.
+    if model.free or model.pending_rank is not None or model.claim is not None or model.counts[STARTING]:
         pool.touched[model] = None
 
 
@@ -247,7 +248,7 @@ def serve(pool: Pool, model: Model, now: float) -> None:
         lease = pool.lease(waiter.request, waiter.holder, replica, waiter.priority, now, waits, slots=slots)
         pool.announce(lease)
         model.keep_alive_s = waiter.keep_alive_s
-    pool.touched[model] = None
+        pool.touched[model] = None
 
 
 def request_cancelled(pool: Pool, event: RequestCancelled, now: float) -> None:

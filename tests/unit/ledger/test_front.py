@@ -123,3 +123,9 @@ def test_decisions_end_even_if_they_should_not(
     assert "no decision" in caplog.text
     monkeypatch.setattr(tree, "MAX_ROUNDS", 1000)
     assert desk.tell(Ticked()) == ["desire A 1"]
+
+
+def test_which_models_are_known() -> None:
+    desk = Desk(model("A"))
+    assert desk.ledger.knows("A")
+    assert not desk.ledger.knows("B")

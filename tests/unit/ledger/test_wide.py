@@ -195,3 +195,23 @@ def test_a_load_in_place_serves_the_wide_one_that_waits() -> None:
     desk.arrive("w", "a", slots=4)
     desk.tell(ReplicaStarted("a", "u", "n"))
     assert desk.tell(ReplicaReady("u")) == ["grant w u"]
+
+
+def test_who_comes_after_a_wide_one_finds_the_slots_that_were_free_before() -> None:
+    """Two slots are free and too few for the first in line; it gets those that are given back, the next one those."""
+    desk = ready(slots=8)
+    desk.arrive("w1", "a", slots=3)
+    desk.arrive("w2", "a", slots=3)
+    desk.arrive("w3", "a", slots=3)
+    assert desk.arrive("r1", "a") == []
+    assert desk.release("w1") == ["grant w3 u", "grant r1 u"]
+
+
+def test_a_wide_head_that_waits_does_not_keep_the_tree_going() -> None:
+    desk = ready()
+    for each in ("r1", "r2", "r3"):
+        desk.arrive(each, "a")
+    desk.arrive("w", "a", slots=2)
+    desk.at(1.0)
+    assert not desk.ledger._pool.undecided
+    assert not desk.ledger._pool.touched
