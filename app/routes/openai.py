@@ -79,7 +79,7 @@ class Stream(StreamingResponse):
 
 
 def request_id_of(request: Request) -> str:
-    """The request's id. Serve's proxy makes one where the client sent none, and puts it on every answer itself."""
+    """The request's id. Serve makes one where the client sent none, and puts it on every answer itself."""
     return request.headers.get("x-request-id") or uuid.uuid4().hex
 
 
