@@ -40,11 +40,11 @@ def local_serve(gpus: int = 1, direct: bool = True) -> Iterator[int]:
     import ray
     from ray.serve._private import api
 
-    from app.cli import RAY_FLAGS, direct_ingress_flags
+    from app.cli import OWN_RAY_FLAGS, direct_ingress_flags
 
     port = free_port()
     proxy_port = free_port() if direct else port
-    os.environ.update(RAY_FLAGS | (direct_ingress_flags(port) if direct else {}))
+    os.environ.update(OWN_RAY_FLAGS | (direct_ingress_flags(port) if direct else {}))
     ray.init(
         address="local",
         num_cpus=4,

@@ -14,12 +14,20 @@ from pathlib import Path
 
 from app.cli.checks import refuse_full_disk, refuse_strangers_without_keys, refuse_taken_port
 from app.cli.document import declared_gpus, lay_over
-from app.cli.flags import RAY_FLAGS, direct_ingress_flags
+from app.cli.flags import OWN_RAY_FLAGS, RAY_FLAGS, direct_ingress_flags
 from app.cli.serve import serve_here
 from app.cli.supervisor import continue_in_own_session
 from cluster.config import ConfigError, load_config, read_yaml
 
-__all__ = ["RAY_FLAGS", "declared_gpus", "direct_ingress_flags", "lay_over", "main", "refuse_strangers_without_keys"]
+__all__ = [
+    "OWN_RAY_FLAGS",
+    "RAY_FLAGS",
+    "declared_gpus",
+    "direct_ingress_flags",
+    "lay_over",
+    "main",
+    "refuse_strangers_without_keys",
+]
 
 DEFAULT_FILE = Path("serve_config.yaml")
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 #: a streamed chunk, and its messages must hold the largest body allowed.
 #: Idle processes import what a replica needs before one is wanted, which makes a swap more than a second shorter.
 #: The ledger assigns devices to engines, so Ray leaves every process those that it sees itself.
-#: This Ray is the pool's own, so Serve's control loop may hurry during a swap.
 #: Ray would let all its processes yield to anything else on the machine (niceness 15): a server should not.
 RAY_FLAGS = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -19,10 +18,12 @@ RAY_FLAGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_preload_python_modules": "deployments.preload",
     "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
-    "SLOTPOOL_PACE_CONTROLLER": "1",
     "RAY_worker_niceness": "0",
     "RAY_DEDUP_LOGS": "1",
 }
+
+#: Only in a Ray that is the pool's own may Serve's control loop hurry during a swap: it is everybody's loop.
+OWN_RAY_FLAGS = RAY_FLAGS | {"SLOTPOOL_PACE_CONTROLLER": "1"}
 
 #: Set to 0 in the environment, this leaves the public port to Serve's proxy.
 DIRECT_INGRESS = "RAY_SERVE_ENABLE_DIRECT_INGRESS"

@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from app.cli.checks import free_port, refuse_full_disk
-from app.cli.flags import DIRECT_INGRESS, RAY_FLAGS, direct_ingress_flags
+from app.cli.flags import DIRECT_INGRESS, OWN_RAY_FLAGS, direct_ingress_flags
 from app.cli.reporter import Reporter
 from cluster.config import ConfigError, PoolConfig
 
@@ -44,7 +44,7 @@ def serve_here(document: dict[str, Any], pool: PoolConfig, gpus: int | None) -> 
 
 def with_public_port(document: dict[str, Any]) -> dict[str, Any]:
     """Set Ray's flags, and give Serve's proxy another port than the public one, which is the ingress's own."""
-    for flag, value in RAY_FLAGS.items():
+    for flag, value in OWN_RAY_FLAGS.items():
         os.environ.setdefault(flag, value)
     if os.environ.get(DIRECT_INGRESS) == "0":
         return document

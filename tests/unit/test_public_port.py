@@ -81,6 +81,7 @@ def test_the_flags_can_be_evaluated_by_a_shell(capsys: pytest.CaptureFixture[str
     exported = dict(line.split("=", 1) for line in shell.stdout.splitlines())
     wanted = RAY_FLAGS | direct_ingress_flags(8100)
     assert {name: exported[name] for name in wanted} == wanted
+    assert "SLOTPOOL_PACE_CONTROLLER" not in exported, "a cluster that is shared keeps its own pace"
 
 
 def test_the_command_line_sets_its_flags_before_ray_is_imported():
