@@ -55,7 +55,7 @@ from cluster.ledger.snapshot import Snapshot
 from cluster.ledger.specs import NodeSpec
 from cluster.metrics import Counts, Outcome, refused
 from cluster.operator_calls import Ended, OperatorCalls, refuse_overrides, refuse_unload
-from cluster.orders import EngineState, Order
+from cluster.orders import Drain, EngineState, Order
 from cluster.owned_config import OwnedConfiguration
 from cluster.parked import Answer, Packed, ParkedCalls, packed
 from cluster.request import Request
@@ -102,7 +102,6 @@ class LedgerActor:
         self._desired: dict[str, int] = {}
         self._desired_version = 0
         self._changed = Signal()
-        self._drains: dict[str, asyncio.Event] = {}
         self._recovering = self._ledger.is_recovering
         self._due: float | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -201,10 +200,6 @@ class LedgerActor:
     async def replica_suspected(self, replica: str) -> None:
         """A holder saw the engine of a replica hang."""
         self._post(ReplicaSuspected(replica))
-
-    async def drained(self, replica: str) -> None:
-        """Parks until the ledger next drains a replica, or the replica is dead."""
-        await self._drains.setdefault(replica, asyncio.Event()).wait()
 
     # --- ingresses ----------------------------------------------------------------------------------------------
 
@@ -369,7 +364,7 @@ class LedgerActor:
             elif isinstance(command, RestartEngine):
                 self._attached.restart_engine(command.replica)
             elif isinstance(command, Quiesce):
-                self._tell_of_drain(command.replica)
+                self._attached.orders.give(command.replica, Drain())
         if rescaled:
             self._desired_version += 1
             self._changed.fire()
@@ -420,11 +415,6 @@ class LedgerActor:
     def _tick(self) -> None:
         self._timer = None
         self._post(Ticked())
-
-    def _tell_of_drain(self, replica: str) -> None:
-        drains = self._drains.pop(replica, None)
-        if drains is not None:
-            drains.set()
 
     async def _recovered(self) -> None:
         """Wait until this life of the ledger knows what the former one left."""
@@ -483,7 +473,6 @@ class LedgerActor:
     def _on_actor_dead(self, actor_id: str) -> None:
         replica, holder = self._attached.remove(actor_id)
         if replica is not None:
-            self._tell_of_drain(replica)
             self._post(ReplicaGone(replica))
         if holder is not None:
             self._post(HolderDied(holder))

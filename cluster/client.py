@@ -278,14 +278,6 @@ class LedgerClient:
             if order is not None:
                 return version, order
 
-    async def drained(self, replica: str) -> None:
-        """Wait until the ledger drains a replica, which is when its successor is chosen."""
-        while True:
-            try:
-                return await self._actor.drained.remote(replica)  # type: ignore[no-any-return]
-            except RayActorError:
-                await asyncio.sleep(RETRY_S)
-
     async def _follow(self, method: str, *args: Any) -> Any:
         """The answer of a call that parks for a while in the ledger, from whichever life of it answers."""
         while True:

@@ -60,7 +60,11 @@ class Restart(NamedTuple):
     reason: str
 
 
-Order = Load | Restart
+class Drain(NamedTuple):
+    """No new request will come, and a successor was chosen: a process for it may be started while the last ones run."""
+
+
+Order = Load | Restart | Drain
 
 
 class OrderBoard:

@@ -42,12 +42,13 @@ class Replica:
         self._placing = asyncio.create_task(self._find_place())
         self._ledger = LedgerClient()
         self._links = Links(self._node)
-        self._supervisor = Supervisor(model, self._uid, self._ledger, lambda: asyncio.shield(self._placing))
+        self._supervisor = Supervisor(
+            model, self._uid, self._ledger, lambda: asyncio.shield(self._placing), self._help_successor
+        )
         self._life = [
             asyncio.create_task(self._ledger.stay_attached("attach_replica", self._state)),
             asyncio.create_task(self._supervisor.follow_orders()),
             asyncio.create_task(self._keep_spares()),
-            asyncio.create_task(self._help_successor()),
         ]
 
     def _state(self) -> ReplicaState:
@@ -108,11 +109,9 @@ class Replica:
 
     async def _help_successor(self) -> None:
         """Have a process started for the next model while the last streams of this one run, if there is none yet."""
-        while True:
-            await self._ledger.drained(self._uid)
-            load = await self._supervisor.load_of_engine()
-            if load is not None and load[0]:
-                await self._start_spares(1)
+        load = await self._supervisor.load_of_engine()
+        if load is not None and load[0]:
+            await self._start_spares(1)
 
     async def _start_spares(self, wanted: int) -> None:
         try:

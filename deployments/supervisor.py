@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.errors import PoolError, ReplicaGone
-from cluster.orders import Address, EngineState, Load, Order, Restart
+from cluster.orders import Address, Drain, EngineState, Load, Order, Restart
 from deployments.engine_child import EngineChild, EngineDied, Home
 
 logger = logging.getLogger("slotpool.replica")
@@ -51,8 +51,17 @@ class Place:
 class Supervisor:
     """The engine of one replica. `follow_orders` runs until it is cancelled, then `finish`."""
 
-    def __init__(self, model: str, replica: str, ledger: Ledger, place: Callable[[], Awaitable[Place]]) -> None:
-        self._model, self._replica, self._ledger, self._place = model, replica, ledger, place
+    def __init__(
+        self,
+        model: str,
+        replica: str,
+        ledger: Ledger,
+        place: Callable[[], Awaitable[Place]],
+        on_drain: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`place` finds out where the replica runs; `on_drain` is called when the ledger drains it."""
+        self._model, self._replica, self._ledger = model, replica, ledger
+        self._place, self._on_drain = place, on_drain
         self.engine: EngineState | None = None
         self.failed: str | None = None
         self.is_loading = False
@@ -70,6 +79,8 @@ class Supervisor:
                 self._run(self._load(order))
             elif isinstance(order, Restart):
                 self._run(self._restart(order))
+            elif isinstance(order, Drain):
+                self._run(self._on_drain())
 
     async def load_of_engine(self) -> tuple[int, int] | None:
         """How many calls run in the engine and how many there have been; None without one that answers."""

@@ -19,6 +19,7 @@ from ray import serve
 
 from cluster import effects
 from cluster.ledger.events import Grant
+from cluster.orders import Drain, Load
 from deployments.engines.protocol import Call
 from deployments.leased_call import ServeWay
 from deployments.link import Answer, Leased
@@ -285,10 +286,12 @@ def test_a_replica_hears_that_it_drains(pool: Pool):
     client = pool.openai()
     client.chat.completions.create(**body("a", max_tokens=1))
     (uid,) = [row["replica"] for row in pool.ledger()["replicas"] if row["model"] == "a"]
-    closed = effects.find_ledger().drained.remote(uid)
-    assert not ray.wait([closed], timeout=0.5)[0]
+    version, order = ray.get(effects.find_ledger().orders.remote(uid, 0, 5.0), timeout=10)
+    assert isinstance(order, Load)
+    drains = effects.find_ledger().orders.remote(uid, version, 30.0)
+    assert not ray.wait([drains], timeout=0.5)[0]
     client.chat.completions.create(**body("b", max_tokens=1))
-    assert ray.get(closed, timeout=5) is None
+    assert ray.get(drains, timeout=5)[1] == Drain()
 
 
 def test_another_ray_job_uses_the_handle(pool: Pool):

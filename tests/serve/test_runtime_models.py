@@ -12,9 +12,9 @@ import ray
 import yaml
 
 from cluster import effects
-from tests.pool import SMOLLM2, Pool, fake, running_pool
+from tests.pool import SMOLLM2, Pool, fake, running_pool, smollm2
 
-STREAMED = 400
+STREAMED = 800
 
 
 def file_of(models: dict[str, Any]) -> str:
@@ -24,6 +24,7 @@ def file_of(models: dict[str, Any]) -> str:
 FILED = {
     "calm": fake(tokens_per_s=50, tokens=STREAMED),
     "filed": fake(tokens=3),
+    "still": fake(tokens=1),
 }
 
 
@@ -47,9 +48,9 @@ def say(pool: Pool, model: str, **fields: Any) -> str:
     return answer.choices[0].message.content
 
 
-def replicas(pool: Pool) -> dict[str, str]:
-    """The replica of each model that has one."""
-    return {each["model"]: each["replica"] for each in pool.ledger()["replicas"]}
+def replicas(pool: Pool) -> dict[str, tuple[str, int]]:
+    """The replica of each model that has one, with the id of its engine's process."""
+    return {each["model"]: (each["replica"], each["pid"]) for each in pool.ledger()["replicas"]}
 
 
 class Stream:
@@ -78,6 +79,7 @@ class Stream:
 
 def test_models_come_and_go_and_nobody_else_notices(pool: Pool, config: Path):
     assert say(pool, "filed") == "filed:0 filed:1 filed:2 "
+    assert say(pool, "still") == "still:0 "
     stream = Stream(pool, "calm")
     before = replicas(pool)
     with pool.http() as http:
@@ -85,28 +87,42 @@ def test_models_come_and_go_and_nobody_else_notices(pool: Pool, config: Path):
         assert (made.status_code, made.json()["name"]) == (201, "guest")
         assert http.post("/v1/admin/models", json={"id": "guest", **fake()}).status_code == 409
         assert say(pool, "guest") == "guest:0 guest:1 "
+        made = http.post("/v1/admin/models", json={"id": "llama", **smollm2(engine_kwargs={"n_threads": 1})})
+        assert made.status_code == 201, made.text
+        assert "force" in say(pool, "llama", temperature=0, max_tokens=60)
 
-        guest = replicas(pool)["guest"]
+        guest, llama = replicas(pool)["guest"], replicas(pool)["llama"]
         patched = http.patch("/v1/admin/models/guest", json={"idle_timeout": 55, "aliases": ["visitor"]})
         assert patched.json()["definition"]["idle_timeout"] == 55
         assert say(pool, "visitor") == "guest:0 guest:1 "
-        assert replicas(pool)["guest"] == guest
+        assert replicas(pool)["guest"] == guest, "a scheduling key restarts nothing"
 
         ray.kill(effects.find_ledger(), no_restart=False)
         assert say(pool, "guest") == "guest:0 guest:1 "
         assert replicas(pool)["guest"] == guest
-        assert http.patch("/v1/admin/models/guest", json={"idle_timeout": None}).status_code == 200
+        assert replicas(pool)["llama"] == llama
 
-        config.write_text(file_of({**FILED, "fresh": fake(tokens=1)}))
+        patched = http.patch("/v1/admin/models/guest", json={"engine_kwargs": {"tokens": 3}, "idle_timeout": None})
+        assert patched.status_code == 200, patched.text
+        assert say(pool, "guest") == "guest:0 guest:1 guest:2 "
+        assert replicas(pool)["guest"] != guest, "an engine key loads it anew"
+        assert replicas(pool)["llama"] == llama
+
+        config.write_text(file_of({**FILED, "filed": fake(tokens=1), "fresh": fake(tokens=1)}))
         reloaded = http.post("/v1/admin/settings/reload")
-        assert reloaded.json()["models"] == ["calm", "filed", "fresh", "guest"]
+        assert reloaded.json()["models"] == ["calm", "filed", "fresh", "guest", "llama", "still"]
         assert say(pool, "fresh") == "fresh:0 "
+        assert say(pool, "filed") == "filed:0 "
+        assert say(pool, "llama", max_tokens=2)
+        assert replicas(pool)["llama"] == llama
 
         assert http.delete("/v1/admin/models/guest").json() == {"status": "removed", "model": "guest"}
         assert http.post("/v1/chat/completions", json={"model": "guest", "messages": []}).status_code == 404
         assert http.delete("/v1/admin/models/guest").status_code == 404
-    after = replicas(pool)
-    assert {model: after[model] for model in FILED} == before
+        after = replicas(pool)
+        assert after["llama"] == llama
+        assert http.delete("/v1/admin/models/llama").status_code == 200
+    assert {model: after[model] for model in ("calm", "still")} == {model: before[model] for model in ("calm", "still")}
     assert "guest" not in after
     assert stream.end() == "".join(f"calm:{n} " for n in range(STREAMED))
     pool.check()

@@ -13,7 +13,7 @@ import pytest
 
 from cluster.config import ModelConfig
 from cluster.errors import ReplicaGone
-from cluster.orders import EngineState, Load, Order, Restart
+from cluster.orders import Drain, EngineState, Load, Order, Restart
 from deployments import engine_child
 from deployments.supervisor import Place, Supervisor, devices_of
 from tests.unit.raylet import Raylet, lives, started_raylet
@@ -61,12 +61,23 @@ async def supervisor(raylet: Raylet, ledger: Ledger) -> AsyncIterator[Supervisor
     async def place() -> Place:
         return Place("here", raylet.home, raylet.home.folder / "log", host)
 
+    async def drain() -> None:
+        ledger.told.put_nowait(("drains",))
+
     host = ""
-    supervisor = Supervisor("m", "uid", ledger, place)
+    supervisor = Supervisor("m", "uid", ledger, place, drain)
     following = asyncio.create_task(supervisor.follow_orders())
     yield supervisor
     following.cancel()
     await asyncio.wait_for(supervisor.finish(), 20)
+
+
+async def test_a_drain_is_passed_on_and_ends_nothing(supervisor: Supervisor, ledger: Ledger):
+    ledger.order()
+    assert (await ledger.hears())[0] == "replica_ready"
+    ledger.orders_.put_nowait(Drain())
+    assert await ledger.hears() == ("drains",)
+    assert supervisor.engine is not None
 
 
 async def test_an_engine_is_loaded_as_ordered_and_reported(supervisor: Supervisor, ledger: Ledger):
