@@ -184,7 +184,7 @@ class Gateway:
         left_s = self._left(request, arrived)
         server = self.config.server(lease.replica)
         if server is not None:
-            chunks = self._on_server(server, request, call, left_s)
+            chunks = self._on_server(server, request, call, left_s, run)
         else:
             leased = Leased(lease.replica, lease.request, lease.generation, left_s, call)
             gone = errors.ReplicaGone(f"the replica of {lease.model} went away", retry_after=1)
@@ -203,7 +203,7 @@ class Gateway:
         return ServeWay(handle.relay.remote(*leased.encode()), lease)
 
     async def _on_server(
-        self, server: ServerEntry, request: Request, call: Call, timeout_s: float
+        self, server: ServerEntry, request: Request, call: Call, timeout_s: float, run: LeasedCall
     ) -> AsyncGenerator[bytes, None]:
         """The way to an external server. One that is lost is looked at before it gets anything else."""
         if self._upstreams is None:
@@ -214,7 +214,9 @@ class Gateway:
         # An idle timeout of 0 means never; -1 is that in the servers' words.
         hold_s = (self.config.default_idle_timeout or -1.0) if request.keep_alive_s is None else request.keep_alive_s
         try:
-            async with contextlib.aclosing(self._upstreams.generate(server, call, hold_s, timeout_s)) as chunks:
+            reply = await self._upstreams.call(server, call, hold_s, timeout_s)
+            run.status, run.headers, run.report = reply.status, reply.headers, reply.report
+            async with contextlib.aclosing(reply.chunks) as chunks:
                 async for chunk in chunks:
                     yield chunk
         except errors.ReplicaGone:

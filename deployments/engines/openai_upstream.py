@@ -55,15 +55,6 @@ class Upstreams:
         await anext(chunks)
         return Reply(200, dict(EVENT_STREAM if call.stream else JSON), chunks, report)
 
-    async def generate(
-        self, server: ServerEntry, call: Call, keep_alive_s: float, timeout_s: float
-    ) -> AsyncGenerator[bytes, None]:
-        """The bytes of `call`."""
-        reply = await self.call(server, call, keep_alive_s, timeout_s)
-        async with contextlib.aclosing(reply.chunks) as chunks:
-            async for chunk in chunks:
-                yield chunk
-
     async def _answer(
         self, server: ServerEntry, call: Call, keep_alive_s: float, deadline: float, report: Report
     ) -> AsyncGenerator[bytes, None]:
