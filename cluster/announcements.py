@@ -13,7 +13,7 @@ class ReplicaState(NamedTuple):
     """One replica. `started_at` is `time.time()` of its start, so that its age survives a restart of the ledger.
 
     `engine` is what it has loaded, `failed` is why its load failed; with `loading` an order to load is being carried
-    out, so that another one is not needed.
+    out, so that another one is not needed; `devices` are those of that order.
     """
 
     model: str
@@ -24,6 +24,7 @@ class ReplicaState(NamedTuple):
     engine: EngineState | None = None
     failed: str | None = None
     loading: bool = False
+    devices: tuple[int, ...] = ()
 
 
 class HolderState(NamedTuple):

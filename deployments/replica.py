@@ -62,6 +62,7 @@ class Replica:
             supervisor.engine,
             supervisor.failed,
             supervisor.is_loading,
+            supervisor.loading_on,
         )
 
     async def _find_place(self) -> Place:

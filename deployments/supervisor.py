@@ -65,6 +65,7 @@ class Supervisor:
         self.engine: EngineState | None = None
         self.failed: str | None = None
         self.is_loading = False
+        self.loading_on: tuple[int, ...] = ()
         self._child: EngineChild | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_finishing = False
@@ -75,7 +76,7 @@ class Supervisor:
         while True:
             seen, order = await self._ledger.orders(self._replica, seen)
             if isinstance(order, Load) and not (self.is_loading or self.engine is not None):
-                self.is_loading, self.failed = True, None
+                self.is_loading, self.failed, self.loading_on = True, None, order.devices
                 self._run(self._load(order))
             elif isinstance(order, Restart):
                 self._run(self._restart(order))

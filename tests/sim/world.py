@@ -451,7 +451,8 @@ class World:
             if process.state not in ("pending", "stopping"):
                 loads = process.state in ("loading", "ready", "failed")
                 number = float(process.number)
-                self.tell(ReplicaStarted(process.model, process.uid, process.node, number, loads))
+                devices = tuple(process.devices) if loads else ()
+                self.tell(ReplicaStarted(process.model, process.uid, process.node, number, loads, devices))
                 if process.state == "ready":
                     self.tell(ReplicaReady(process.uid, devices=tuple(map(str, process.devices))))
                 elif process.state == "failed":

@@ -391,7 +391,7 @@ class Outside:
                 events.append(self.arrival(sent))
         for seen in list(self.seen.values()):
             loads = seen.is_loading or seen.has_engine
-            events.append(ReplicaStarted(seen.model, seen.uid, "n", float(seen.number), loads))
+            events.append(ReplicaStarted(seen.model, seen.uid, "n", float(seen.number), loads, seen.devices))
             if seen.state in (STOPPING, FAILED) or seen.uid in dying:
                 events.append(ReplicaGone(seen.uid))
                 del self.seen[seen.uid]

@@ -40,13 +40,15 @@ def replica_started(pool: Pool, event: ReplicaStarted, now: float) -> None:
             pool.book.excuse(event.node)
         pool.bind(replica, event.replica, event.started_at, event.loading, now)
     else:
-        _adopt(pool, model, event, now)
+        replica = _adopt(pool, model, event, now)
+    if event.devices:
+        _stand_where_it_is(pool, replica, event.devices)
     early = pool.early_ready.pop(event.replica, None)
     if early is not None:
         replica_ready(pool, early, now)
 
 
-def _adopt(pool: Pool, model: Model, event: ReplicaStarted, now: float) -> None:
+def _adopt(pool: Pool, model: Model, event: ReplicaStarted, now: float) -> Replica:
     """Account for a process that nobody asked for; keep it only if it is of use and there is room."""
     account = pool.book.nodes.get(event.node)
     fits = account is not None and account.fit(model.shape, pool.book.hosts(model.shape)) is not None
@@ -65,6 +67,7 @@ def _adopt(pool: Pool, model: Model, event: ReplicaStarted, now: float) -> None:
     if not keep:
         pool.withdraw(replica, now, "unasked")
         model.resend = True
+    return replica
 
 
 def replica_ready(pool: Pool, event: ReplicaReady, now: float) -> None:
@@ -94,8 +97,8 @@ def replica_ready(pool: Pool, event: ReplicaReady, now: float) -> None:
     model.ever_loaded = True
     if event.memory_mib is not None:
         _measure(pool, replica, event.memory_mib)
-    if event.devices is not None and replica.place.devices:
-        _stand_where_it_is(pool, replica, event.devices)
+    if event.devices is not None:
+        _stand_where_it_is(pool, replica, pool.book.node(replica.place.node).indexes(event.devices))
     pool.move(replica, Cause.LOADED, now)
     model.peak, model.peak_since = model.leased, now
     for orphan in list(pool.orphans.pop(event.replica, {}).values()):
@@ -110,17 +113,15 @@ def _measure(pool: Pool, replica: Replica, memory_mib: int) -> None:
     pool.book.reseat(replica, replica.place._replace(shape=replica.place.shape._replace(memory=memory_mib)))
 
 
-def _stand_where_it_is(pool: Pool, replica: Replica, devices: tuple[str, ...]) -> None:
+def _stand_where_it_is(pool: Pool, replica: Replica, real: tuple[int, ...] | None) -> None:
     """The devices that an engine really has are the truth, as after a restart of the ledger, which has to guess."""
     place = replica.place
-    account = pool.book.node(place.node)
-    real = account.indexes(devices)
-    if real is None or len(real) != place.shape.devices or real == place.devices:
+    if not real or len(real) != place.shape.devices or real == place.devices:
         return
     level = logging.INFO if replica.adopted else logging.WARNING
-    log.log(level, "%r is on devices %s, not on %s", replica, devices, place.devices)
+    log.log(level, "%r is on devices %s, not on %s", replica, real, place.devices)
     replica.strayed = True
-    account.widen(real[-1] + 1)
+    pool.book.node(place.node).widen(real[-1] + 1)
     pool.book.reseat(replica, place._replace(devices=real))
 
 

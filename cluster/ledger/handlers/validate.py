@@ -16,7 +16,7 @@ _FIELDS: dict[type[Any], tuple[tuple[type[Any], ...], ...]] = {
     events.LeaseReleased: (_TEXT, _COUNT),
     events.HolderDied: (_TEXT,),
     events.HolderAnnounced: (_TEXT, (tuple,), (tuple,)),
-    events.ReplicaStarted: (_TEXT, _TEXT, _TEXT, _NUMBER, (bool,)),
+    events.ReplicaStarted: (_TEXT, _TEXT, _TEXT, _NUMBER, (bool,), (tuple,)),
     events.ReplicaReady: (_TEXT, (int, type(None)), (object,), (tuple, type(None))),
     events.ReplicaFailed: (_TEXT, _TEXT),
     events.EngineDied: (_TEXT, _TEXT),
@@ -31,6 +31,10 @@ _FIELDS: dict[type[Any], tuple[tuple[type[Any], ...], ...]] = {
     events.ServerSuspected: (_TEXT,),
     events.Ticked: (),
 }
+
+
+# A node has no more devices than this, whatever a message says.
+MAX_DEVICES = 1024
 
 
 def fault(event: Any) -> str | None:
@@ -82,6 +86,10 @@ def _fault(event: Any) -> str | None:
         return _holder_fault(event)
     if type(event) is events.ReplicaStarted and not isfinite(event.started_at):
         return f"started_at is {event.started_at!r}"
+    if type(event) is events.ReplicaStarted and not all(
+        type(each) is int and 0 <= each < 1024 for each in event.devices
+    ):
+        return f"devices is {event.devices!r}"
     if type(event) is events.ReplicaReady:
         if event.memory_mib is not None and event.memory_mib < 0:
             return f"memory_mib is {event.memory_mib!r}"

@@ -16,8 +16,12 @@ from cluster.ledger.events import (
     ReplicaReady,
     ReplicaStarted,
     ReplicaSuspected,
+    RequestArrived,
+    Ticked,
     UnloadRequested,
 )
+from cluster.ledger.ledger import Ledger
+from cluster.ledger.specs import ModelSpec, NodeSpec, PoolSpec
 from tests.unit.ledger.desk import Desk, model
 
 BOUND = (5.0, 8.0, 12.0)
@@ -298,3 +302,24 @@ def test_a_malformed_age_is_ignored(started_at: object) -> None:
     desk = Desk(model("a"))
     desk.tell(ReplicaStarted("a", "u", "n", started_at))  # type: ignore[arg-type]
     assert desk.state("u") is None
+
+
+@pytest.mark.parametrize("devices", [(-1,), ("0",), (1 << 20,), 1])
+def test_malformed_devices_are_ignored(devices: object) -> None:
+    desk = Desk(model("a"), gpus=1)
+    desk.tell(ReplicaStarted("a", "u", "n", 1.0, True, devices))  # type: ignore[arg-type]
+    assert not desk.ledger.snapshot().replicas
+
+
+def test_a_restarted_ledger_learns_where_an_engine_is_being_loaded() -> None:
+    """Or it would give the device of a load under way to the next model."""
+    spec = PoolSpec(
+        models={"A": ModelSpec("A", num_gpus=1.0), "B": ModelSpec("B", num_gpus=1.0)},
+        nodes={"n": NodeSpec("n", gpus=2)},
+    )
+    ledger = Ledger(spec, epoch="e2", now=0.0, recovering_until=2.0)
+    assert ledger.decide(ReplicaStarted("A", "a1", "n", 1.0, True, (1,)), 0.5) == []
+    ledger.decide(RequestArrived("r", "h", "B", 2, 100.0), 1.0)
+    ledger.decide(Ticked(), 2.5)
+    assert ledger.decide(ReplicaStarted("B", "b1", "n", 3.0), 3.0) == [LoadEngine("b1", "B", (0,))]
+    ledger.check()
