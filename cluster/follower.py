@@ -17,8 +17,10 @@ from cluster.applications import application_of
 
 #: Pause before the ledger is looked for again, in seconds.
 RETRY_S = 0.2
-#: How long an answer may take beyond the time for which it is parked, in seconds.
-ANSWER_S = 120.0
+#: How long a call parks in the ledger, and what its answer may take beyond that, in seconds. Short, since a call to a
+#: ledger that is killed for good in just that moment is sometimes not told of it: then nothing would start meanwhile.
+PARKED_S = 10.0
+ANSWER_S = 5.0
 
 
 class Counts(NamedTuple):
@@ -57,7 +59,7 @@ class Follower:
         """Take over each change of the counts. Raises when the ledger is lost."""
         version = -1
         while True:
-            version, replicas = ray.get(ledger.desired.remote(version), timeout=ANSWER_S)
+            version, replicas = ray.get(ledger.desired.remote(version, PARKED_S), timeout=PARKED_S + ANSWER_S)
             # Only now: a model has its application before its first replica is wanted.
             configuration = ray.get(ledger.config.remote((0.0, -1)), timeout=ANSWER_S)
             applications = {model: application_of(configuration, model) for model in configuration.pool.models}

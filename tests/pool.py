@@ -149,10 +149,14 @@ def running_pool(port: int, args: dict[str, Any]) -> Iterator[Pool]:
     pool = Pool(f"http://127.0.0.1:{port}")
     deadline = time.monotonic() + 60
     while True:
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{pool.url}/ready", timeout=5).status_code == 200:
+        try:
+            answer = httpx.get(f"{pool.url}/ready", timeout=5)
+            if answer.status_code == 200:
                 break
-        assert time.monotonic() < deadline, "the pool did not become ready"
+            seen = answer.text
+        except httpx.HTTPError as error:
+            seen = repr(error)
+        assert time.monotonic() < deadline, f"the pool did not become ready: {seen}"
         time.sleep(0.05)
     try:
         yield pool

@@ -110,7 +110,7 @@ def test_models_come_and_go_and_nobody_else_notices(pool: Pool, config: Path):
 
         config.write_text(file_of({**FILED, "filed": fake(tokens=1), "fresh": fake(tokens=1)}))
         reloaded = http.post("/v1/admin/settings/reload")
-        assert reloaded.json()["models"] == ["calm", "filed", "fresh", "guest", "llama", "still"]
+        assert reloaded.json()["models"] == ["calm", "filed", "fresh", "still", "guest", "llama"]
         assert say(pool, "fresh") == "fresh:0 "
         assert say(pool, "filed") == "filed:0 "
         assert say(pool, "llama", max_tokens=2)

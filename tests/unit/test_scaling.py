@@ -104,7 +104,7 @@ class Ledger:
     """Answers `desired` and `config` from lists, and is then lost."""
 
     def __init__(self, *answers):
-        self.desired = SimpleNamespace(remote=lambda seen: answers[seen + 1][0])
+        self.desired = SimpleNamespace(remote=lambda seen, timeout_s: answers[seen + 1][0])
         self.config = SimpleNamespace(remote=lambda seen: self.now)
         self.answers = answers
         self.now = None
