@@ -46,9 +46,6 @@ RETRY_PAUSE_S = 0.3
 #: The status that stands for a client that did not wait for its answer, in the pool's own figures.
 CLIENT_LEFT = 499
 
-#: Called with an answer's status and headers.
-OnHead = Callable[[int, dict[str, str]], None]
-
 
 class Gateway:
     """The requests of one ingress process. `handles` maps every model id to its deployment's handle."""
@@ -74,14 +71,11 @@ class Gateway:
         for each in self.on_configuration:
             each(configuration)
 
-    async def stream(
-        self, request: Request, body: dict[str, Any], on_head: OnHead | None = None
-    ) -> AsyncGenerator[bytes, None]:
+    async def stream(self, request: Request, body: dict[str, Any]) -> AsyncGenerator[bytes, None]:
         """The answer of the engine to a request and its body: SSE events for a streaming body, one body otherwise.
 
-        `on_head` hears its status and headers before the first byte. Waiting streams yield a comment every few
-        seconds. Raises a `PoolError` for anything that goes wrong before the first byte; later failures of a stream
-        are an error event. Closing the generator frees the slot.
+        Waiting streams yield a comment every few seconds. Raises a `PoolError` for anything that goes wrong before the
+        first byte; later failures of a stream are an error event. Closing the generator frees the slot.
         """
         arrived = time.monotonic()
         streams = bool(body.get("stream"))
@@ -89,7 +83,7 @@ class Gateway:
         for attempt in range(RETRIES + 1):
             whole = bytearray()
             try:
-                source = self._attempt(request, body, arrived, is_last=attempt == RETRIES, on_head=on_head)
+                source = self._attempt(request, body, arrived, is_last=attempt == RETRIES)
                 async with contextlib.aclosing(source) as chunks:
                     async for chunk in chunks:
                         if not streams:
@@ -117,7 +111,7 @@ class Gateway:
             raise failure
 
     async def _attempt(
-        self, request: Request, body: dict[str, Any], arrived: float, *, is_last: bool, on_head: OnHead | None
+        self, request: Request, body: dict[str, Any], arrived: float, *, is_last: bool
     ) -> AsyncGenerator[bytes, None]:
         """One lease and the call that runs on it. A lease that is lost before the first byte counts as no request."""
         # Each attempt has an id of its own: the lease of a vanished replica may still be in the ledger's books.
@@ -141,9 +135,6 @@ class Gateway:
         try:
             async with contextlib.aclosing(self._run(request, body, lease, arrived, call)) as chunks:
                 async for chunk in chunks:
-                    if on_head is not None:
-                        on_head(call.status, call.headers)
-                        on_head = None
                     yield chunk
             status = call.status
         except errors.PoolError as error:
