@@ -1,7 +1,7 @@
 """The middle of the decision tree: place what fits, and where nothing fits, choose what to drain.
 
 A chosen set of victims stands behind a *claim*: the room they leave is earmarked, so nobody overtakes, and the claim
-is taken back, with its victims reopened, if the waiters leave or room turns up elsewhere.
+is taken back, with its victims reopened, if the waiters leave, if room turns up elsewhere, or for a cheaper way.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from cluster.ledger.books.placement import Node
 from cluster.ledger.books.records import Claim, Model, Replica
 from cluster.ledger.books.shapes import Place
-from cluster.ledger.rules import autoscale, eviction, policy
+from cluster.ledger.rules import autoscale, claims, eviction, policy
 from cluster.ledger.rules.policy import Tier
 from cluster.ledger.states import ReplicaState
 from cluster.ledger.transitions import SwapBegun
@@ -34,8 +34,7 @@ def place(pool: Pool, touched: list[Model], now: float) -> None:
     pending = [model for model in touched if model.pending_rank is not None]
     floors = [model for model in touched if model in pool.understaffed]
     if pool.room_seen != pool.book.version:
-        for model in list(pool.claims):
-            _fulfil(pool, model, now)
+        _fulfil(pool, now)
         pool.room_seen = pool.book.version
         pending = pool.best_pending(MAX_TRIES)
         floors = list(pool.understaffed)[:MAX_TRIES]
@@ -82,10 +81,11 @@ def _start(pool: Pool, model: Model, places: list[Place], now: float) -> None:
 # --- claims ---------------------------------------------------------------------------------------------------------
 
 
-def _promise(pool: Pool, model: Model, plans: list[policy.Plan], now: float, bound: bool) -> bool:
+def _promise(pool: Pool, model: Model, plans: list[policy.Plan], now: float, bound: bool, began: float) -> bool:
     """Earmark the places and drain the victims, before any of them is empty.
 
     If all that is leaving was promised to others already, there is nothing to promise: room will turn up by itself.
+    `began` is when room was first promised to these waiters.
     """
     victims = [victim for plan in plans for victim in plan.victims]
     for plan in plans:
@@ -94,7 +94,8 @@ def _promise(pool: Pool, model: Model, plans: list[policy.Plan], now: float, bou
         victims += [each for each in node.replicas if each.claim is None and _leaves(each)]
     if not victims:
         return False
-    claim = model.claim = Claim(model, [plan.place for plan in plans], victims)
+    claim = model.claim = Claim(model, [plan.place for plan in plans], victims, began)
+    claim.look_at = claims.next_look(claim, now)
     claim.marks = [pool.book.mark(each) for each in claim.places]
     pool.claims[model] = None
     for victim in claim.victims:
@@ -120,20 +121,40 @@ def _leaves(replica: Replica) -> bool:
     return replica.state is DRAINING or replica.state.is_leaving
 
 
-def drop_claim(pool: Pool, model: Model, now: float, reopen: bool = True) -> None:
+def drop_claim(pool: Pool, model: Model, now: float) -> None:
     """Take a promise back. Victims that have not begun to stop are opened again."""
     claim = model.claim
     if claim is None:
         return
-    model.claim = None
-    del pool.claims[model]
+    _lift(pool, claim)
+    _reopen_victims(pool, claim, now)
+    pool.touched[model] = None
+
+
+def _lift(pool: Pool, claim: Claim) -> None:
+    """Take a promise off the books; its victims drain on, for nobody."""
+    claim.model.claim = None
+    del pool.claims[claim.model]
     for each, mark in zip(claim.places, claim.marks, strict=True):
         pool.book.unmark(each, mark)
     for victim in claim.victims:
         victim.claim = None
-        if reopen and victim.state is DRAINING and may_reopen(pool, victim):
+
+
+def _restore(pool: Pool, claim: Claim) -> None:
+    """Undo `_lift`."""
+    claim.model.claim = claim
+    pool.claims[claim.model] = None
+    claim.marks = [pool.book.mark(each) for each in claim.places]
+    for victim in claim.victims:
+        victim.claim = claim
+
+
+def _reopen_victims(pool: Pool, claim: Claim, now: float) -> None:
+    """Open again those victims of a lifted claim that have not begun to stop, and that nobody else counts on."""
+    for victim in claim.victims:
+        if victim.claim is None and victim.state is DRAINING and may_reopen(pool, victim):
             pool.reopen(victim, now)
-    pool.touched[model] = None
 
 
 def may_reopen(pool: Pool, replica: Replica) -> bool:
@@ -149,21 +170,44 @@ def is_on_lost_node(pool: Pool, replica: Replica) -> bool:
     return not pool.book.nodes[replica.place.node].present
 
 
-def _fulfil(pool: Pool, model: Model, now: float) -> None:
-    """Keep a promise as soon as there is room for all of it, wherever that is."""
-    claim = model.claim
-    assert claim is not None, f"{model.name} is on the list of claims without one"
-    for each, mark in zip(claim.places, claim.marks, strict=True):
-        pool.book.unmark(each, mark)
-    claim.marks = []
-    places = _free_places(pool, model, len(claim.places))
-    claim.marks = [pool.book.mark(each) for each in claim.places]
-    if places is not None:
-        drop_claim(pool, model, now)
-        _start(pool, model, places, now)
-    elif not claim.victims:
-        # All that was counted on is gone, and yet there is no room: the plan was overtaken by events. Plan anew.
-        drop_claim(pool, model, now)
+def _fulfil(pool: Pool, now: float) -> None:
+    """Keep each promise as soon as there is room for all of it, wherever that is, the best waiters' first.
+
+    Room is room: it goes to the first in line that it is enough for, whosever victims made it.
+    """
+    ranked = sorted(pool.claims, key=_line)
+    promised = [model.claim for model in ranked if model.claim is not None]
+    for claim in promised:
+        _lift(pool, claim)
+    over = []
+    for claim in promised:
+        places = _free_places(pool, claim.model, len(claim.places))
+        if places is not None:
+            _start(pool, claim.model, places, now)
+        elif claim.victims:
+            _restore(pool, claim)
+            continue
+        over.append((claim, places is None))
+    for claim, lost in over:
+        pool.touched[claim.model] = None
+        if lost:
+            # All that was counted on is gone, and yet there is no room: it went to others. Plan anew.
+            _go_on(pool, claim.model, claim, now)
+    for claim, _ in over:
+        _reopen_victims(pool, claim, now)
+
+
+def _line(model: Model) -> tuple[bool, float]:
+    """Orders those who want a place, best first. A second replica is no need: it takes what the others leave."""
+    return _is_growth(model), model.place_rank
+
+
+def _go_on(pool: Pool, model: Model, claim: Claim, now: float) -> None:
+    """Others took the room of a lifted claim: what leaves all the same is promised in its place, if that is enough."""
+    plans = _search(pool, model, now, False, None, {}, Tier.LEAVING)
+    if plans:
+        _promise(pool, model, plans, now, False, claim.began)
+    pool.touched[model] = None
 
 
 # --- victims --------------------------------------------------------------------------------------------------------
@@ -172,26 +216,108 @@ def _fulfil(pool: Pool, model: Model, now: float) -> None:
 def choose(pool: Pool, touched: list[Model], now: float) -> None:
     """For those who wait and do not fit: drain the least hurtful victims, if it is time."""
     for model in touched:
-        if model.pending_rank is not None and now >= model.look_at:
+        if model.claim is not None:
+            if now >= claims.look_at(pool, model.claim):
+                _replan(pool, model, model.claim, now, None)
+        elif model.pending_rank is not None and now >= model.look_at and not _take_over(pool, model, now):
             _choose_for(pool, model, now, None)
     if not pool.went_idle:
         return
     idle = [replica for replica in pool.went_idle if replica.state is READY and not replica.leases]
     pool.went_idle.clear()
     for replica in idle:
-        for model in pool.best_pending(MAX_OFFERS):
-            if model.claim is None and replica.state is READY:
-                _choose_for(pool, model, now, pool.book.node(replica.place.node))
+        node = pool.book.node(replica.place.node)
+        for model in _takers(pool):
+            if replica.state is READY and model.claim is not None:
+                _replan(pool, model, model.claim, now, node)
+            elif replica.state is READY:
+                _choose_for(pool, model, now, node)
+
+
+def _takers(pool: Pool) -> list[Model]:
+    """Who is offered what became idle, best first: some of those who wait for a place, and who wait for victims."""
+    waiting = pool.best_pending(MAX_OFFERS) + list(pool.claims)
+    return sorted(waiting, key=_line)
 
 
 def _choose_for(pool: Pool, model: Model, now: float, node: Node | None) -> None:
     """Look for victims for one model; without a result, note when to look again."""
-    growth = bool(model.serving) and model.order is None
-    bound = not growth and now >= policy.bound_at(pool, model)
-    rights = Tier.SURPLUS if growth else Tier.PROTECTED if bound else Tier.BUSY
+    bound = _is_due(pool, model, now)
+    plans = _search(pool, model, now, bound, node, {})
+    pool.room_seen = pool.book.version
+    if not (plans and _promise(pool, model, plans, now, bound, now)) and node is None:
+        _look_later(pool, model, now, bound)
+
+
+def _replan(pool: Pool, model: Model, claim: Claim, now: float, node: Node | None) -> None:
+    """Replace a promise whose victims take their time by a cheaper one, if there is one now."""
+    victims = claims.slow(pool, claim, now)
+    if node is None:
+        claim.look_at = claims.next_look(claim, now)
+    if not victims:
+        return
+    bound = _is_due(pool, model, now)
+    for each, mark in zip(claim.places, claim.marks, strict=True):
+        pool.book.unmark(each, mark)
+    plans = _search(pool, model, now, bound, node, dict.fromkeys(victims, False))
+    claim.marks = [pool.book.mark(each) for each in claim.places]
+    pool.room_seen = pool.book.version
+    if any(plan.victims for plan in plans) and claims.is_cheaper(pool, plans, victims, now):
+        drop_claim(pool, model, now)
+        _promise(pool, model, plans, now, bound, claim.began)
+
+
+def _take_over(pool: Pool, model: Model, now: float) -> bool:
+    """The room that was promised to those who stand behind these waiters is theirs, if it is enough; True if it was."""
+    needed = autoscale.missing(pool, model, now)
+    behind = [each for each in pool.claims if _line(each) > _line(model)] if needed else []
+    for other in behind[:MAX_OFFERS]:
+        claim = other.claim
+        assert claim is not None, f"{other.name} is on the list of claims without one"
+        _lift(pool, claim)
+        places = _free_places(pool, model, needed)
+        if places is not None:
+            _start(pool, model, places, now)
+        elif not _promise(pool, model, _search(pool, model, now, False, None, {}, Tier.LEAVING), now, False, now):
+            _restore(pool, claim)
+            pool.room_seen = pool.book.version
+            continue
+        _go_on(pool, other, claim, now)
+        _reopen_victims(pool, claim, now)
+        pool.touched[model] = None
+        return True
+    return False
+
+
+def _is_growth(model: Model) -> bool:
+    """It is served already, and wants more."""
+    return bool(model.serving) and model.order is None
+
+
+def _is_due(pool: Pool, model: Model, now: float) -> bool:
+    """Its waiters' bound has come so near that somebody must drain, whatever it costs."""
+    return not _is_growth(model) and now >= policy.bound_at(pool, model)
+
+
+def _search(
+    pool: Pool,
+    model: Model,
+    now: float,
+    bound: bool,
+    node: Node | None,
+    gone: dict[Replica, bool],
+    rights: Tier | None = None,
+) -> list[policy.Plan]:
+    """The least hurtful plans for all that a model misses; none if that is not enough, or if it is not time.
+
+    `gone` says which replicas count as gone, or as staying, whatever their state; those chosen here are added.
+    `rights` are the model's own if they are not given.
+    """
+    growth = _is_growth(model)
+    if rights is None:
+        rights = Tier.SURPLUS if growth else Tier.PROTECTED if bound else Tier.BUSY
     plans: list[policy.Plan] = []
     marks: list[int] = []
-    gone: dict[Replica, None] = {}
     needed = autoscale.missing(pool, model, now)
     for _ in range(needed):
         plan = eviction.find(pool, model, rights, now, bound, gone, node)
@@ -199,13 +325,11 @@ def _choose_for(pool: Pool, model: Model, now: float, node: Node | None) -> None
             break
         plans.append(plan)
         marks.append(pool.book.mark(plan.place))
-        gone.update(dict.fromkeys(plan.victims))
+        gone.update(dict.fromkeys(plan.victims, True))
     for plan, mark in zip(plans, marks, strict=True):
         pool.book.unmark(plan.place, mark)
-    pool.room_seen = pool.book.version
     right = len(plans) == needed and all(_is_right(pool, model, plan, now, bound, growth) for plan in plans)
-    if not (right and _promise(pool, model, plans, now, bound)) and node is None:
-        _look_later(pool, model, now, bound)
+    return plans if right else []
 
 
 def _is_right(pool: Pool, model: Model, plan: policy.Plan, now: float, bound: bool, growth: bool) -> bool:

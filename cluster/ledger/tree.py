@@ -18,7 +18,7 @@ from cluster.ledger.books.servers import is_remote
 from cluster.ledger.events import LoadRefused
 from cluster.ledger.handlers.engines import load_overdue, order_loads
 from cluster.ledger.handlers.requests import expire_waiters, refuse_or_reroute, serve
-from cluster.ledger.rules import autoscale, policy
+from cluster.ledger.rules import autoscale, claims, policy
 from cluster.ledger.states import Cause, ReplicaState
 
 if TYPE_CHECKING:
@@ -71,7 +71,9 @@ def due(pool: Pool, model: Model) -> float:
     if model.counts[DRAINING]:
         since = min(replica.since for replica in model.in_state(DRAINING))
         first = min(first, since + pool.spec.drain_timeout_s)
-    if model.pending_rank is not None:
+    if model.claim is not None:
+        first = min(first, claims.look_at(pool, model.claim))
+    elif model.pending_rank is not None:
         first = min(first, model.look_at)
     elif model.queue.count:
         grows = autoscale.grows_at(pool, model)
@@ -216,8 +218,7 @@ def _review(pool: Pool, model: Model, now: float) -> None:
     if not needed or model.claim is not None:
         _not_pending(pool, model)
     else:
-        head = model.queue.head()
-        key = -INFINITY if model.order is not None or head is None else head.rank
+        key = model.place_rank
         if key != model.pending_rank:
             if model.pending_rank is None:
                 pool.pending_count += 1

@@ -34,7 +34,7 @@ from cluster.ledger.events import (
     UnloadRequested,
 )
 from cluster.ledger.states import TRANSITIONS, Cause, ReplicaState
-from tests.stateful.outside import GPUS, MODELS, SPEC, Outside, Seen
+from tests.stateful.outside import FAILED, GPUS, MODELS, READY, SPEC, STARTING, STOPPING, Outside, Seen
 
 # What a process can do by itself, and the event by which the ledger hears of it.
 BY_ITSELF = (Cause.LOADED, Cause.FAILED, Cause.GONE, Cause.ENGINE_DIED)
@@ -407,6 +407,20 @@ class LedgerMachine(RuleBasedStateMachine):
             assert due <= first, f"a request gives up at {first}, the ledger wakes at {due}"
             late = [each for each in waiting if each.deadline <= self.out.now]
             assert not late, f"they wait beyond their deadline: {late}"
+
+    @invariant()
+    def nobody_waits_for_a_stream_beside_an_idle_model(self) -> None:
+        """Where nothing starts or stops, and one model waits for a device, nobody else has an idle one to give."""
+        out = self.out
+        names = {each.model for each in out.waiting()}
+        moving = {each.state for each in out.seen.values()} & {STARTING, STOPPING, FAILED}
+        if out.unasked or moving or out.missing() or len(names) != 1 or not names <= {"A", "B", "D"}:
+            return
+        (name,) = names
+        resting = out.ledger.snapshot().models[name].backoff_until or 0.0
+        if not out.alive(name) and resting <= out.now:
+            idle = [each for each in map(out.newest, ("A", "B", "C")) if each and not each.leases]
+            assert not [each for each in idle if each.state is READY], f"{name} waits beside {idle}"
 
     @invariant()
     def devices_are_not_overcommitted(self) -> None:

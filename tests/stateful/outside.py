@@ -75,6 +75,12 @@ class Sent:
     slots: int = 1
     grant: Grant | None = None
     answered: bool = False
+    since: float = 0.0
+
+    @property
+    def rank(self) -> float:
+        """Its place in line, as the configuration has it: lower goes first."""
+        return self.since + (self.priority - 1) * SPEC.ageing_s
 
 
 @dataclass
@@ -106,15 +112,37 @@ class Outside:
         self.dead: set[str] = set()
         self.unasked = False
         self.unloaded: set[str] = set()
+        # the models that had a process after the event before
+        self.had: set[str] = set()
+        # an operator's load may go before those who wait
+        self.ordered: set[str] = set()
         self.ledger = Ledger(SPEC, epoch="e1", now=0.0)
 
     # --- what the ledger says is judged here --------------------------------------------------------------------
 
     def tell(self, event: Event) -> list[Command]:
+        before = dict(self.desired)
         commands = self.ledger.decide(event, self.now)
         for command in commands:
             getattr(self, "_" + type(command).__name__.lower())(command)
+        for model, count in self.desired.items():
+            if count > before[model]:
+                self._judge_start(model)
+        self.had = {each.model for each in self.seen.values()}
         return commands
+
+    def _judge_start(self, model: str) -> None:
+        """Nobody's place goes to those who stand behind him in line. Whose own replica just left has had his."""
+        # Whoever waits for C may have been sent to A.
+        if self.unasked or model not in "ABD" or self.waiting("C") or model in self.ordered:
+            return
+        behind = min((each.rank for each in self.waiting(model)), default=float("inf"))
+        rows = self.ledger.snapshot().models
+        for sent in self.waiting():
+            fits = MODELS[sent.model].num_gpus <= MODELS[model].num_gpus
+            resting = (rows[sent.model].backoff_until or 0.0) > self.now
+            if fits and sent.rank < behind and not (resting or self.alive(sent.model) or sent.model in self.had):
+                assert self.desired[sent.model], f"{model} starts, and {sent} stands before its waiters"
 
     def _grant(self, grant: Grant) -> None:
         sent, seen = self.sent[grant.request], self.seen.get(grant.replica)
@@ -216,6 +244,10 @@ class Outside:
         """A model's processes, oldest first."""
         return [each for each in self.seen.values() if each.model == model]
 
+    def newest(self, model: str) -> Seen | None:
+        """The process that Serve would stop first."""
+        return max(self.alive(model), key=lambda each: each.number, default=None)
+
     def leaving(self) -> list[Seen]:
         """Processes that failed or that Serve may be killing."""
         return [each for each in self.seen.values() if each.state in (STOPPING, FAILED)]
@@ -256,7 +288,8 @@ class Outside:
     ) -> list[Command]:
         self.numbers += 1
         name = f"r{self.numbers}"
-        self.sent[name] = Sent(name, holder, model, priority, self.now + timeout, self.numbers, slots)
+        sent = Sent(name, holder, model, priority, self.now + timeout, self.numbers, slots, since=self.now)
+        self.sent[name] = sent
         self.unloaded.discard(model)
         return self.tell(RequestArrived(name, holder, model, priority, self.now + timeout, keep_alive, slots))
 
@@ -281,6 +314,7 @@ class Outside:
 
     def load(self, model: str, replicas: int) -> None:
         self.unloaded.discard(model)
+        self.ordered.add(model)
         self.tell(LoadRequested(model, replicas))
 
     def unload(self, model: str) -> None:
@@ -407,6 +441,7 @@ class Outside:
         if isinstance(event, RequestArrived):
             self.numbers += 1
             self.sent[event.request].number = self.numbers
+            self.sent[event.request].since = self.now
         for command in self.tell(event):
             assert isinstance(command, Reject), f"{command} within the recovery window"
         self.ledger.check()

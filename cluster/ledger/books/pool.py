@@ -215,7 +215,7 @@ class Pool:
                 model.low = used
             if model.queue.count:
                 self.touched[model] = None
-            elif self.pending_count and used == 0:
+            elif used == 0 and (self.pending_count or self.claims):
                 self.went_idle[replica] = None
             if used == 0:
                 replica.idle_since = now
@@ -285,7 +285,7 @@ class Pool:
             if not replica.leases:
                 replica.idle_since = now
                 self.idle[replica] = None
-                if self.pending_count:
+                if self.pending_count or self.claims:
                     self.went_idle[replica] = None
         elif after is COLD:
             self._remove(replica)

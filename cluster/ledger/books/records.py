@@ -163,14 +163,18 @@ class Replica:
 
 
 class Claim:
-    """A promise of places to a model, while its victims drain. All of its replicas are placed at once, or none."""
+    """A promise of places to a model, while its victims drain. All of its replicas are placed at once, or none.
 
-    __slots__ = ("marks", "model", "places", "victims")
+    `began` is when it was first made, whatever its victims since; at `look_at` a better way is looked for.
+    """
 
-    def __init__(self, model: Model, places: list[Place], victims: list[Replica]) -> None:
+    __slots__ = ("began", "look_at", "marks", "model", "places", "victims")
+
+    def __init__(self, model: Model, places: list[Place], victims: list[Replica], began: float) -> None:
         self.model = model
         self.places = places
         self.victims = dict.fromkeys(victims)
+        self.began = self.look_at = began
         self.marks: list[int] = []
 
 
@@ -291,6 +295,12 @@ class Model:
     @property
     def leaving(self) -> int:
         return self.counts[ReplicaState.STOPPING] + self.counts[ReplicaState.FAILED]
+
+    @property
+    def place_rank(self) -> float:
+        """Orders the models that want a place, best first: an operator's order, then as their waiters stand in line."""
+        head = self.queue.head()
+        return -INFINITY if self.order is not None or head is None else head.rank
 
     @property
     def is_pinned(self) -> bool:

@@ -43,9 +43,10 @@ class Prospect:
     """What a node will have free when all that leaves has left, less what is promised.
 
     `hosts` are the devices, by node and index, where a sharing group already stands; None if it may go anywhere.
+    `gone` says of some replicas that they count as gone (True), or that they stay for now although they drain (False).
     """
 
-    def __init__(self, node: Node, gone: dict[Replica, None], hosts: set[tuple[str, int]] | None) -> None:
+    def __init__(self, node: Node, gone: dict[Replica, bool], hosts: set[tuple[str, int]] | None) -> None:
         self.node = node
         self.hosts = hosts
         self.gpu = list(node.gpu)
@@ -54,7 +55,7 @@ class Prospect:
         self.gone: dict[Replica, None] = {}
         for replica in node.replicas:
             # DRAINING counts as leaving, too: reopened it would be only for a waiter of its own.
-            if replica in gone or replica.claim is not None or replica.state >= ReplicaState.DRAINING:
+            if gone.get(replica, replica.claim is not None or replica.state >= ReplicaState.DRAINING):
                 self.remove(replica)
         for place in node.marked.values():
             self._change(place, -1)
@@ -97,7 +98,7 @@ class Prospect:
 
 
 def find(
-    pool: Pool, model: Model, rights: Tier, now: float, bound: bool, gone: dict[Replica, None], only: Node | None
+    pool: Pool, model: Model, rights: Tier, now: float, bound: bool, gone: dict[Replica, bool], only: Node | None
 ) -> Plan | None:
     """The least hurtful plan for one replica of a model, on one node, or over those that are looked at."""
     best: Plan | None = None
@@ -127,16 +128,16 @@ def _nodes(pool: Pool) -> list[Node]:
     return (nodes + nodes)[start : start + MAX_NODES]
 
 
-def _surplus(pool: Pool, model: Model, gone: dict[Replica, None]) -> int:
+def _surplus(pool: Pool, model: Model, gone: dict[Replica, bool]) -> int:
     """How many models must leave, besides those that do already, so that this one may come."""
     if not pool.spec.capacity or model.replicas:
         return 0
-    promised = sum(1 for each in pool.claims if not each.replicas)
+    promised = sum(1 for each in pool.claims if not each.replicas and each is not model)
     leaving = sum(1 for each in pool.resident if _is_leaving(each, gone))
     return len(pool.resident) - leaving + promised + 1 - pool.spec.capacity
 
 
-def _evictable(pool: Pool, model: Model, now: float, bound: bool, gone: dict[Replica, None]) -> list[Leaver]:
+def _evictable(pool: Pool, model: Model, now: float, bound: bool, gone: dict[Replica, bool]) -> list[Leaver]:
     """The models that may leave with all of their replicas, the least hurtful first."""
     ranked = []
     for index, each in enumerate(pool.resident):
@@ -167,8 +168,8 @@ def _crowds(ranked: list[Leaver], surplus: int, node: Node) -> list[list[Leaver]
     return [[leader, *[each for each in ranked if each is not leader][: surplus - 1]] for leader in leaders]
 
 
-def _is_leaving(model: Model, gone: dict[Replica, None]) -> bool:
-    return all(each.claim is not None or each.state.is_leaving or each in gone for each in model.replicas)
+def _is_leaving(model: Model, gone: dict[Replica, bool]) -> bool:
+    return all(gone.get(each, each.claim is not None or each.state.is_leaving) for each in model.replicas)
 
 
 def clear(
@@ -178,7 +179,7 @@ def clear(
     rights: Tier,
     now: float,
     bound: bool,
-    gone: dict[Replica, None],
+    gone: dict[Replica, bool],
     crowd: list[Leaver],
 ) -> Plan | None:
     """The cheapest victims on one node that make room for a replica of the model."""
@@ -188,7 +189,10 @@ def clear(
     for replica in chosen:
         if replica.place.node == node.name and replica not in prospect.gone:
             prospect.remove(replica)
+    # Where one of a model's replicas is to serve on though it drains, no other leaves: Serve might pick that one.
+    staying = {replica.model for replica, leaves in gone.items() if not leaves}
     candidates = _candidates(pool, node, model, rights, now, bound, prospect)
+    candidates = [each for each in candidates if each.replica.model not in staying]
     if not _clear_devices(prospect, shape, candidates):
         return None
     for candidate in candidates:
