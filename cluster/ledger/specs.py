@@ -93,6 +93,8 @@ class PoolSpec:
                         waits `ageing_s` longer than a high overtakes it. 0 = pure first come, first served.
     `min_residency_s`   how long a freshly loaded *busy* model keeps its place against swaps that merely pay; never
                         less than `residency_loads` times its learned load time. A reached bound ignores both.
+    `turn_swaps`        a model that got a place and has work keeps it for so many times its swap cost (a stop and its
+                        load), also when everybody is overdue: a backlog is served in turns, not in single batches.
     `load_prior_s`      the load time assumed of a model that was never loaded.
     `upscale_wait_s`    a model with a ready replica asks for another one when its oldest waiter waited this long, or
                         when a whole replica's worth of requests waits.
@@ -116,6 +118,7 @@ class PoolSpec:
     ageing_s: float = 30.0
     min_residency_s: float = 1.0
     residency_loads: float = 1.0
+    turn_swaps: float = 3.0
     load_prior_s: float = 5.0
     upscale_wait_s: float = 2.0
     backoff_s: tuple[float, float] = (1.0, 60.0)

@@ -1,4 +1,4 @@
-"""What the scheduling policy is worth: eight traces on a virtual clock, four schedulers, the same simulated cluster.
+"""What the scheduling policy is worth: twelve traces on a virtual clock, four schedulers, the same simulated cluster.
 
     python tests/bench/bench_policy.py [--json FILE] [--seed N] [--trace NAME]
 
@@ -39,18 +39,33 @@ from cluster.ledger.events import (
     ReplicaReady,
     ReplicaStarted,
     RequestArrived,
+    RequestCancelled,
     SetDesired,
 )
 from cluster.ledger.ledger import Ledger
 from cluster.ledger.specs import ModelSpec, NodeSpec, PoolSpec
-from tests.sim.world import Scheduler, World
+from tests.sim.world import Request, Scheduler, World
 
 HIGH, MEDIUM, LOW = 1, 2, 3
 
 
 @dataclass
+class Session:
+    """A conversation: each question (model, priority, service time) comes `pause_s` after the answer before."""
+
+    start_s: float
+    questions: list[tuple[str, int, float]]
+    pause_s: float = 1.0
+
+
+@dataclass
 class Trace:
-    """Arrivals (time, model, priority, service time) on a cluster."""
+    """Arrivals (time, model, priority, service time) on a cluster, and clients who ask as they are answered.
+
+    Each of `sessions` asks its questions (model, priority, service time) one after another, from its start on, and
+    pauses in between. Who asks for a model in `patience_s` gives up after so long and asks again, until he is served:
+    what counts is his whole wait.
+    """
 
     name: str
     arrivals: list[tuple[float, str, int, float]]
@@ -58,8 +73,16 @@ class Trace:
     gpus: int = 1
     slots: int = 4
     contended: bool = True
+    sessions: list[Session] = field(default_factory=list)
+    patience_s: dict[str, float] = field(default_factory=dict)
     bound_s: float = 0.0
     late: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def asked(self) -> list[tuple[str, int, float]]:
+        """Every question, whoever asks: model, priority, service time."""
+        single = [(model, priority, service_s) for _, model, priority, service_s in self.arrivals]
+        return single + [each for session in self.sessions for each in session.questions]
 
     def spec(self) -> PoolSpec:
         models = {
@@ -157,7 +180,54 @@ def roomy(rng: random.Random) -> Trace:
     return Trace("uncontended", arrivals, dict.fromkeys("ABC", 3.0), gpus=4, contended=False)
 
 
-TRACES = (alternating, zipf, bursty, flood, priorities, diurnal, skewed, roomy)
+def agent(rng: random.Random) -> Trace:
+    """A coding agent plans with A and acts with B, twenty rounds, beside a batch of low priority that floods A."""
+    arrivals = [(1.0 * i + rng.uniform(0.0, 0.8), "A", LOW, rng.uniform(4.0, 8.0)) for i in range(700)]
+    questions = []
+    for _ in range(20):
+        questions += [("A", MEDIUM, rng.uniform(2.0, 4.0)), ("B", MEDIUM, rng.uniform(4.0, 8.0))]
+    session = Session(30.0, questions, pause_s=2.0)
+    return Trace("agent-and-batch", arrivals, {"A": 4.0, "B": 4.0}, slots=8, sessions=[session])
+
+
+def burst_then_calm(rng: random.Random) -> Trace:
+    """Two models on one device that carries both well, until a crowd comes to each; then the calm is as before."""
+    arrivals = []
+    for name in "AB":
+        times = poisson(rng, 0.25, 0.0, 900.0) + [150.0 + rng.uniform(0.0, 5.0) for _ in range(45)]
+        arrivals += [(when, name, MEDIUM, rng.uniform(3.0, 6.0)) for when in times]
+    return Trace("burst-then-calm", arrivals, {"A": 8.0, "B": 8.0})
+
+
+def impatient(rng: random.Random) -> Trace:
+    """A flood on A that never pauses; who wants B gives up after half a minute and asks again."""
+    arrivals = [(0.5 * i + rng.uniform(0.0, 0.4), "A", MEDIUM, rng.uniform(3.0, 6.0)) for i in range(1800)]
+    arrivals += [(when, "B", MEDIUM, rng.uniform(2.0, 4.0)) for when in poisson(rng, 1 / 32.0, 20.0, 880.0)]
+    return Trace("impatient-retry", arrivals, {"A": 4.0, "B": 4.0}, slots=16, patience_s={"B": 30.0})
+
+
+def five_visitors(rng: random.Random) -> Trace:
+    """A flood on one model, and now and then five visitors at once, each to a model of his own."""
+    arrivals = [(1.2 * i + rng.uniform(0.0, 1.0), "A", MEDIUM, rng.uniform(3.0, 6.0)) for i in range(750)]
+    for start in (100.0, 400.0, 700.0):
+        arrivals += [(start + rng.uniform(0.0, 0.5), name, MEDIUM, rng.uniform(1.0, 2.0)) for name in "BCDEF"]
+    return Trace("five-visitors", arrivals, dict.fromkeys("ABCDEF", 3.0), slots=8)
+
+
+TRACES = (
+    alternating,
+    zipf,
+    bursty,
+    flood,
+    priorities,
+    diurnal,
+    skewed,
+    roomy,
+    agent,
+    burst_then_calm,
+    impatient,
+    five_visitors,
+)
 
 
 # --- rivals -------------------------------------------------------------------------------------------------------
@@ -191,6 +261,8 @@ class Rival:
         out: list[Command] = []
         if isinstance(event, RequestArrived):
             self.line.append(event)
+        elif isinstance(event, RequestCancelled):
+            self.line = [each for each in self.line if each.request != event.request]
         elif isinstance(event, LeaseReleased):
             for place in self.places:
                 if place.leases.pop(event.request, None) is not None:
@@ -282,20 +354,73 @@ class ReadyFirst(Rival):
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
+class Visit:
+    """One question on its way to an answer, asked again and again by who is impatient."""
+
+    def __init__(
+        self, world: World, trace: Trace, question: tuple[str, int, float], then: Callable[[], None] | None = None
+    ) -> None:
+        self.world, self.question, self.then = world, question, then
+        self.patience_s = trace.patience_s.get(question[0])
+        self.began = world.now
+        self.wait_s: float | None = None
+        self.ask()
+
+    def ask(self) -> None:
+        model, priority, service_s = self.question
+        timeout_s = self.patience_s or 1e6
+        request = self.world.submit(model, service_s, priority=priority, timeout_s=timeout_s)
+        request.then = lambda: self.over(request)
+        if self.patience_s:
+            self.world.at(self.world.now + timeout_s, lambda: self.give_up(request))
+
+    def give_up(self, request: Request) -> None:
+        if request.granted is None:
+            self.world.cancel(request)
+
+    def over(self, request: Request) -> None:
+        if request.granted is None:
+            # Who is refused at once comes back when half of his patience is over, not in the same instant.
+            asked_s = self.world.now - request.arrived
+            self.world.at(self.world.now + max(0.0, 0.5 * (self.patience_s or 0.0) - asked_s), self.ask)
+            return
+        self.wait_s = request.granted - self.began
+        if self.then is not None:
+            self.then()
+
+
 def simulate(trace: Trace, name: str, make: Callable[[float], Scheduler]) -> dict[str, float]:
     world = World(trace.spec(), make, load_s=trace.load_s)
-    for when, model, priority, service_s in trace.arrivals:
-        world.at(when, lambda m=model, p=priority, s=service_s: world.submit(m, s, priority=p))
+    visits: list[Visit] = []
+
+    def ask(question: tuple[str, int, float], then: Callable[[], None] | None = None) -> None:
+        visits.append(Visit(world, trace, question, then))
+
+    def go_on(session: Session, number: int) -> None:
+        if number < len(session.questions):
+            world.at(world.now + session.pause_s * bool(number), lambda: talk(session, number))
+
+    def talk(session: Session, number: int) -> None:
+        ask(session.questions[number], lambda: go_on(session, number + 1))
+
+    for when, *question in trace.arrivals:
+        world.at(when, lambda q=tuple(question): ask(q))
+    for session in trace.sessions:
+        world.at(session.start_s, lambda s=session: talk(s, 0))
     world.run()
-    unserved = [each.name for each in world.requests.values() if not each.done or each.granted is None]
-    assert not unserved, f"{len(unserved)} requests were never served"
+    unserved = [each.question for each in visits if each.wait_s is None]
+    assert not unserved, f"{len(unserved)} questions were never answered"
+    assert len(visits) == len(trace.asked), "a conversation broke off"
     assert not world.cut, world.cut
     assert not world.crimes, world.crimes
-    waits = [each.wait_s or 0.0 for each in world.requests.values()]
     bounds = trace.spec().bound_s
-    trace.late[name] = sum((each.wait_s or 0.0) > bounds[each.priority - 1] for each in world.requests.values())
-    end = max((each.granted or 0.0) + each.service_s for each in world.requests.values())
-    return figures(waits, world.swaps, end - min(when for when, *_ in trace.arrivals))
+    trace.late[name] = sum((each.wait_s or 0.0) > bounds[each.question[1] - 1] for each in visits)
+    end = max((each.granted or 0.0) + each.service_s for each in world.requests.values() if each.granted is not None)
+    return figures([each.wait_s or 0.0 for each in visits], world.swaps, end - begin_s(trace))
+
+
+def begin_s(trace: Trace) -> float:
+    return min([when for when, *_ in trace.arrivals] + [each.start_s for each in trace.sessions])
 
 
 def figures(waits: list[float], swaps: int, makespan: float) -> dict[str, float]:
@@ -311,18 +436,27 @@ def figures(waits: list[float], swaps: int, makespan: float) -> dict[str, float]
 
 def clairvoyant(trace: Trace) -> dict[str, float]:
     """A bound below every scheduler; see the module's docstring. Start and stop of processes count as in the world."""
-    begin = min(when for when, *_ in trace.arrivals)
+    begin = begin_s(trace)
     waits, ends = [], []
+
+    def ask(when: float, model: str, service_s: float) -> float:
+        ready = max(when, begin + 0.1 + 0.5 + trace.load_s[model])
+        waits.append(ready - when)
+        ends.append(ready + service_s)
+        return ends[-1]
+
     for when, model, _, service_s in trace.arrivals:
-        ready = begin + 0.1 + 0.5 + trace.load_s[model]
-        waits.append(max(0.0, ready - when))
-        ends.append(max(ready, when) + service_s)
-    return figures(waits, len({model for _, model, *_ in trace.arrivals}), max(ends) - begin)
+        ask(when, model, service_s)
+    for session in trace.sessions:
+        when = session.start_s
+        for model, _, service_s in session.questions:
+            when = ask(when, model, service_s) + session.pause_s
+    return figures(waits, len({model for model, *_ in trace.asked}), max(ends) - begin)
 
 
 def measure(trace: Trace) -> dict[str, object]:
     spec = trace.spec()
-    trace.bound_s = max(spec.bound_s[priority - 1] for _, _, priority, _ in trace.arrivals)
+    trace.bound_s = max(spec.bound_s[priority - 1] for _, priority, _ in trace.asked)
     policies = {
         "fifo": simulate(trace, "fifo", lambda now: Fifo(spec)),
         "ready_first": simulate(trace, "ready_first", lambda now: ReadyFirst(spec)),

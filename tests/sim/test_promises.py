@@ -12,6 +12,7 @@ import pytest
 
 from cluster.ledger import placing
 from cluster.ledger.ledger import Ledger
+from cluster.ledger.rules import policy
 from cluster.ledger.specs import ModelSpec, NodeSpec, PoolSpec
 from tests.sim.promises import Judge
 from tests.sim.world import World
@@ -59,6 +60,33 @@ def test_the_policy_keeps_its_promises() -> None:
         run(seed)
 
 
+def burst(seed: int) -> None:
+    """Two models take turns on one device and keep up, a crowd comes to both, and in the end they keep up again."""
+    rng = random.Random(seed)
+    models = {name: ModelSpec(name, slots=4, num_gpus=1.0, idle_timeout_s=0.0) for name in "AB"}
+    spec = PoolSpec(
+        models=models, nodes={"n": NodeSpec("n", gpus=1)}, queue_max_size=10_000, bound_s=(30.0, 60.0, 120.0)
+    )
+    world = World(spec, lambda now: Ledger(spec, epoch="e1", now=now), seed=seed, load_s=rng.uniform(7.0, 8.5))
+    for name in models:
+        now = 0.0
+        while (now := now + rng.expovariate(0.25)) < 900.0:
+            world.at(now, lambda m=name: world.submit(m, rng.uniform(3.0, 6.0)))
+        for _ in range(45):
+            world.at(150.0, lambda m=name: world.submit(m, rng.uniform(3.0, 6.0)))
+    world.run(until=900.0)
+    waiting = sum(each.granted is None for each in world.requests.values())
+    assert waiting < 45, f"the pool never got over a burst: {waiting} wait; seed {seed}"
+
+
+def test_a_burst_is_got_over() -> None:
+    for seed in range(5):
+        burst(seed)
+
+
+Bug = Callable[[pytest.MonkeyPatch], None]
+
+
 def claims_are_vows(patch: pytest.MonkeyPatch) -> None:
     """Who was promised the room of a busy model waits for that, whoever becomes idle."""
     patch.setattr(placing, "_replan", lambda *_: None)
@@ -69,10 +97,20 @@ def a_lower_class_keeps_its_promise(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(placing, "_take_over", lambda *_: False)
 
 
-@pytest.mark.parametrize("plant", [claims_are_vows, a_lower_class_keeps_its_promise], ids=lambda each: each.__name__)
-def test_a_broken_promise_is_found_out(
-    plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def swaps_after_every_batch(patch: pytest.MonkeyPatch) -> None:
+    """Where everybody is overdue, the place goes from one to the other as soon as it can."""
+    patch.setattr(policy, "turn_end", lambda pool, replica: replica.loaded_at)
+
+
+BUGS = {
+    claims_are_vows: test_the_policy_keeps_its_promises,
+    a_lower_class_keeps_its_promise: test_the_policy_keeps_its_promises,
+    swaps_after_every_batch: test_a_burst_is_got_over,
+}
+
+
+@pytest.mark.parametrize("plant", BUGS, ids=lambda each: each.__name__)
+def test_a_planted_bug_is_found_out(plant: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
     with pytest.raises(AssertionError):
-        test_the_policy_keeps_its_promises()
+        BUGS[plant]()

@@ -84,6 +84,8 @@ class Request:
     rejected: str | None = None
     done: bool = False
     cancelled: bool = False
+    # what its client does when it is over, however it ended
+    then: Callable[[], None] | None = None
 
     @property
     def wait_s(self) -> float | None:
@@ -263,6 +265,8 @@ class World:
         if request.done:
             return
         request.done = True
+        if request.then is not None:
+            self.at(self.now, request.then)
         process = self.processes.get(request.replica)
         if process is not None:
             process.streams.pop(request.name, None)
@@ -287,6 +291,8 @@ class World:
             request = self.requests[command.request]
             request.rejected = command.error
             request.done = True
+            if request.then is not None:
+                self.at(self.now, request.then)
         elif isinstance(command, SetDesired):
             self.desired[command.model] = command.replicas
             self.at(self.now + self.loop_s, lambda: self._reconcile(command.model))

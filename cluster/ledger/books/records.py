@@ -88,7 +88,8 @@ class Lease:
 class Replica:
     """One replica record. `uid` is the process that announced itself; None as long as none did.
 
-    `load_due` is when its engine is to be ordered to load, infinite once it was, and `ordered` says that it ever was.
+    `load_due` is when its engine is to be ordered to load, infinite once it was, and `ordered` says that it ever was;
+    `loaded_at` is when it last said that it was loaded.
     `deaths` counts how often its engine died in short succession. `strayed`: the engine is on other devices than told.
     """
 
@@ -104,6 +105,7 @@ class Replica:
         "leases",
         "load_began",
         "load_due",
+        "loaded_at",
         "model",
         "ordered",
         "place",
@@ -136,6 +138,7 @@ class Replica:
         # its engine, and what that said of itself
         self.load_began = now
         self.load_due = INFINITY
+        self.loaded_at = -INFINITY
         self.ordered = self.strayed = self.has_engine = False
         self.deaths = 0
         self.address: object = None

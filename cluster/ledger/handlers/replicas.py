@@ -89,7 +89,7 @@ def replica_ready(pool: Pool, event: ReplicaReady, now: float) -> None:
     # A load in place is no measure of a swap.
     if not replica.adopted and not replica.deaths:
         model.load_s = took if model.load_s is None else model.load_s + 0.3 * (took - model.load_s)
-    model.loaded_at = now
+    model.loaded_at = replica.loaded_at = now
     model.last_load.append((replica.since, now))
     model.failures = 0
     model.refusing = False

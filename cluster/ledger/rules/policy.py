@@ -6,7 +6,8 @@ A *swap* takes a place from a resident model V for a waiting model W. Learned fi
 (the time between its arrivals). An idle V is swapped out at once. A busy V is left to run dry by itself, since every
 swap costs everybody two loads; it is drained before that only if
 
-* somebody's *bound* comes near (`bound_at`): a promise, whatever it costs; or
+* somebody's *bound* comes near (`bound_at`): a promise, whatever it costs, but for V's *minimum turn* (`turn_end`):
+  where everybody is overdue, shorter turns would only mean that more of the time goes into swaps; or
 * it *pays* (`pays`): V will not pause soon (`busy_time`), and what W's users lose until then outweighs what V's users
   lose through a swap now rather than at the pause (`harm`), high, medium and low weighing 4 : 2 : 1.
 
@@ -170,6 +171,16 @@ def load_time(pool: Pool, model: Model) -> float:
     return pool.spec.load_prior_s if model.load_s is None else model.load_s
 
 
+def swap_cost(pool: Pool, model: Model) -> float:
+    """What it takes to bring a model in: somebody's stop, and its load, in seconds as learned."""
+    return pool.stop_s + load_time(pool, model)
+
+
+def turn_end(pool: Pool, replica: Replica) -> float:
+    """Until when a replica that has work keeps its place, whoever waits."""
+    return replica.loaded_at + pool.spec.turn_swaps * swap_cost(pool, replica.model)
+
+
 def residency_end(pool: Pool, replica: Replica) -> float:
     """Until when a busy replica keeps its place against swaps that merely pay."""
     spec = pool.spec
@@ -243,6 +254,8 @@ def standing(pool: Pool, replica: Replica, waiting: Model, now: float, bound: bo
     ready = model.counts[READY]
     if spare and ready > 1 and model.leased + model.queue.count <= (ready - 1) * model.spec.slots:
         return Tier.SURPLUS, 1.0 + len(replica.leases)
+    if now < turn_end(pool, replica):
+        return None
     if bound:
         return (Tier.BUSY if spare else Tier.PROTECTED), harm(pool, replica, waiting, now)
     if not spare or now < residency_end(pool, replica):

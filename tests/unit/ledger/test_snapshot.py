@@ -16,6 +16,7 @@ SPEC = PoolSpec(
     models={name: ModelSpec(name, num_gpus=1.0, memory_mib=64) for name in "ab"},
     nodes={"n": NodeSpec("n", gpus=1)},
     servers=(ServerSpec("http://one"),),
+    turn_swaps=0.0,
 )
 
 

@@ -1,0 +1,53 @@
+"""The minimum turn: a model that got its place keeps it for a while, however many others are overdue."""
+
+from __future__ import annotations
+
+from cluster.ledger.events import ReplicaReady, ReplicaStarted, RequestCancelled
+from tests.unit.ledger.desk import Desk, model
+
+BOUND = (5.0, 8.0, 12.0)
+LOAD_S = 4.0
+
+
+def overdue() -> Desk:
+    """A was loaded in 4 s, at 4; B's waiter, who came at 1, is overdue at once. A turn is 12 s."""
+    desk = Desk(model("A", slots=1), model("B"), bound_s=BOUND)
+    desk.arrive("a1", "A")
+    desk.tell(ReplicaStarted("A", "A#1", "n"))
+    desk.at(1.0)
+    desk.arrive("b1", "B")
+    desk.at(LOAD_S)
+    desk.tell(ReplicaReady("A#1"))
+    desk.arrive("a2", "A")
+    return desk
+
+
+def test_an_overdue_model_waits_for_the_end_of_the_turn() -> None:
+    desk = overdue()
+    assert desk.at(15.9) == []
+    assert desk.at(16.2) == ["quiesce A#1"]
+
+
+def test_a_turn_ends_with_the_work() -> None:
+    desk = overdue()
+    desk.at(5.0)
+    assert desk.release("a1") == ["grant a2 A#1"]
+    assert desk.release("a2") == ["quiesce A#1", "desire A 0"]
+
+
+def test_a_turn_does_not_begin_anew_when_a_drain_is_taken_back() -> None:
+    desk = overdue()
+    desk.at(16.2)
+    assert desk.tell(RequestCancelled("b1")) == ["reopen A#1"]
+    assert desk.arrive("b2", "B") == ["quiesce A#1"]
+
+
+def test_a_replica_that_its_model_can_spare_has_no_turn() -> None:
+    desk = Desk(model("A", slots=1, max_replicas=2), model("B"), gpus=2, bound_s=BOUND)
+    for number in (1, 2):
+        desk.arrive(f"a{number}", "A")
+        desk.tell(ReplicaStarted("A", f"A#{number}", "n"))
+        desk.now += LOAD_S
+        desk.tell(ReplicaReady(f"A#{number}"))
+    desk.release("a1")
+    assert desk.arrive("b1", "B") == ["quiesce A#2"]
