@@ -25,7 +25,10 @@ from cluster.config import ConfigError
 from cluster.config.version import Configuration
 from cluster.ledger.events import (
     ConfigChanged,
+    EndReplica,
+    EngineAsleep,
     EngineDied,
+    EngineUnloaded,
     Grant,
     HolderAnnounced,
     HolderDied,
@@ -35,6 +38,7 @@ from cluster.ledger.events import (
     LoadRefused,
     LoadRequested,
     NodesChanged,
+    PrefetchModel,
     Quiesce,
     Reject,
     ReplicaFailed,
@@ -47,15 +51,18 @@ from cluster.ledger.events import (
     RestartEngine,
     ServerSuspected,
     SetDesired,
+    SleepEngine,
     Ticked,
+    UnloadEngine,
     UnloadRequested,
+    WakeEngine,
 )
 from cluster.ledger.ledger import Ledger
 from cluster.ledger.snapshot import Snapshot
 from cluster.ledger.specs import NodeSpec
 from cluster.metrics import Counts, Outcome, refused
 from cluster.operator_calls import Ended, OperatorCalls, refuse_overrides, refuse_unload
-from cluster.orders import Drain, EngineState, Order
+from cluster.orders import AsleepState, Drain, EngineState, Order, Prefetch, Sleep, Unload, Wake
 from cluster.owned_config import OwnedConfiguration
 from cluster.parked import Answer, Packed, ParkedCalls, packed
 from cluster.request import Request
@@ -71,7 +78,16 @@ RECOVERY_S = 2.0
 RECOVERY_LIMIT_S = 15.0
 
 #: Events that are progress by themselves, whatever the ledger decides about them.
-_PROGRESS = (LeaseReleased, ReplicaStarted, ReplicaReady, ReplicaFailed, ReplicaGone, EngineDied)
+_PROGRESS = (
+    LeaseReleased,
+    ReplicaStarted,
+    ReplicaReady,
+    ReplicaFailed,
+    ReplicaGone,
+    EngineDied,
+    EngineUnloaded,
+    EngineAsleep,
+)
 
 
 class LedgerActor:
@@ -196,6 +212,16 @@ class LedgerActor:
         """The engine process of a replica is confirmed dead; the replica lives."""
         self._attached.engine_ended(replica)
         self._post(EngineDied(replica, reason))
+
+    async def engine_unloaded(self, replica: str) -> None:
+        """The engine process of a replica has ended as ordered; the replica stays."""
+        self._attached.engine_ended(replica)
+        self._post(EngineUnloaded(replica))
+
+    async def engine_asleep(self, replica: str, host_mib: int, device_mib: int) -> None:
+        """The engine of a replica sleeps and holds so much of the host's memory, and of each of its devices."""
+        self._attached.engine_asleep(replica, AsleepState(host_mib, device_mib))
+        self._post(EngineAsleep(replica, host_mib, device_mib))
 
     async def replica_suspected(self, replica: str) -> None:
         """A holder saw the engine of a replica hang."""
@@ -358,16 +384,32 @@ class LedgerActor:
             elif isinstance(command, SetDesired):
                 self._desired[command.model] = command.replicas
                 rescaled = True
-            elif isinstance(command, LoadEngine):
-                if command.model in self._config.spec.models:
-                    self._attached.orders.give(command.replica, self._config.load(command.model, command.devices))
-            elif isinstance(command, RestartEngine):
-                self._attached.restart_engine(command.replica)
-            elif isinstance(command, Quiesce):
-                self._attached.orders.give(command.replica, Drain())
+            else:
+                self._order(command)
         if rescaled:
             self._desired_version += 1
             self._changed.fire()
+
+    def _order(self, command: Any) -> None:
+        """What a command tells a replica to do; nothing if it is of another kind."""
+        orders = self._attached.orders
+        match command:
+            case LoadEngine() if command.model in self._config.spec.models:
+                orders.give(command.replica, self._config.load(command.model, command.devices))
+            case UnloadEngine():
+                orders.give(command.replica, Unload("its room is needed"))
+            case SleepEngine():
+                orders.give(command.replica, Sleep())
+            case WakeEngine():
+                orders.give(command.replica, Wake(command.devices))
+            case PrefetchModel() if command.model in self._config.spec.models:
+                orders.give(command.replica, Prefetch(command.model, self._config.load(command.model, ()).config))
+            case RestartEngine():
+                self._attached.restart_engine(command.replica)
+            case EndReplica():
+                self._attached.end_replica(command.replica, "it does not do what it was ordered")
+            case Quiesce():
+                orders.give(command.replica, Drain())
 
     def _arrive(self, holder: str, request: Request) -> Answer:
         """The answer to a request, which has arrived now or before."""

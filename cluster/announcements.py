@@ -6,14 +6,15 @@ from typing import NamedTuple
 
 from cluster.config.version import Configuration
 from cluster.ledger.events import Grant
-from cluster.orders import EngineState
+from cluster.orders import AsleepState, EngineState
 
 
 class ReplicaState(NamedTuple):
     """One replica. `started_at` is `time.time()` of its start, so that its age survives a restart of the ledger.
 
-    `engine` is what it has loaded, `failed` is why its load failed; with `loading` an order to load is being carried
-    out, so that another one is not needed; `devices` are those of that order.
+    Its engine is absent, or is being loaded (`loading`: another order to load is not needed), loaded (`engine`), asleep
+    (`asleep`) or being ended (`unloading`). `devices` are those of the order to load, as long as anything is held on
+    them. `failed` is why its last load failed.
     """
 
     model: str
@@ -25,6 +26,8 @@ class ReplicaState(NamedTuple):
     failed: str | None = None
     loading: bool = False
     devices: tuple[int, ...] = ()
+    unloading: bool = False
+    asleep: AsleepState | None = None
 
 
 class HolderState(NamedTuple):

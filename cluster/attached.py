@@ -12,7 +12,7 @@ import logging
 from cluster import effects
 from cluster.announcements import HolderState, ReplicaState
 from cluster.ledger.snapshot import ReplicaRow
-from cluster.orders import EngineState, OrderBoard, Restart
+from cluster.orders import AsleepState, EngineState, OrderBoard, Restart
 
 logger = logging.getLogger("slotpool.ledger")
 
@@ -76,7 +76,14 @@ class Attached:
     def engine_ready(self, replica: str, engine: EngineState) -> None:
         self.engine_ended(replica)
         if replica in self.replicas:
-            self.replicas[replica] = self.replicas[replica]._replace(engine=engine, failed=None, loading=False)
+            self.replicas[replica] = self.replicas[replica]._replace(
+                engine=engine, failed=None, loading=False, asleep=None
+            )
+
+    def engine_asleep(self, replica: str, asleep: AsleepState) -> None:
+        self.engine_ended(replica)
+        if replica in self.replicas:
+            self.replicas[replica] = self.replicas[replica]._replace(asleep=asleep)
 
     def engine_ended(self, replica: str) -> None:
         """What was known of the engine of a replica is history, and so is a restart that it was ordered."""
@@ -85,7 +92,7 @@ class Attached:
         if restart is not None:
             restart.cancel()
         if replica in self.replicas:
-            self.replicas[replica] = self.replicas[replica]._replace(engine=None, loading=False)
+            self.replicas[replica] = self.replicas[replica]._replace(engine=None, loading=False, asleep=None)
 
     def described(self, row: ReplicaRow) -> ReplicaRow:
         """A row of the ledger's snapshot with what its replica said of itself."""
@@ -101,11 +108,15 @@ class Attached:
         """Order a replica to restart its engine; if nothing comes of it, the replica's own process hangs and ends."""
         self.orders.give(replica, Restart("it does not answer"))
         loop = asyncio.get_event_loop()
-        self._restarts[replica] = loop.call_later(RESTART_S, self._end_replica, replica)
+        self._restarts[replica] = loop.call_later(RESTART_S, self._restart_failed, replica)
 
-    def _end_replica(self, replica: str) -> None:
+    def _restart_failed(self, replica: str) -> None:
         del self._restarts[replica]
-        logger.error("replica %s did not restart its engine within %g s: its process is ended", replica, RESTART_S)
+        self.end_replica(replica, f"it did not restart its engine within {RESTART_S:g} s")
+
+    def end_replica(self, replica: str, why: str) -> None:
+        """End the process of a replica that hangs itself. Never blocks."""
+        logger.error("the process of replica %s is ended: %s", replica, why)
         ending = asyncio.get_event_loop().create_task(effects.kill_replica(replica))
         self._ending.add(ending)
         ending.add_done_callback(self._ending.discard)

@@ -39,6 +39,16 @@ class EngineState(NamedTuple):
     revision: str
 
 
+class AsleepState(NamedTuple):
+    """An engine that sleeps with its weights in the host's memory (level 1): what it holds there, and on each device.
+
+    In MiB, as measured; what is still held on a device is its context.
+    """
+
+    host_mib: int
+    device_mib: int
+
+
 class Load(NamedTuple):
     """Load this engine.
 
@@ -64,7 +74,40 @@ class Drain(NamedTuple):
     """No new request will come, and a successor was chosen: a process for it may be started while the last ones run."""
 
 
-Order = Load | Restart | Drain
+class Unload(NamedTuple):
+    """End the engine process, whether it serves, loads, sleeps or hangs; the replica stays.
+
+    `engine_unloaded` answers once the process is gone, at once where there is none. Nothing else is told of an engine
+    that ends in this way, also if it dies first.
+    """
+
+    reason: str
+
+
+class Sleep(NamedTuple):
+    """The engine moves its weights into the host's memory and gives back what it can of its devices (level 1).
+
+    `engine_asleep` answers. An engine that cannot is unloaded, which `engine_unloaded` answers, also if it dies asleep.
+    """
+
+
+class Wake(NamedTuple):
+    """The engine that sleeps serves again, on the devices that it has; answered like a `Load`.
+
+    A replica whose engine is gone meanwhile answers `replica_failed`.
+    """
+
+    devices: tuple[int, ...]
+
+
+class Prefetch(NamedTuple):
+    """The model will be loaded here soon: have its files read into the page cache. `config` as in `Load`; no answer."""
+
+    model: str
+    config: dict[str, Any]
+
+
+Order = Load | Restart | Drain | Unload | Sleep | Wake | Prefetch
 
 
 class OrderBoard:

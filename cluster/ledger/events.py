@@ -104,6 +104,20 @@ class EngineDied(NamedTuple):
     reason: str
 
 
+class EngineUnloaded(NamedTuple):
+    """An engine has ended as ordered, and its devices are free; its replica lives and can load again."""
+
+    replica: str
+
+
+class EngineAsleep(NamedTuple):
+    """An engine sleeps: it still holds `host_mib` of its host's memory and `device_mib` of each of its devices."""
+
+    replica: str
+    host_mib: int
+    device_mib: int
+
+
 class ReplicaSuspected(NamedTuple):
     """A holder of a lease saw that a replica's engine hangs."""
 
@@ -231,6 +245,41 @@ class LoadEngine(NamedTuple):
     devices: tuple[int, ...]
 
 
+class UnloadEngine(NamedTuple):
+    """A replica without leases shall end its engine, and stay; `EngineUnloaded` then says that it did."""
+
+    model: str
+    replica: str
+
+
+class SleepEngine(NamedTuple):
+    """A replica without leases shall put its engine to sleep; `EngineAsleep` or `EngineUnloaded` then says so."""
+
+    model: str
+    replica: str
+
+
+class WakeEngine(NamedTuple):
+    """A replica shall wake its engine, on the devices that this has; answered like a `LoadEngine`."""
+
+    model: str
+    replica: str
+    devices: tuple[int, ...]
+
+
+class PrefetchModel(NamedTuple):
+    """A replica without an engine shall have the files of its model read, since it will load them soon."""
+
+    model: str
+    replica: str
+
+
+class EndReplica(NamedTuple):
+    """A replica does not do what it was ordered: its process shall be ended. `ReplicaGone` then says that it is."""
+
+    replica: str
+
+
 class RestartEngine(NamedTuple):
     """A replica shall kill its engine, which hangs; `EngineDied` then says that it is dead."""
 
@@ -256,6 +305,8 @@ Event = (
     | ReplicaReady
     | ReplicaFailed
     | EngineDied
+    | EngineUnloaded
+    | EngineAsleep
     | ReplicaSuspected
     | ReplicaGone
     | NodesChanged
@@ -267,4 +318,18 @@ Event = (
     | ServerSuspected
     | Ticked
 )
-Command = Grant | Reject | SetDesired | Quiesce | Reopen | LoadEngine | RestartEngine | LoadRefused
+Command = (
+    Grant
+    | Reject
+    | SetDesired
+    | Quiesce
+    | Reopen
+    | LoadEngine
+    | UnloadEngine
+    | SleepEngine
+    | WakeEngine
+    | PrefetchModel
+    | RestartEngine
+    | EndReplica
+    | LoadRefused
+)

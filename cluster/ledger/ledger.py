@@ -27,7 +27,9 @@ from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.events import (
     Command,
     ConfigChanged,
+    EngineAsleep,
     EngineDied,
+    EngineUnloaded,
     Event,
     HolderAnnounced,
     HolderDied,
@@ -80,6 +82,8 @@ _HANDLERS: dict[type[Any], Callable[[Pool, Any, float], None]] = {
     ReplicaReady: replicas.replica_ready,
     ReplicaFailed: replicas.replica_failed,
     EngineDied: engines.engine_died,
+    EngineUnloaded: engines.engine_unloaded,
+    EngineAsleep: engines.engine_asleep,
     ReplicaSuspected: engines.replica_suspected,
     ReplicaGone: replicas.replica_gone,
     NodesChanged: machines.nodes_changed,

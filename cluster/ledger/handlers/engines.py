@@ -7,7 +7,14 @@ import logging
 from cluster.ledger.books.pool import Pool
 from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.records import Model, Replica
-from cluster.ledger.events import EngineDied, LoadEngine, ReplicaSuspected, RestartEngine
+from cluster.ledger.events import (
+    EngineAsleep,
+    EngineDied,
+    EngineUnloaded,
+    LoadEngine,
+    ReplicaSuspected,
+    RestartEngine,
+)
 from cluster.ledger.handlers.requests import refuse_or_reroute
 from cluster.ledger.rules import policy
 from cluster.ledger.states import Cause, ReplicaState
@@ -70,6 +77,16 @@ def engine_died(pool: Pool, event: EngineDied, now: float) -> None:
     else:
         back_off(pool, model, event.reason, now, patient=True)
         replica.load_due = model.backoff_until
+
+
+def engine_unloaded(pool: Pool, event: EngineUnloaded, now: float) -> None:
+    """No engine is ordered to end yet: a replica ends with its engine."""
+    log.info("replica %s unloaded its engine: ignored, since nobody told it to", event.replica)
+
+
+def engine_asleep(pool: Pool, event: EngineAsleep, now: float) -> None:
+    """No engine is ordered to sleep yet."""
+    log.info("the engine of replica %s sleeps: ignored, since nobody told it to", event.replica)
 
 
 def replica_suspected(pool: Pool, event: ReplicaSuspected, now: float) -> None:

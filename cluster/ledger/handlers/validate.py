@@ -20,6 +20,8 @@ _FIELDS: dict[type[Any], tuple[tuple[type[Any], ...], ...]] = {
     events.ReplicaReady: (_TEXT, (int, type(None)), (object,), (tuple, type(None))),
     events.ReplicaFailed: (_TEXT, _TEXT),
     events.EngineDied: (_TEXT, _TEXT),
+    events.EngineUnloaded: (_TEXT,),
+    events.EngineAsleep: (_TEXT, _COUNT, _COUNT),
     events.ReplicaSuspected: (_TEXT,),
     events.ReplicaGone: (_TEXT,),
     events.NodesChanged: ((dict,),),
@@ -95,6 +97,8 @@ def _fault(event: Any) -> str | None:
             return f"memory_mib is {event.memory_mib!r}"
         if not all(isinstance(device, str) for device in event.devices or ()):
             return f"devices is {event.devices!r}"
+    if type(event) is events.EngineAsleep and min(event.host_mib, event.device_mib) < 0:
+        return f"what it holds is {event.host_mib!r} and {event.device_mib!r}"
     return None
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from cluster import attached
 from cluster.config.models import ModelConfig
-from cluster.ledger.events import LoadEngine
-from cluster.orders import Load, OrderBoard, Restart
+from cluster.ledger.events import EndReplica, LoadEngine, PrefetchModel, SleepEngine, UnloadEngine, WakeEngine
+from cluster.orders import AsleepState, Load, OrderBoard, Prefetch, Restart, Sleep, Unload, Wake
 from tests.unit.actor.no_ray import MODELS, Cluster, configuration, engine, holder, started, turns
 
 CONFIG = configuration(MODELS)
@@ -132,3 +132,39 @@ async def test_a_replica_of_a_model_that_a_new_life_does_not_know_yet_announces_
     cluster.park(actor.attach_replica(serving))
     await turns()
     assert state(actor) == "loaded"
+
+
+async def test_every_command_to_a_replica_is_an_order(cluster: Cluster):
+    actor = await cluster.life(CONFIG)
+    seen = 0
+    for command, expected in (
+        (UnloadEngine("a", "u"), Unload("its room is needed")),
+        (SleepEngine("a", "u"), Sleep()),
+        (WakeEngine("a", "u", (1,)), Wake((1,))),
+    ):
+        actor._carry_out([command])
+        seen, order = await actor.orders("u", seen)
+        assert order == expected
+    actor._carry_out([PrefetchModel("a", "u")])
+    _, order = await actor.orders("u", seen)
+    assert isinstance(order, Prefetch)
+    assert ModelConfig.model_validate(order.config) == CONFIG.pool.models["a"]
+    actor._carry_out([EndReplica("u")])
+    await turns()
+    while not cluster.killed:
+        await asyncio.sleep(0.01)
+    assert cluster.killed == ["u"]
+
+
+async def test_what_sleeps_is_known_until_it_serves_or_ends(cluster: Cluster):
+    actor = await cluster.life(CONFIG)
+    await cluster.serve(actor, "a", "u")
+    await actor.engine_asleep("u", 1000, 400)
+    known = actor._attached.replicas["u"]
+    assert (known.engine, known.asleep) == (None, AsleepState(1000, 400))
+    await actor.replica_ready("u", engine())
+    assert actor._attached.replicas["u"].asleep is None
+    await actor.engine_asleep("u", 1000, 400)
+    await actor.engine_unloaded("u")
+    assert actor._attached.replicas["u"].asleep is None
+    await actor.engine_asleep("nobody", 1, 1)

@@ -8,7 +8,9 @@ import pytest
 
 from cluster.ledger.events import (
     ConfigChanged,
+    EngineAsleep,
     EngineDied,
+    EngineUnloaded,
     LoadEngine,
     LoadRequested,
     ReplicaFailed,
@@ -253,6 +255,12 @@ def test_the_death_of_an_engine_that_is_leaving_or_unknown_is_ignored() -> None:
     desk.tell(ReplicaFailed("u", "no"))
     assert desk.tell(EngineDied("u", "gone")) == []
     assert desk.state("u") == "FAILED"
+
+
+def test_what_nobody_ordered_of_an_engine_is_ignored() -> None:
+    desk = serving()
+    assert desk.tell(EngineUnloaded("u"), EngineAsleep("u", 1, 1), EngineAsleep("u", -1, 1)) == []
+    assert desk.state("u") == "READY"
 
 
 def test_word_of_an_engine_that_died_before_its_replica_came_is_dropped() -> None:
