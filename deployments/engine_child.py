@@ -130,7 +130,7 @@ class EngineChild:
         self._born = asyncio.Event()
         self._pong: asyncio.Future[dict[str, Any]] | None = None
         self._is_killed = False
-        self._loaded: asyncio.Future[dict[str, Any]] | None = None
+        self._answered: asyncio.Future[dict[str, Any]] | None = None
         self._progress: Callable[[float], None] = _ignore
         self._listening = asyncio.create_task(self._listen())
 
@@ -167,12 +167,25 @@ class EngineChild:
     async def load(self, order: dict[str, Any], progress: Callable[[float], None]) -> dict[str, Any]:
         """Load an engine; what the process says of it. Raises `ModelUnavailable`, or `EngineDied`."""
         self._progress = progress
-        loaded = self._loaded = asyncio.get_running_loop().create_future()
-        self._control.write(message("load", **order))
-        await _first_of(loaded, self.ended)
-        if not loaded.done():
+        return await self._ask("load", **order)
+
+    async def sleep(self) -> dict[str, Any]:
+        """Put the engine to sleep; what it still holds of the host and its devices. Raises as `load` does."""
+        return await self._ask("sleep")
+
+    async def wake(self, progress: Callable[[float], None]) -> dict[str, Any]:
+        """Wake the engine; what the process says of it, as after a load. Raises as `load` does."""
+        self._progress = progress
+        return await self._ask("wake")
+
+    async def _ask(self, what: str, **fields: Any) -> dict[str, Any]:
+        """Have the process do one thing with its engine, and wait for its answer; one at a time."""
+        answered = self._answered = asyncio.get_running_loop().create_future()
+        self._control.write(message(what, **fields))
+        await _first_of(answered, self.ended)
+        if not answered.done():
             raise EngineDied(self.ended.result())
-        said: dict[str, Any] = loaded.result()
+        said: dict[str, Any] = answered.result()
         if said["is"] == "failed":
             raise ModelUnavailable(said["reason"])
         return said
@@ -193,6 +206,11 @@ class EngineChild:
         self._is_killed = True
         self._kill()
 
+    async def end(self) -> None:
+        """End it now, and wait until it is gone."""
+        self.kill()
+        await asyncio.shield(self.ended)
+
     async def finish(self) -> None:
         """Let running calls end, then the process; whoever calls bounds the former. Cancelled, it is killed."""
         self._control.write(message("finish"))
@@ -207,11 +225,13 @@ class EngineChild:
             async with asyncio.timeout(BIRTH_S):
                 await _first_of(born, self.ended)
         except TimeoutError:
-            pass
+            self.kill()
+        except asyncio.CancelledError:
+            # Nobody has it yet, so nobody else will end it.
+            await self.end()
+            raise
         finally:
             born.cancel()
-            if not self._born.is_set():
-                self.kill()
         if not self._born.is_set():
             raise EngineDied(self.ended.result() if self.ended.done() else "the engine process did not start in time")
         return self
@@ -228,9 +248,9 @@ class EngineChild:
                         self._born.set()
                     case "progress":
                         self._progress(said["fraction"])
-                    case "ready" | "failed":
-                        if self._loaded is not None and not self._loaded.done():
-                            self._loaded.set_result(said)
+                    case "ready" | "asleep" | "failed":
+                        if self._answered is not None and not self._answered.done():
+                            self._answered.set_result(said)
                     case "pong":
                         if self._pong is not None and not self._pong.done():
                             self._pong.set_result(said)

@@ -19,12 +19,13 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
 from cluster.config.models import ModelConfig
-from cluster.errors import PoolError
-from deployments.engines.protocol import Engine, Progress
+from cluster.errors import ModelUnavailable, PoolError, ReplicaGone
+from deployments.engines.protocol import Call, Engine, Progress, Reply, Sleeper
 from deployments.engines.registry import build_engine
 from deployments.frames import Connection, ConnectionEnded, frame, raise_file_limit
 from deployments.link_server import LinkServer
@@ -39,9 +40,6 @@ CONTROL_LIMITS = {MESSAGE: 2**24}
 #: The least time between two reports of a load's progress, in seconds. llama.cpp has one for every tensor: to send the
 #: 272 of a small model took half as much CPU as to load it.
 PROGRESS_PERIOD_S = 0.1
-
-#: An engine that takes longer to unload than this, in seconds, is ended with its process.
-UNLOAD_S = 10.0
 
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
@@ -72,7 +70,8 @@ class EngineProcess:
         self._control = control
         self._engine: Engine | None = None
         self._server: LinkServer | None = None
-        self._loading: asyncio.Task[None] | None = None
+        self._working: asyncio.Task[None] | None = None
+        self._is_asleep = False
 
     async def run(self) -> None:
         """Follow the supervisor's messages until it says `finish`. Raises `ConnectionEnded` when it is gone."""
@@ -81,59 +80,89 @@ class EngineProcess:
             said = json.loads(payload)
             match said["is"]:
                 case "load":
-                    self._loading = asyncio.create_task(self._load(said))
+                    self._begin(self._load(said), f"loading {said['model']}")
+                case "sleep":
+                    self._begin(self._sleep(), "putting the engine to sleep")
+                case "wake":
+                    self._begin(self._wake(), "waking the engine")
                 case "ping":
                     active, calls = self._server.load if self._server is not None else (0, 0)
                     self._control.write(message("pong", active=active, calls=calls))
                 case "finish":
                     return await self._finish()
 
+    def _begin(self, work: Coroutine[Any, Any, None], what: str) -> None:
+        self._working = asyncio.create_task(self._do(work, what))
+
+    async def _do(self, work: Coroutine[Any, Any, None], what: str) -> None:
+        """One thing that the supervisor has asked for; when it cannot be, say so."""
+        try:
+            await work
+        except Exception as error:
+            known = isinstance(error, PoolError)
+            if not known:
+                logger.exception("%s failed", what)
+            reason = str(error) if known else f"{type(error).__name__} while {what.split()[0]}"
+            self._control.write(message("failed", reason=reason))
+
     async def _load(self, order: dict[str, Any]) -> None:
-        """Load the engine and listen; then, or when it cannot be, say so."""
+        config = ModelConfig.model_validate({**order["config"], **order["overrides"]})
+        path = await find_weights(config.model_path)
+        engine = build_engine(order["model"], config, path)
+        await engine.load(self._progress())
+        server = LinkServer(order["model"], order["replica"], self._respond)
+        await server.listen_unix(Path(order["unix"]))
+        port = await server.listen_tcp(order["host"], order["token"]) if order["host"] else 0
+        self._engine, self._server = engine, server
+        self._say_ready(port=port)
+
+    async def _sleep(self) -> None:
+        engine = self._sleeper()
+        self._is_asleep = True
+        kept = await engine.sleep()
+        self._control.write(message("asleep", host_mib=kept.host_mib, device_mib=kept.device_mib))
+
+    async def _wake(self) -> None:
+        await self._sleeper().wake(self._progress())
+        self._is_asleep = False
+        self._say_ready()
+
+    def _sleeper(self) -> Sleeper:
+        if not isinstance(self._engine, Sleeper):
+            raise ModelUnavailable("this engine cannot sleep")
+        return self._engine
+
+    async def _respond(self, call: Call) -> Reply:
+        if self._engine is None or self._is_asleep:
+            raise ReplicaGone("the engine sleeps")
+        return await self._engine.call(call)
+
+    def _progress(self) -> Progress:
         loop = asyncio.get_running_loop()
 
         def progress(fraction: float) -> None:
             loop.call_soon_threadsafe(self._control.write, message("progress", fraction=fraction))
 
-        try:
-            config = ModelConfig.model_validate({**order["config"], **order["overrides"]})
-            path = await find_weights(config.model_path)
-            engine = build_engine(order["model"], config, path)
-            await engine.load(at_most_every(PROGRESS_PERIOD_S, progress))
-            await self._listen(order, engine)
-        except Exception as error:
-            known = isinstance(error, PoolError)
-            if not known:
-                logger.exception("loading %s failed", order["model"])
-            reason = str(error) if known else f"{type(error).__name__} while loading"
-            self._control.write(message("failed", reason=reason))
+        return at_most_every(PROGRESS_PERIOD_S, progress)
 
-    async def _listen(self, order: dict[str, Any], engine: Engine) -> None:
-        server = LinkServer(order["model"], order["replica"], engine.call)
-        await server.listen_unix(Path(order["unix"]))
-        port = await server.listen_tcp(order["host"], order["token"]) if order["host"] else 0
-        self._engine, self._server = engine, server
-        self._control.write(
-            message(
-                "ready",
-                pid=os.getpid(),
-                port=port,
-                memory_mib=engine.info().memory_mib,
-                devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
-            )
-        )
+    def _say_ready(self, **fields: Any) -> None:
+        assert self._engine is not None
+        memory_mib = self._engine.info().memory_mib
+        devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+        self._control.write(message("ready", pid=os.getpid(), memory_mib=memory_mib, devices=devices, **fields))
 
     async def _finish(self) -> None:
-        """Let running calls end, which whoever asked bounds, then have the engine end what it has started."""
-        if self._loading is not None:
-            self._loading.cancel()
-            await asyncio.wait([self._loading])
+        """Let running calls end, which whoever asked bounds.
+
+        The engine itself is not asked to unload: the end of the process, and of its group, frees all that it has, and
+        an engine that hangs cannot hold that up.
+        """
+        if self._working is not None:
+            self._working.cancel()
+            await asyncio.wait([self._working])
         if self._server is not None:
             self._server.stop_listening()
             await self._server.finished()
-        if self._engine is not None:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._engine.unload(), UNLOAD_S)
 
 
 async def _host(control_socket: socket.socket) -> None:
@@ -143,6 +172,8 @@ async def _host(control_socket: socket.socket) -> None:
     control.write(message("born", pid=os.getpid()))
     with contextlib.suppress(ConnectionEnded):
         await EngineProcess(control).run()
+    # Here, since to close the event loop is to wait for the engine's threads.
+    _end(0)
 
 
 def become_child_of(parent: int) -> None:
@@ -166,7 +197,6 @@ def serve(control: socket.socket) -> None:
     except BaseException:
         logger.exception("the engine process failed")
         _end(1)
-    _end(0)
 
 
 def _end(status: int) -> None:

@@ -17,11 +17,15 @@ FlashAttention = Literal["on", "off", "auto"]
 
 
 class FakeFaults(BaseModel):
-    """`engine_kwargs` of `backend: fake`. Times in seconds; `tokens` is the default length of an answer."""
+    """`engine_kwargs` of `backend: fake`. Times in seconds; `tokens` is the default length of an answer.
+
+    `wake_s` is what it takes to wake where the replica sleeps with its engine.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     load_s: Annotated[float, Field(ge=0)] = 0.0
+    wake_s: Annotated[float, Field(ge=0)] = 0.0
     ttft_s: Annotated[float, Field(ge=0)] = 0.0
     tokens_per_s: Annotated[float, Field(gt=0)] = 100.0
     tokens: Annotated[int, Field(ge=1)] = 16
@@ -29,6 +33,7 @@ class FakeFaults(BaseModel):
         "none",
         "load_fails",
         "load_hangs",
+        "wake_fails",
         "cut_mid_stream",
         "hang_mid_stream",
         "rate_limited",

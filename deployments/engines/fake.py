@@ -17,7 +17,7 @@ from typing import Any
 
 from cluster.config import FakeFaults
 from cluster.errors import BackendUnavailable, InvalidRequest, ModelUnavailable, RateLimited
-from deployments.engines.protocol import EVENT_STREAM, JSON, Call, EngineInfo, Progress, Reply, Report
+from deployments.engines.protocol import EVENT_STREAM, JSON, Call, EngineInfo, Kept, Progress, Reply, Report
 from deployments.sse import DONE
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -62,6 +62,15 @@ class FakeEngine:
         report = Report(prompt_tokens=_prompts(call.json), cached_tokens=0, output_tokens=0)
         chunks = self._answer(call, report)
         return Reply(200, dict(EVENT_STREAM if call.stream else JSON), chunks, report)
+
+    async def sleep(self) -> Kept:
+        return Kept(0, 0)
+
+    async def wake(self, progress: Progress) -> None:
+        await asyncio.sleep(self._faults.wake_s)
+        if self._faults.fault == "wake_fails":
+            raise ModelUnavailable(f"{self._id} fails to wake, as configured")
+        progress(1.0)
 
     async def unload(self) -> None:
         pass

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 #: Called with the part of the load that is done, from 0.0 to 1.0. Safe to call from any thread.
 Progress = Callable[[float], None]
@@ -133,3 +133,24 @@ class Engine(Protocol):
 
     async def unload(self) -> None:
         """Stop the engine and free its memory. Idempotent."""
+
+
+class Kept(NamedTuple):
+    """What an engine that sleeps still holds of the host's memory, and of each of its devices', in MiB."""
+
+    host_mib: int
+    device_mib: int
+
+
+@runtime_checkable
+class Sleeper(Protocol):
+    """What an engine has beside `Engine` if it can free its devices and keep its weights in the host's memory.
+
+    It is called only while no call runs, and calls come only after `wake`.
+    """
+
+    async def sleep(self) -> Kept:
+        """Free the devices' memory as far as that goes while the process lives."""
+
+    async def wake(self, progress: Progress) -> None:
+        """Be as after `load`, on the same devices. Raises `ModelUnavailable`; the process is then ended."""

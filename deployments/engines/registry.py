@@ -25,7 +25,8 @@ class Backend(Generic[M]):
 
     `build` makes the engine of a model, by its id, configuration and file, not loaded yet and so cheap. `estimate`
     tells from the files what a replica will take, in MiB, or None; it may block for milliseconds. `paths` are the
-    OpenAI routes that its engines serve, and `raw` says whether they answer other paths too.
+    OpenAI routes that its engines serve, and `raw` says whether they answer other paths too. `sleeps`: its engines are
+    `Sleeper`s.
     """
 
     config: type[M]
@@ -33,6 +34,7 @@ class Backend(Generic[M]):
     estimate: Callable[[M, Path], int | None]
     paths: frozenset[str]
     raw: bool = False
+    sleeps: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -95,6 +97,6 @@ def _estimate_llama_cpp(model: LlamaCppModel, path: Path) -> int | None:
 
 BACKENDS: tuple[Backend[Any], ...] = (
     Backend(LlamaCppModel, _build_llama_cpp, _estimate_llama_cpp, frozenset({CHAT, COMPLETIONS})),
-    Backend(FakeModel, _build_fake, _estimate_nothing, frozenset({CHAT, COMPLETIONS}), raw=True),
+    Backend(FakeModel, _build_fake, _estimate_nothing, frozenset({CHAT, COMPLETIONS}), raw=True, sleeps=True),
 )
 _BY_CONFIG = {backend.config: backend for backend in BACKENDS}
