@@ -62,7 +62,9 @@ class Replica:
             supervisor.engine,
             supervisor.failed,
             supervisor.is_loading,
-            supervisor.loading_on,
+            supervisor.devices,
+            supervisor.is_unloading,
+            supervisor.asleep,
         )
 
     async def _find_place(self) -> Place:

@@ -10,19 +10,25 @@ import asyncio
 import logging
 import os
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from cluster.errors import PoolError, ReplicaGone
-from cluster.orders import Address, Drain, EngineState, Load, Order, Restart
+from cluster.errors import ModelUnavailable, PoolError, ReplicaGone
+from cluster.orders import Address, AsleepState, Drain, EngineState, Load, Order, Prefetch, Restart, Sleep, Unload, Wake
 from deployments.engine_child import EngineChild, EngineDied, Home
+from deployments.weights import prefetch
 
 logger = logging.getLogger("slotpool.replica")
 
 #: In an engine's environment: a bounded spin at OpenMP's barriers, which is read when the library is loaded.
 ENGINE_ENVIRONMENT = {"GOMP_SPINCOUNT": "200"}
+
+#: What still runs when an engine is to be unloaded may take as long as this to end, in seconds, and so may the engine.
+UNLOAD_S = 5.0
+#: An engine goes to sleep within this time, in seconds, or is ended.
+SLEEP_S = 30.0
 
 
 class Ledger(Protocol):
@@ -49,7 +55,11 @@ class Place:
 
 
 class Supervisor:
-    """The engine of one replica. `follow_orders` runs until it is cancelled, then `finish`."""
+    """The engine of one replica. `follow_orders` runs until it is cancelled, then `finish`.
+
+    What changes the engine is done in turn, one order after another. An order to unload, or to load something else,
+    cuts a load or a waking short that is under way or has not begun: its process is killed, and nothing is told of it.
+    """
 
     def __init__(
         self,
@@ -57,31 +67,36 @@ class Supervisor:
         replica: str,
         ledger: Ledger,
         place: Callable[[], Awaitable[Place]],
-        on_drain: Callable[[], Awaitable[None]],
+        on_drain: Callable[[], Coroutine[Any, Any, None]],
     ) -> None:
         """`place` finds out where the replica runs; `on_drain` is called when the ledger drains it."""
         self._model, self._replica, self._ledger = model, replica, ledger
         self._place, self._on_drain = place, on_drain
         self.engine: EngineState | None = None
         self.failed: str | None = None
-        self.is_loading = False
-        self.loading_on: tuple[int, ...] = ()
+        self.asleep: AsleepState | None = None
+        self.is_unloading = False
+        self.devices: tuple[int, ...] = ()
         self._child: EngineChild | None = None
+        self._awake: EngineState | None = None
+        self._load_order: Load | None = None
+        self._loading: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_finishing = False
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether an order to load, or to wake, is being carried out or will be."""
+        return self._loading is not None
 
     async def follow_orders(self) -> None:
         """Carry out what the ledger orders."""
         seen = 0
         while True:
             seen, order = await self._ledger.orders(self._replica, seen)
-            if isinstance(order, Load) and not (self.is_loading or self.engine is not None):
-                self.is_loading, self.failed, self.loading_on = True, None, order.devices
-                self._run(self._load(order))
-            elif isinstance(order, Restart):
-                self._run(self._restart(order))
-            elif isinstance(order, Drain):
-                self._run(self._on_drain())
+            if order is not None:
+                self._obey(order)
 
     async def load_of_engine(self) -> tuple[int, int] | None:
         """How many calls run in the engine and how many there have been; None without one that answers."""
@@ -97,6 +112,7 @@ class Supervisor:
     async def finish(self) -> None:
         """Let running calls end, then the engine process; whoever calls bounds this."""
         self._is_finishing = True
+        self._cut_short()
         child = self._child
         if child is not None:
             if self.engine is None:
@@ -105,27 +121,93 @@ class Supervisor:
         for task in self._tasks:
             task.cancel()
 
+    def _obey(self, order: Order) -> None:
+        match order:
+            case Load():
+                if self.is_loading and order == self._load_order:
+                    return  # Given again; its answer will come.
+                self._cut_short()
+                self._load_order, self.failed = order, None
+                if self.engine is None:
+                    self.devices = order.devices
+                self._loading = self._run(self._in_turn(self._load, order))
+            case Wake():
+                if not self.is_loading:
+                    self.failed = None
+                    self._loading = self._run(self._in_turn(self._wake, order))
+            case Unload():
+                self._cut_short()
+                self.is_unloading, self.engine, self.failed = True, None, None
+                self._run(self._in_turn(self._unload))
+            case Sleep():
+                self._run(self._in_turn(self._sleep))
+            case Restart():
+                self._run(self._restart(order))
+            case Drain():
+                self._run(self._on_drain())
+            case Prefetch():
+                self._run(prefetch(order.config["model_path"]))
+
+    def _cut_short(self) -> None:
+        """End the load or the waking that is under way, and one that has not begun."""
+        if self._loading is not None:
+            self._loading.cancel()
+            self._loading = self._load_order = None
+
+    # --- loading ------------------------------------------------------------------------------------------------------
+
     async def _load(self, order: Load) -> None:
+        if self.engine is not None:
+            # What is loaded may be answering: without an order to unload it stays, and the ledger is told of it.
+            self._loading = None
+            self._tell("replica_ready", self.engine)
+            return
+        await self._end_child()
+        self.devices = order.devices
         try:
             child, place = await self._start_child(order)
             self._child = child
             engine = await self._load_in(child, place, order)
-        except EngineDied as error:
-            self.is_loading = False
-            self._end_child()
-            self._tell("engine_died", str(error))
-        except Exception as error:
-            is_known = isinstance(error, PoolError)
-            if not is_known:
-                logger.exception("loading %s failed", self._model)
-            self.is_loading = False
-            self.failed = str(error) if is_known else f"{type(error).__name__} while loading"
-            self._end_child()
-            self._tell("replica_failed", self.failed)
+        except (Exception, asyncio.CancelledError) as error:
+            await self._not_loaded(error, "loading")
         else:
-            self.is_loading, self.engine = False, engine
-            self._tell("replica_ready", engine)
+            self._loaded(child, engine)
             self._run(self._watch(child))
+
+    async def _wake(self, order: Wake) -> None:
+        child, engine = self._child, self._awake
+        if self.engine is not None:
+            self._loading = None
+            self._tell("replica_ready", self.engine)
+            return
+        try:
+            if child is None or engine is None:
+                raise ModelUnavailable("the engine that slept is gone")
+            said = await child.wake(self._progress)
+        except (Exception, asyncio.CancelledError) as error:
+            await self._not_loaded(error, "waking")
+        else:
+            self._loaded(child, engine._replace(memory_mib=said["memory_mib"]))
+
+    def _loaded(self, child: EngineChild, engine: EngineState) -> None:
+        self._loading, self.asleep, self._awake = None, None, None
+        self.engine = engine
+        self._tell("replica_ready", engine)
+
+    async def _not_loaded(self, error: BaseException, doing: str) -> None:
+        """A load or a waking has failed, its process has died, or it was cut short: nothing of it is left then."""
+        await self._end_child()
+        if isinstance(error, asyncio.CancelledError):
+            raise error
+        self._loading = self._load_order = None
+        if isinstance(error, EngineDied):
+            self._tell("engine_died", str(error))
+            return
+        is_known = isinstance(error, PoolError)
+        if not is_known:
+            logger.error("%s %s failed", doing, self._model, exc_info=error)
+        self.failed = str(error) if is_known else f"{type(error).__name__} while {doing}"
+        self._tell("replica_failed", self.failed)
 
     async def _start_child(self, order: Load) -> tuple[EngineChild, Place]:
         place = await self._place()
@@ -148,7 +230,7 @@ class Supervisor:
                 "host": place.host,
                 "token": token,
             },
-            lambda fraction: self._tell("replica_progress", fraction),
+            self._progress,
         )
         devices = said["devices"]
         return EngineState(
@@ -159,12 +241,59 @@ class Supervisor:
             order.revision,
         )
 
+    def _progress(self, fraction: float) -> None:
+        self._tell("replica_progress", fraction)
+
+    # --- what comes after a load --------------------------------------------------------------------------------------
+
+    async def _unload(self) -> None:
+        child = self._child
+        if child is not None and self.asleep is None:
+            try:
+                async with asyncio.timeout(UNLOAD_S):
+                    await child.finish()
+            except TimeoutError:
+                logger.error("the engine of %s did not end within %g s and is killed", self._model, UNLOAD_S)
+        await self._end_child()
+        self.is_unloading = False
+        self._tell("engine_unloaded")
+
+    async def _sleep(self) -> None:
+        """Put what is loaded to sleep. An engine that cannot is unloaded, and so is one that is not there."""
+        child, engine = self._child, self.engine
+        if child is None or engine is None:
+            if self.asleep is None:
+                self._tell("engine_unloaded")
+            else:
+                self._tell("engine_asleep", *self.asleep)
+            return
+        self.engine, self._awake = None, engine
+        try:
+            async with asyncio.timeout(SLEEP_S):
+                said = await child.sleep()
+        except (TimeoutError, EngineDied, PoolError) as error:
+            logger.error("the engine of %s does not sleep and is ended: %s", self._model, error)
+            await self._end_child()
+            self._tell("engine_unloaded")
+            return
+        self.asleep = AsleepState(said["host_mib"], said["device_mib"])
+        self._tell("engine_asleep", *self.asleep)
+
     async def _watch(self, child: EngineChild) -> None:
-        """Report the death of a loaded engine."""
+        """Report the death of an engine that was loaded, unless it was ordered."""
         why = await asyncio.shield(child.ended)
-        self.engine = self._child = None
-        logger.warning("the engine of %s is gone: %s", self._model, why)
-        self._tell("engine_died", why)
+        if self._child is child:
+            self.engine = None
+        async with self._turn:
+            # Whoever had the turn may have ended it, or have met its death and told of it.
+            if self._child is child:
+                was_asleep = self.asleep is not None
+                self._forget_child()
+                logger.warning("the engine of %s is gone: %s", self._model, why)
+                if was_asleep:
+                    self._tell("engine_unloaded")
+                else:
+                    self._tell("engine_died", why)
 
     async def _restart(self, order: Restart) -> None:
         """Kill an engine that hangs. One that answers does not, however slow it was: its streams go on."""
@@ -179,19 +308,29 @@ class Supervisor:
         logger.error("the engine of %s hangs and is killed: %s", self._model, order.reason)
         child.kill()
 
-    def _end_child(self) -> None:
+    async def _end_child(self) -> None:
+        """End the process, whatever it does, and wait until it is gone."""
         if self._child is not None:
-            self._child.kill()
-            self._child = None
+            await self._child.end()
+        self._forget_child()
+
+    def _forget_child(self) -> None:
+        self._child = self.asleep = self._awake = None
+        self.devices = ()
 
     def _tell(self, event: str, *what: Any) -> None:
         if not self._is_finishing:
             self._ledger.tell(event, self._replica, *what)
 
-    def _run(self, work: Any) -> None:
+    async def _in_turn(self, work: Callable[..., Awaitable[None]], *order: Order) -> None:
+        async with self._turn:
+            await work(*order)
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 def devices_of(order: Load, environment: Any) -> dict[str, str]:

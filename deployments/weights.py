@@ -6,7 +6,9 @@ What is raised here reaches clients, so it names a file at most, never where it 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -57,6 +59,21 @@ def weights_at_hand(model_path: str | None) -> Path | None:
     except ModelUnavailable:
         return None
     return path if model_path and path.exists() else None
+
+
+async def prefetch(model_path: str | None) -> None:
+    """Have a model's file read into the page cache, if it is here already. Neither waits for that nor fails."""
+    with contextlib.suppress(OSError):
+        await asyncio.to_thread(_prefetch, model_path)
+
+
+def _prefetch(model_path: str | None) -> None:
+    path = weights_at_hand(model_path)
+    files = [path] if path is not None and path.is_file() else sorted(path.iterdir()) if path is not None else []
+    for each in files:
+        if each.is_file():
+            with each.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def check_runtime_path(model_path: str | None, roots: Iterable[str]) -> None:

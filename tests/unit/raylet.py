@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from deployments.engine_child import home_of
+from deployments.engine_child import Home, home_of
 
 
 class Raylet:
@@ -46,3 +48,11 @@ def lives(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return Path("/proc", str(pid), "stat").read_text().rsplit(") ", 1)[1][0] != "Z"
     return False
+
+
+def nursery_pid(home: Home) -> int:
+    """The nursery that listens there."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.connect(str(home.folder / "nursery.sock"))
+        credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        return int.from_bytes(credentials[:4], sys.byteorder)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -27,7 +27,7 @@ from deployments.engine_process import at_most_every
 from deployments.engines.protocol import Call
 from deployments.frames import ConnectionEnded, make_private
 from deployments.link import Answer, Leased, Links
-from tests.unit.raylet import Raylet, lives, started_raylet, wait_until
+from tests.unit.raylet import Raylet, lives, nursery_pid, started_raylet, wait_until
 
 
 def test_a_load_with_many_steps_is_reported_now_and_then() -> None:
@@ -206,13 +206,6 @@ def test_an_engine_ends_with_its_supervisor(raylet: Raylet, way: str):
         os.kill(pid, signal.SIGSTOP)
         supervisor.kill()
     wait_until(lambda: not lives(pid))
-
-
-def nursery_pid(home: Home) -> int:
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.connect(str(home.folder / "nursery.sock"))
-        credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        return int.from_bytes(credentials[:4], sys.byteorder)
 
 
 def status_of(pid: int, what: str) -> bytes:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
 from cluster.config import ModelConfig
 from cluster.errors import ReplicaGone
-from cluster.orders import Drain, EngineState, Load, Order, Restart
+from cluster.orders import Drain, EngineState, Load, Order, Prefetch, Restart, Sleep, Unload, Wake
 from deployments import engine_child
+from deployments import supervisor as deployed
+from deployments.engines.protocol import Call
+from deployments.frames import ConnectionEnded
+from deployments.link import Answer, Leased, Links
 from deployments.supervisor import Place, Supervisor, devices_of
-from tests.unit.raylet import Raylet, lives, started_raylet
+from tests.unit.raylet import Raylet, lives, nursery_pid, started_raylet
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +48,10 @@ class Ledger:
     def order(self, **engine_kwargs: Any) -> None:
         model: dict[str, Any] = {"backend": "fake", "engine_kwargs": engine_kwargs}
         self.load(model)
+
+    def give(self, *orders: Order) -> None:
+        for order in orders:
+            self.orders_.put_nowait(order)
 
     def load(self, model: dict[str, Any], num_gpus: float = 1.0) -> None:
         config = ModelConfig.model_validate(model).model_dump(mode="json", by_alias=False)
@@ -92,9 +102,10 @@ async def test_an_engine_is_loaded_as_ordered_and_reported(supervisor: Superviso
     assert lives(engine.pid)
     assert supervisor.address() == engine.address
     assert await supervisor.load_of_engine() == (0, 0)
-    ledger.order()
     ledger.orders_.put_nowait(Restart("it seemed to hang"))
-    assert await ledger.hears() == ("replica_ready", "uid", engine), "it answers, and no second one was loaded"
+    assert await ledger.hears() == ("replica_ready", "uid", engine), "it answers"
+    ledger.order(tokens=7)
+    assert await ledger.hears() == ("replica_ready", "uid", engine), "no second one is loaded beside it, nor instead"
 
 
 @pytest.mark.parametrize("fatal", [signal.SIGKILL, signal.SIGSEGV])
@@ -153,6 +164,241 @@ async def test_a_supervisor_that_finishes_while_it_loads_ends_the_load(superviso
     await asyncio.wait_for(supervisor.finish(), 10)
     assert not lives(pid)
     assert ledger.told.empty()
+
+
+async def begun(supervisor: Supervisor, other_than: int = 0) -> int:
+    """The process of the load that is under way, once it is there."""
+    while supervisor._child is None or supervisor._child.pid == other_than:
+        await asyncio.sleep(0.005)
+    return supervisor._child.pid
+
+
+UNLOAD = Unload("another model needs the device")
+
+
+async def test_an_engine_is_unloaded_by_the_end_of_its_process_and_another_is_loaded(
+    supervisor: Supervisor, ledger: Ledger
+):
+    pids = []
+    for _ in range(3):
+        ledger.order()
+        kind, _, engine = await ledger.hears()
+        assert kind == "replica_ready"
+        pids.append(engine.pid)
+        ledger.give(UNLOAD)
+        assert await ledger.hears() == ("engine_unloaded", "uid")
+        assert not lives(engine.pid)
+        assert supervisor.engine is None
+    assert len(set(pids)) == 3
+
+
+async def test_an_unload_cuts_a_load_short(supervisor: Supervisor, ledger: Ledger):
+    ledger.order(fault="load_hangs")
+    pid = await begun(supervisor)
+    assert (supervisor.is_loading, supervisor.devices) == (True, (1,))
+    ledger.give(UNLOAD)
+    assert await ledger.hears() == ("engine_unloaded", "uid"), "and of the load nothing is told"
+    assert not lives(pid)
+    assert (supervisor.is_loading, supervisor.is_unloading, supervisor.devices) == (False, False, ())
+    ledger.give(UNLOAD)
+    assert await ledger.hears() == ("engine_unloaded", "uid"), "what is not there is unloaded, too"
+
+
+async def test_orders_that_overtake_each_other_leave_what_the_last_one_says(supervisor: Supervisor, ledger: Ledger):
+    ledger.order(fault="load_hangs")
+    ledger.give(UNLOAD)
+    ledger.order()
+    assert await ledger.hears() == ("engine_unloaded", "uid")
+    kind, _, engine = await ledger.hears()
+    assert (kind, lives(engine.pid)) == ("replica_ready", True)
+    # A load that comes while the engine is being unloaded begins after that.
+    ledger.give(UNLOAD)
+    ledger.order()
+    assert await ledger.hears() == ("engine_unloaded", "uid")
+    kind, _, again = await ledger.hears()
+    assert (kind, lives(engine.pid), lives(again.pid)) == ("replica_ready", False, True)
+
+
+async def test_another_load_takes_the_place_of_one_under_way_and_the_same_one_does_not(
+    supervisor: Supervisor, ledger: Ledger
+):
+    ledger.order(fault="load_hangs")
+    pid = await begun(supervisor)
+    ledger.order(fault="load_hangs")
+    await asyncio.sleep(0.1)
+    assert lives(pid)
+    ledger.order()
+    kind, _, engine = await ledger.hears()
+    assert (kind, engine.pid != pid, lives(pid)) == ("replica_ready", True, False)
+
+
+async def test_an_unload_lets_what_runs_end_but_not_for_ever(
+    supervisor: Supervisor, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(deployed, "UNLOAD_S", 0.3)
+    ledger.order(tokens=4, tokens_per_s=20)
+    _, _, engine = await ledger.hears()
+    words = asyncio.create_task(stream(engine))
+    await asyncio.sleep(0.1)
+    ledger.give(UNLOAD)
+    assert await ledger.hears() == ("engine_unloaded", "uid")
+    assert b"m:3 " in await words
+    ledger.order(tokens=1000, tokens_per_s=20)
+    _, _, engine = await ledger.hears()
+    words = asyncio.create_task(stream(engine))
+    await asyncio.sleep(0.1)
+    ledger.give(UNLOAD)
+    assert await ledger.hears() == ("engine_unloaded", "uid")
+    with pytest.raises(ConnectionEnded):
+        await words
+
+
+async def stream(engine: EngineState) -> bytes:
+    links = Links("here")
+    body = {"model": "m", "messages": [], "stream": True}
+    way = await links.call(engine.address, Leased("uid", "r", 1, 60.0, Call("/v1/chat/completions", body, "r")))
+    try:
+        answer = Answer(way)
+        await answer.begin()
+        return b"".join([chunk async for chunk in answer.chunks()])
+    finally:
+        way.close()
+        links.close()
+
+
+async def test_an_engine_that_hangs_is_killed_when_it_is_unloaded(
+    supervisor: Supervisor, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(deployed, "UNLOAD_S", 0.2)
+    ledger.order()
+    _, _, engine = await ledger.hears()
+    os.kill(engine.pid, signal.SIGSTOP)
+    ledger.give(UNLOAD)
+    assert await ledger.hears() == ("engine_unloaded", "uid")
+    assert not lives(engine.pid)
+
+
+async def test_an_engine_sleeps_and_wakes_in_its_process(supervisor: Supervisor, ledger: Ledger):
+    ledger.order(tokens=2)
+    _, _, engine = await ledger.hears()
+    for _ in range(2):
+        ledger.give(Sleep())
+        assert await ledger.hears() == ("engine_asleep", "uid", 0, 0)
+        assert supervisor.engine is None
+        with pytest.raises(ReplicaGone):
+            supervisor.address()
+        with pytest.raises(ReplicaGone):
+            await stream(engine)
+        assert lives(engine.pid)
+        ledger.give(Wake((1,)))
+        assert await ledger.hears() == ("replica_ready", "uid", engine)
+        assert b"m:1 " in await stream(engine)
+    ledger.give(Sleep())
+    await ledger.hears()
+    ledger.give(Sleep())
+    assert await ledger.hears() == ("engine_asleep", "uid", 0, 0)
+    ledger.give(UNLOAD)
+    assert await ledger.hears() == ("engine_unloaded", "uid")
+    assert not lives(engine.pid)
+    ledger.give(Sleep())
+    assert await ledger.hears() == ("engine_unloaded", "uid"), "nothing sleeps where nothing is loaded"
+    ledger.give(Wake((1,)))
+    assert await ledger.hears() == ("replica_failed", "uid", "the engine that slept is gone")
+
+
+async def test_a_sleeper_may_die_fail_to_wake_or_be_replaced(supervisor: Supervisor, ledger: Ledger):
+    ledger.order(fault="wake_fails")
+    _, _, engine = await ledger.hears()
+    ledger.give(Sleep())
+    assert (await ledger.hears())[0] == "engine_asleep"
+    ledger.give(Wake((1,)))
+    assert await ledger.hears() == ("replica_failed", "uid", "m fails to wake, as configured")
+    assert not lives(engine.pid)
+    ledger.order()
+    _, _, engine = await ledger.hears()
+    ledger.give(Sleep())
+    assert (await ledger.hears())[0] == "engine_asleep"
+    os.kill(engine.pid, signal.SIGKILL)
+    assert await ledger.hears() == ("engine_unloaded", "uid")
+    assert supervisor.asleep is None
+    ledger.order(wake_s=60.0)
+    _, _, engine = await ledger.hears()
+    ledger.give(Sleep())
+    assert (await ledger.hears())[0] == "engine_asleep"
+    ledger.give(Wake((1,)))
+    await asyncio.sleep(0.1)
+    ledger.give(UNLOAD)
+    assert await ledger.hears() == ("engine_unloaded", "uid")
+    assert not lives(engine.pid)
+    ledger.order()
+    _, _, engine = await ledger.hears()
+    ledger.give(Sleep())
+    assert (await ledger.hears())[0] == "engine_asleep"
+    ledger.order(tokens=3)
+    kind, _, other = await ledger.hears()
+    assert (kind, lives(engine.pid), other.pid != engine.pid) == ("replica_ready", False, True)
+
+
+async def test_an_engine_that_does_not_fall_asleep_is_unloaded(
+    supervisor: Supervisor, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(deployed, "SLEEP_S", 0.2)
+    ledger.order()
+    _, _, engine = await ledger.hears()
+    os.kill(engine.pid, signal.SIGSTOP)
+    ledger.give(Sleep())
+    assert await ledger.hears() == ("engine_unloaded", "uid")
+    assert not lives(engine.pid)
+
+
+async def test_a_prefetch_reads_what_is_there_and_disturbs_nothing(
+    supervisor: Supervisor, ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    read: list[int] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda descriptor, *how: read.append(os.fstat(descriptor).st_ino))
+    weights = tmp_path / "m.gguf"
+    weights.write_bytes(b"weights")
+    for path in (None, str(tmp_path / "missing.gguf"), str(weights), str(tmp_path)):
+        ledger.give(Prefetch("m", {"model_path": path}))
+    ledger.order()
+    assert (await ledger.hears())[0] == "replica_ready"
+    inode = weights.stat().st_ino
+    assert read == [inode, inode]
+
+
+CYCLES = 300
+
+
+async def test_engines_that_come_and_go_leave_nothing_behind(supervisor: Supervisor, ledger: Ledger, raylet: Raylet):
+    nursery = nursery_pid(raylet.home)
+    held = {}
+    for cycle in range(CYCLES):
+        ledger.order()
+        kind, _, engine = await ledger.hears()
+        assert kind == "replica_ready"
+        assert engine.pid != nursery
+        ledger.give(UNLOAD)
+        assert await ledger.hears() == ("engine_unloaded", "uid")
+        if cycle in (30, CYCLES - 1):
+            gc.collect()
+            held[cycle] = [held_by(pid) for pid in (os.getpid(), nursery)]
+    for before, after in zip(held[30], held[CYCLES - 1], strict=True):
+        assert (after.descriptors, after.children) == (before.descriptors, before.children)
+        assert after.memory_kib <= before.memory_kib * 1.05
+    assert len(supervisor._tasks) == 0
+
+
+class Held(NamedTuple):
+    descriptors: int
+    children: int
+    memory_kib: int
+
+
+def held_by(pid: int) -> Held:
+    children = [each.read_text().split() for each in Path(f"/proc/{pid}/task").glob("*/children")]
+    status = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    memory = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("Pss_Anon"))
+    return Held(len(os.listdir(f"/proc/{pid}/fd")), sum(map(len, children)), memory)
 
 
 @pytest.mark.parametrize(
