@@ -7,6 +7,7 @@ deploy with another configuration of a model restarts nothing.
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from app.http import build_http
 from cluster import effects
 from cluster.config import ConfigError, PoolConfig, load_config
 from cluster.config.names import deployments_collide
+from cluster.config.share import share_of
 from cluster.config.version import Configuration
 from deployments.engines.registry import estimate_mib
 from deployments.ingress import Building, Ingress
@@ -30,6 +32,8 @@ UNBOUNDED = 100_000
 MOST_REPLICAS = 1024
 #: What Serve's grace period leaves above the longest request, in seconds.
 GRACE_S = 60.0
+#: Ray's flag: a process sees all devices of its machine, also where Ray has booked one for it.
+ALL_DEVICES = "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -92,7 +96,6 @@ def estimated(config: PoolConfig) -> PoolConfig:
 
 def replicas(config: PoolConfig, model: str) -> serve.Application:
     """The deployment of one configured model, as a part of the graph or as an application of its own."""
-    settings = config.models[model]
     deployment = serve.deployment(
         name=effects.deployment_name(model),
         max_ongoing_requests=UNBOUNDED,
@@ -109,6 +112,19 @@ def replicas(config: PoolConfig, model: str) -> serve.Application:
             policy=_policy(model),
         ),
         request_router_config=RequestRouterConfig(request_router_class="deployments.routing:PinRouter"),
-        ray_actor_options={"num_cpus": settings.num_cpus, "num_gpus": settings.num_gpus},
+        ray_actor_options=actor_options(config, model),
     )(Replica)
     return deployment.bind(model)
+
+
+def actor_options(config: PoolConfig, model: str) -> dict[str, Any]:
+    """What Ray is asked for with every replica of a model.
+
+    One that stays is not bound to the device of which it takes a share: the ledger says on which ones each engine
+    runs. In a Ray that was started without that flag, Ray would hide the others from it.
+    """
+    share = share_of(config, config.models[model])
+    options: dict[str, Any] = share._asdict()
+    if config.max_asleep != 0 and share.num_gpus and os.environ.get(ALL_DEVICES) != "1":
+        options["runtime_env"] = {"env_vars": {ALL_DEVICES: "1"}}
+    return options

@@ -127,7 +127,7 @@ class LedgerActor:
         self._tasks = {
             loop.create_task(watches.watch_deaths(self._attached.actors, self._on_actor_dead)),
             loop.create_task(ray_metrics.keep_telling(lambda: prometheus.families(self._counts, self._snapshot()))),
-            loop.create_task(watches.watch_nodes(lambda: self._config.spec.node_memory_mib, self._nodes_changed)),
+            loop.create_task(watches.watch_nodes(self._use, self._nodes_changed)),
         }
 
     # --- the request path ---------------------------------------------------------------------------------------
@@ -519,6 +519,10 @@ class LedgerActor:
         if holder is not None:
             self._post(HolderDied(holder))
             self._parked.cancel_all_but(holder, ())
+
+    def _use(self) -> watches.Use:
+        pool = self._config.current.pool
+        return watches.Use(pool.mem_budget_mb, pool.max_asleep != 0, bool(self._attached.actors()))
 
     def _nodes_changed(self, nodes: dict[str, NodeSpec]) -> None:
         self._post(NodesChanged(nodes))

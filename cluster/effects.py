@@ -31,11 +31,14 @@ try:
     from ray.core.generated.runtime_environment_pb2 import RuntimeEnvInfo
 except ImportError:
     PrestartWorkersRequest = None
+from ray import PlacementGroupID
 from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.applications import GRAPH
 from cluster.config.names import deployment_name as deployment_name
+from cluster.config.share import LEFT_GPUS
 from cluster.config.version import Configuration
 from cluster.gpus import Gpu, read_gpus
 from cluster.ledger.specs import NodeSpec
@@ -58,6 +61,8 @@ DEATHS_PERIOD_S = 1.0
 PACE_FLAG = "SLOTPOOL_PACE_CONTROLLER"
 
 _HEAD = "node:__internal_head__"
+#: What the names of the placement groups begin with that reserve the devices of a node; its id follows.
+_RESERVATION = "slotpool-devices-"
 
 
 def get_or_create_ledger(actor_class: type[Any], configuration: Configuration) -> Any:
@@ -206,6 +211,38 @@ def disregard_stale_requests(is_ours: Callable[[Any], bool]) -> None:
 
         only_for_others.slotpool = True  # type: ignore[attr-defined]
         autoscaling_policy._get_cold_start_scale_up_replicas = only_for_others
+
+
+def reservations() -> dict[str, bool]:
+    """The nodes whose devices are reserved for the pool, or will be once others leave them; whether they are by now.
+
+    Blocks for a moment.
+    """
+    groups = placement_group_table().values()
+    return {
+        group["name"].removeprefix(_RESERVATION): group["state"] == "CREATED"
+        for group in groups
+        if group["name"].startswith(_RESERVATION) and group["state"] != "REMOVED"
+    }
+
+
+def reserve_devices(node: str, gpus: int) -> None:
+    """Ask Ray for the devices of a node, all but what replicas take of them; outlives this process. Blocks shortly."""
+    there = {"ray.io/node-id": node}
+    placement_group(
+        [{"GPU": 1 - LEFT_GPUS}] * gpus,
+        strategy="STRICT_PACK",
+        name=f"{_RESERVATION}{node}",
+        lifetime="detached",
+        bundle_label_selector=[there] * gpus,
+    )
+
+
+def release_devices(node: str) -> None:
+    """Give the devices of a node back to Ray, or no longer ask for them. Blocks for a moment."""
+    for group_id, group in placement_group_table().items():
+        if group["name"] == f"{_RESERVATION}{node}" and group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group_id)))
 
 
 class Machines:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 from cluster import effects
 from cluster.ledger.specs import NodeSpec
+from cluster.reservation import Reservation
 
 logger = logging.getLogger("slotpool.ledger")
 
@@ -37,13 +39,27 @@ async def watch_deaths(known: Callable[[], list[str]], dead: Callable[[str], Non
             logger.exception("could not ask which actors are dead")
 
 
-async def watch_nodes(memory_mib: Callable[[], int], changed: Callable[[dict[str, NodeSpec]], None]) -> None:
-    """Call `changed` with all machines whenever they are others than before; `memory_mib` is the budget of each."""
+class Use(NamedTuple):
+    """What the pool wants of the machines now: its budget of each one's memory, and whether their devices.
+
+    `reserves`: its replicas do not take the devices themselves; `lives`: a replica or an ingress is there.
+    """
+
+    memory_mib: int
+    reserves: bool
+    lives: bool
+
+
+async def watch_nodes(use: Callable[[], Use], changed: Callable[[dict[str, NodeSpec]], None]) -> None:
+    """Call `changed` with all machines whenever they are others than before, and keep their devices reserved."""
     seen: dict[str, NodeSpec] = {}
     machines = effects.Machines()
+    reservation = Reservation()
     while True:
         try:
-            nodes = await machines.read(memory_mib())
+            wanted = use()
+            nodes = await machines.read(wanted.memory_mib)
+            nodes = await reservation.hold(nodes, is_wanted=wanted.reserves, is_used=wanted.lives)
             if nodes != seen:
                 changed(nodes)
                 seen = nodes

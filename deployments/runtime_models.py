@@ -15,7 +15,8 @@ from typing import Any
 
 from cluster import errors
 from cluster.client import LedgerClient
-from cluster.config import ConfigError, Configuration, ModelConfig, PoolConfig, load_config
+from cluster.config import ConfigError, Configuration, PoolConfig, load_config
+from cluster.config.share import share_of
 from cluster.config.version import IdTaken, NoSuchModel, patched, reloaded, with_model, without_model
 from deployments.applications import Applications
 from deployments.weights import check_runtime_path
@@ -63,13 +64,13 @@ class RuntimeModels:
     async def patch(self, model: str, keys: Mapping[str, Any]) -> Configuration:
         """Change keys of a model; None sets one back to its default. Only what its engine was started with drains it.
 
-        A model that is to take another amount of the machine is unloaded first, so that its former application is
-        empty when it moves to another.
+        A model whose replicas are to take another amount of Ray's books is unloaded first, so that its former
+        application is empty when it moves to another.
         """
         await self._check_path(keys)
         before = self.configuration
         after = await self._checked(lambda configuration: patched(configuration, model, keys), before)
-        moves = _size(before.pool.models[model]) != _size(after.pool.models[model])
+        moves = share_of(before.pool, before.pool.models[model]) != share_of(after.pool, after.pool.models[model])
         if moves:
             await self._ledger.unload(model)
         changed = await self._change(lambda configuration: patched(configuration, model, keys))
@@ -150,7 +151,3 @@ class RuntimeModels:
             return load_config({"config": str(path)})
         except ConfigError as error:
             raise errors.InvalidRequest(str(error).replace(str(path), path.name), status=422) from None
-
-
-def _size(model: ModelConfig) -> tuple[float, float]:
-    return model.num_gpus, model.num_cpus

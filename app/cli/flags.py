@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from cluster.config.load import OWN_RAY
+
 #: User code on Serve's own loop and thread halves the cost of a request; gRPC between proxy and ingress halves that of
 #: a streamed chunk, and its messages must hold the largest body allowed.
 #: Idle processes import what a replica needs before one is wanted, which makes a swap more than a second shorter.
@@ -22,8 +24,9 @@ RAY_FLAGS = {
     "RAY_DEDUP_LOGS": "1",
 }
 
-#: Only in a Ray that is the pool's own may Serve's control loop hurry during a swap: it is everybody's loop.
-OWN_RAY_FLAGS = RAY_FLAGS | {"SLOTPOOL_PACE_CONTROLLER": "1"}
+#: Only in a Ray that is the pool's own do replicas stay without their engines by default, since the pool then reserves
+#: the devices, and only there may Serve's control loop hurry during a swap: it is everybody's loop.
+OWN_RAY_FLAGS = RAY_FLAGS | {OWN_RAY: "1", "SLOTPOOL_PACE_CONTROLLER": "1"}
 
 #: Set to 0 in the environment, this leaves the public port to Serve's proxy.
 DIRECT_INGRESS = "RAY_SERVE_ENABLE_DIRECT_INGRESS"

@@ -37,6 +37,9 @@ ENVIRONMENT = {
     "HEALTH_CHECK_INTERVAL": "health_check_interval",
 }
 
+#: Set to 1 for a Ray that was started for the pool alone: there replicas stay when their engine goes.
+OWN_RAY = "SLOTPOOL_OWN_RAY"
+
 
 def load_config(args: Mapping[str, Any] | None, environ: Mapping[str, str] = os.environ) -> PoolConfig:
     """Read the configuration from an application's `args`: the keys themselves, or `config: path` alone.
@@ -52,6 +55,8 @@ def load_config(args: Mapping[str, Any] | None, environ: Mapping[str, str] = os.
         if data:
             raise ConfigError(f"args: 'config' stands alone, but {sorted(data)} stand beside it")
         data, source = read_yaml(path), path.name
+    if environ.get(OWN_RAY) == "1":
+        data.setdefault("max_asleep", "auto")
     for variable, key in ENVIRONMENT.items():
         if variable in environ:
             data[key] = environ[variable]

@@ -58,6 +58,9 @@ class ModelConfig(BaseModel):
     `weight` makes the model a variant: models that share an alias are variants of that one public name, which is
     then answered by each in proportion to its weight. An alias may be shared by models with a weight only.
 
+    `sleep_timeout` is how long a replica without an engine stays, 0 = until its room is needed. `sleep_level` 1 keeps
+    the engine's process with its weights in the host's memory, 2 does not; `auto` lets the pool choose.
+
     `gpu` names the only devices that it may stand on: an index, a UUID, either after `node/`, or a list of them.
     `python` is the interpreter of another environment, which runs the engine.
     """
@@ -84,6 +87,8 @@ class ModelConfig(BaseModel):
     target_inflight: Annotated[int, Field(ge=1, le=256)] = 8
     max_queued: Annotated[int, Field(ge=0)] | None = None
     idle_timeout: Annotated[float, Field(ge=0)] | None = None
+    sleep_timeout: Annotated[float, Field(ge=0)] = 0
+    sleep_level: Literal["auto", 1, 2] = "auto"
     load_timeout: Annotated[float, Field(gt=0)] | None = None
     request_timeout: Annotated[float, Field(gt=0)] | None = None
     cpu_offload_model: str | None = None
@@ -181,6 +186,8 @@ SCHEDULING_KEYS = (
     "max_replicas",
     "max_queued",
     "idle_timeout",
+    "sleep_timeout",
+    "sleep_level",
     "load_timeout",
     "request_timeout",
     "cpu_offload_model",

@@ -42,6 +42,9 @@ class PoolConfig(BaseModel):
     the model's `cpu_offload_model`, and are refused with 429 where there is none) or off; unset, it is on when the
     configuration names a `cpu_offload_model` or a threshold. It holds in gpu mode, for models on GPUs.
     `health_check_interval` is the time between two of Serve's health checks of a replica, in seconds.
+    `max_asleep` is how many replicas may be kept whose engine is not loaded: a swap then starts an engine, and no
+    replica. `auto` is what fits in a quarter of a node's memory; with 0, the default on a Ray that was there before,
+    a replica ends with its engine. `asleep_device_mib` is what an engine may hold on a device while it sleeps.
     `max_keep_alive` (s) bounds the `keep_alive` of requests without an admin key. `model_roots` says where the files of
     models that are registered at run time may lie: folders, `package:NAME`, `hf:OWNER` or `hf:OWNER/REPO`.
     """
@@ -64,6 +67,8 @@ class PoolConfig(BaseModel):
     health_check_interval: Annotated[float, Field(gt=0)] = 10.0
     api_keys: tuple[ApiKey, ...] = ()
     admin_keys: tuple[ApiKey, ...] = ()
+    max_asleep: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
+    asleep_device_mib: Annotated[int, Field(ge=0)] = 600
     max_keep_alive: Annotated[float, Field(gt=0)] = 3600.0
     model_roots: tuple[str, ...] = ()
     max_body_mb: Annotated[float, Field(gt=0)] = 32.0

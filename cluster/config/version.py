@@ -15,6 +15,7 @@ from cluster.config.load import ConfigError, checked
 from cluster.config.models import ModelConfig
 from cluster.config.names import deployments_collide
 from cluster.config.pool import PoolConfig
+from cluster.config.share import share_of
 
 #: A longer id does not fit into the names of sockets, actors and applications.
 LONGEST_ID = 200
@@ -76,7 +77,7 @@ def without_model(configuration: Configuration, model: str) -> Configuration:
 def patched(configuration: Configuration, model: str, keys: Mapping[str, Any]) -> Configuration:
     """The next version, with some keys of one model changed; None sets a key back to its default.
 
-    A model that will need another amount of the machine moves into an application of its own.
+    A model whose replicas will take another amount of Ray's books moves into an application of its own.
     """
     pool = configuration.pool
     before = _existing(pool, model)
@@ -84,7 +85,7 @@ def patched(configuration: Configuration, model: str, keys: Mapping[str, Any]) -
     changed = _with_models(pool, {**pool.models, model: fields})
     after = changed.models[model]
     _check_interpreter(pool, after)
-    moves = (after.num_gpus, after.num_cpus) != (before.num_gpus, before.num_cpus)
+    moves = share_of(pool, after) != share_of(pool, before)
     runtime = configuration.runtime | {model} if moves else configuration.runtime
     return _next(configuration, changed, runtime=runtime)
 
@@ -107,15 +108,18 @@ def overridden(model: ModelConfig, keys: Mapping[str, Any]) -> ModelConfig:
 def reloaded(configuration: Configuration, pool: PoolConfig) -> Configuration:
     """The next version, from a configuration file that was read again: the file wins for every model that it names.
 
-    What was registered by a request and is not in the file stays. Models that are new in the file, or need another
-    amount of the machine than before, move into applications of their own.
+    What was registered by a request and is not in the file stays. Models that are new in the file, or whose replicas
+    will take another amount of Ray's books, move into applications of their own. Whether replicas stay without their
+    engines is for a deploy to change.
     """
     before = configuration.pool
+    if (pool.max_asleep == 0) != (before.max_asleep == 0):
+        raise ConfigError("max_asleep: from 0, or to 0, by a new deploy only")
     merged, registered = _with_registered(pool, configuration)
     runtime = set(configuration.runtime)
     for name, model in merged.models.items():
         known = before.models.get(name)
-        if known is None or (known.num_gpus, known.num_cpus) != (model.num_gpus, model.num_cpus):
+        if known is None or share_of(pool, known) != share_of(pool, model):
             runtime.add(name)
     return _next(configuration, merged, runtime=frozenset(runtime), registered=registered)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from ray.exceptions import RayActorError
 
-from cluster import effects
+from cluster import effects, watches
 from cluster.actor import LedgerActor
 from cluster.announcements import HolderState, ReplicaState
 from cluster.config import load_config
@@ -45,6 +45,7 @@ class Cluster:
             monkeypatch.setattr(effects, name, getattr(self, f"_{name}"))
         monkeypatch.setattr(effects, "was_restarted", lambda: self.restarted)
         monkeypatch.setattr(effects, "Machines", lambda: self)
+        monkeypatch.setattr(watches, "Reservation", lambda: self)
         monkeypatch.setattr(effects, "answer_of", asyncio.ensure_future)
 
     async def life(self, configuration: Configuration, *, restarted: bool = False) -> LedgerActor:
@@ -77,6 +78,9 @@ class Cluster:
             task.cancel()
         for actor in self.lives:
             actor._arm_timer(None)
+
+    async def hold(self, nodes: dict[str, NodeSpec], **_: bool) -> dict[str, NodeSpec]:
+        return nodes
 
     async def read(self, memory_mib: int) -> dict[str, NodeSpec]:
         return self.nodes
