@@ -11,6 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from cluster.ledger import placing
+from cluster.ledger.books import queue
 from cluster.ledger.ledger import Ledger
 from cluster.ledger.rules import policy
 from cluster.ledger.specs import ModelSpec, NodeSpec, PoolSpec
@@ -84,6 +85,27 @@ def test_a_burst_is_got_over() -> None:
         burst(seed)
 
 
+def impatience(seed: int) -> None:
+    """A flood on one model; who wants the other waits for half a minute and no longer: he is served by then."""
+    rng = random.Random(seed)
+    models = {name: ModelSpec(name, slots=16, num_gpus=1.0, idle_timeout_s=0.0) for name in "AB"}
+    spec = PoolSpec(models=models, nodes={"n": NodeSpec("n", gpus=1)}, bound_s=(30.0, 60.0, 120.0))
+    world = World(spec, lambda now: Ledger(spec, epoch="e1", now=now), seed=seed, load_s=rng.uniform(1.0, 4.0))
+    now = 0.0
+    while (now := now + rng.expovariate(2.0)) < 400.0:
+        world.at(now, lambda: world.submit("A", rng.uniform(3.0, 6.0)))
+    for when in range(40, 400, 32):
+        world.at(when + rng.random(), lambda: world.submit("B", rng.uniform(2.0, 4.0), timeout_s=30.0))
+    world.run()
+    refused = [each for each in world.requests.values() if each.rejected]
+    assert len(refused) <= 1, f"{len(refused)} impatient requests were not served; seed {seed}"
+
+
+def test_the_impatient_are_served() -> None:
+    for seed in range(5):
+        impatience(seed)
+
+
 Bug = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -102,10 +124,16 @@ def swaps_after_every_batch(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(policy, "turn_end", lambda pool, replica: replica.loaded_at)
 
 
+def deadlines_are_no_bounds(patch: pytest.MonkeyPatch) -> None:
+    """Who would wait for less than his class's bound is let in when he has gone."""
+    patch.setattr(queue.WaitQueue, "first_deadline", lambda self: queue.INFINITY)
+
+
 BUGS = {
     claims_are_vows: test_the_policy_keeps_its_promises,
     a_lower_class_keeps_its_promise: test_the_policy_keeps_its_promises,
     swaps_after_every_batch: test_a_burst_is_got_over,
+    deadlines_are_no_bounds: test_the_impatient_are_served,
 }
 
 

@@ -36,7 +36,7 @@ class WaitQueue(Generic[W]):
     compared. They are kept beside the lines, so that to find the best touches one waiter and not three.
     """
 
-    __slots__ = ("count", "counts", "lines", "ranks", "since_sum")
+    __slots__ = ("count", "counts", "lines", "ranks", "since_sum", "soonest")
 
     def __init__(self) -> None:
         self.lines: list[deque[W]] = [deque(), deque(), deque()]
@@ -44,6 +44,8 @@ class WaitQueue(Generic[W]):
         self.counts = [0, 0, 0]
         self.count = 0
         self.since_sum = 0.0
+        # whose deadline comes first; no other's comes before it, also when it waits no longer
+        self.soonest: W | None = None
 
     def __len__(self) -> int:
         return self.count
@@ -58,6 +60,8 @@ class WaitQueue(Generic[W]):
         self.lines[index].append(waiter)
         if not self.counts[index]:
             self.ranks[index] = rank
+        if self.soonest is None or not self.count or waiter.deadline < self.soonest.deadline:
+            self.soonest = waiter
         self.counts[index] += 1
         self.count += 1
         self.since_sum += now
@@ -90,6 +94,12 @@ class WaitQueue(Generic[W]):
     def heads(self) -> Iterator[W]:
         """The longest waiting of each class that has any."""
         return (line[0] for line in self.lines if line)
+
+    def first_deadline(self) -> float:
+        """When the first of them gives up; infinite if nobody waits. Looks at all only if that one has left."""
+        if self.soonest is not None and not self.soonest.waits:
+            self.soonest = min(self, key=lambda waiter: waiter.deadline, default=None)
+        return INFINITY if self.soonest is None else self.soonest.deadline
 
     def waited(self, now: float) -> float:
         """All the time spent waiting here so far, in request-seconds."""

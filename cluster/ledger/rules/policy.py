@@ -6,7 +6,7 @@ A *swap* takes a place from a resident model V for a waiting model W. Learned fi
 (the time between its arrivals). An idle V is swapped out at once. A busy V is left to run dry by itself, since every
 swap costs everybody two loads; it is drained before that only if
 
-* somebody's *bound* comes near (`bound_at`): a promise, whatever it costs, but for V's *minimum turn* (`turn_end`):
+* somebody's *bound* comes near (`bound_at`), or the deadline of his own: a promise, whatever it costs, but for V's *minimum turn* (`turn_end`):
   where everybody is overdue, shorter turns would only mean that more of the time goes into swaps; or
 * it *pays* (`pays`): V will not pause soon (`busy_time`), and what W's users lose until then outweighs what V's users
   lose through a swap now rather than at the pause (`harm`), high, medium and low weighing 4 : 2 : 1.
@@ -279,7 +279,8 @@ def best_class(model: Model) -> int:
 
 
 def bound_at(pool: Pool, model: Model) -> float:
-    """When the longest waiting of a class has waited so long that a drain must begin for it to keep its bound."""
+    """When a drain must begin so that nobody waits longer than his class's bound, or than he will wait at all."""
     bounds = pool.spec.bound_s
     first = min((head.arrived + bounds[head.priority - 1] for head in model.queue.heads()), default=INFINITY)
+    first = min(first, model.queue.first_deadline())
     return first - LEAD * (load_time(pool, model) + pool.stop_s + pool.drain_s)

@@ -204,3 +204,17 @@ def test_rate_and_busy_time() -> None:
     assert policy.arrival_rate(books, 2.0) == 1.0
     assert policy.arrival_rate(books, 12.0) == 0.1
     assert policy.best_class(books) == 1
+
+
+def test_a_waiters_own_deadline_is_a_bound() -> None:
+    """It is not the first in line that gives up first; when it has, the next one's deadline counts."""
+    desk = Desk(model("A"), model("B"), bound_s=(1e6,) * 3, load_prior_s=4.0, min_residency_s=1e9)
+    desk.arrive("a1", "A")
+    desk.boot("A", "A#1")
+    desk.arrive("b1", "B", timeout=600.0)
+    desk.arrive("b2", "B", timeout=30.0)
+    desk.arrive("b3", "B", timeout=40.0)
+    assert desk.tell(RequestCancelled("b2")) == []
+    due = 40.0 - policy.LEAD * 4.0
+    assert desk.at(due - 0.1) == []
+    assert desk.at(due) == ["quiesce A#1"]
