@@ -114,6 +114,8 @@ def _why_swapped(model: Model, plans: list[policy.Plan], bound: bool) -> str:
     worst = max(plan.tier for plan in plans)
     if worst <= Tier.SURPLUS:
         return worst.name.lower()
+    if worst is Tier.LOWER:
+        return "class"
     return "operator" if model.order is not None else "bound" if bound else "pays"
 
 
@@ -338,7 +340,7 @@ def _is_right(pool: Pool, model: Model, plan: policy.Plan, now: float, bound: bo
         # A second replica for one model takes a warm one from another only if that was idle for as long as it would
         # take to load it again.
         return all(now - each.idle_since >= policy.load_time(pool, each.model) for each in plan.victims)
-    if plan.tier <= Tier.SURPLUS or bound or model.order is not None:
+    if plan.tier <= Tier.LOWER or bound or model.order is not None:
         return True
     return policy.pays(pool, model, plan, now)
 

@@ -33,8 +33,8 @@ class Moved(NamedTuple):
 class SwapBegun(NamedTuple):
     """Room was promised to a model that waits, as soon as its victims are gone.
 
-    `reason` is the worst that happens to any of them: `leaving` anyway, `idle`, `surplus`, or busy because the waiters'
-    `bound` comes near or the swap `pays`; `operator` if a load by hand wants the room.
+    `reason` is the worst that happens to any of them: `leaving` anyway, `idle`, `surplus`, busy with lower classes only
+    (`class`), or busy because the waiters' `bound` comes near or the swap `pays`; `operator` for a load by hand.
     """
 
     model: str

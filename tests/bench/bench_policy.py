@@ -187,7 +187,7 @@ def agent(rng: random.Random) -> Trace:
     for _ in range(20):
         questions += [("A", MEDIUM, rng.uniform(2.0, 4.0)), ("B", MEDIUM, rng.uniform(4.0, 8.0))]
     session = Session(30.0, questions, pause_s=2.0)
-    return Trace("agent-and-batch", arrivals, {"A": 4.0, "B": 4.0}, slots=8, sessions=[session])
+    return Trace("agent-and-batch", arrivals, {"A": 4.0, "B": 4.0}, slots=16, sessions=[session])
 
 
 def burst_then_calm(rng: random.Random) -> Trace:

@@ -6,10 +6,13 @@ A *swap* takes a place from a resident model V for a waiting model W. Learned fi
 (the time between its arrivals). An idle V is swapped out at once. A busy V is left to run dry by itself, since every
 swap costs everybody two loads; it is drained before that only if
 
-* somebody's *bound* comes near (`bound_at`), or the deadline of his own: a promise, whatever it costs, but for V's *minimum turn* (`turn_end`):
-  where everybody is overdue, shorter turns would only mean that more of the time goes into swaps; or
+* somebody's *bound* comes near, or the deadline of his own (`bound_at`): a promise, whatever it costs;
+* W's first waiter is of a *strictly higher class* than all that runs and waits on V; or
 * it *pays* (`pays`): V will not pause soon (`busy_time`), and what W's users lose until then outweighs what V's users
   lose through a swap now rather than at the pause (`harm`), high, medium and low weighing 4 : 2 : 1.
+
+Whatever it is, V has its *minimum turn* (`turn_end`): where everybody is overdue, shorter turns would only mean that
+more of the time goes into swaps.
 
 `tests/bench/bench_policy.py` shows what that is worth: without bounds the rule above is as good as "whoever is loaded
 goes first", which nobody beats in mean wait as long as the resident models pause now and then, and which starves all
@@ -137,13 +140,17 @@ def has_capacity(pool: Pool, model: Model) -> bool:
 
 
 class Tier(IntEnum):
-    """How much a victim hurts. A model's right to a place is the worst tier that it may take."""
+    """How much a victim hurts. A model's right to a place is the worst tier that it may take.
+
+    LOWER is busy, with nothing but lower classes than the waiter's.
+    """
 
     LEAVING = 0
     IDLE = 1
     SURPLUS = 2
-    BUSY = 3
-    PROTECTED = 4
+    LOWER = 3
+    BUSY = 4
+    PROTECTED = 5
 
 
 class Plan(NamedTuple):
@@ -185,7 +192,7 @@ def residency_end(pool: Pool, replica: Replica) -> float:
     """Until when a busy replica keeps its place against swaps that merely pay."""
     spec = pool.spec
     stay = max(spec.min_residency_s, spec.residency_loads * load_time(pool, replica.model))
-    return replica.since + stay
+    return replica.loaded_at + stay
 
 
 def arrival_rate(model: Model, now: float) -> float:
@@ -256,6 +263,8 @@ def standing(pool: Pool, replica: Replica, waiting: Model, now: float, bound: bo
         return Tier.SURPLUS, 1.0 + len(replica.leases)
     if now < turn_end(pool, replica):
         return None
+    if spare and best_class(waiting) < best_class(model):
+        return Tier.LOWER, harm(pool, replica, waiting, now)
     if bound:
         return (Tier.BUSY if spare else Tier.PROTECTED), harm(pool, replica, waiting, now)
     if not spare or now < residency_end(pool, replica):

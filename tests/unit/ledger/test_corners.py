@@ -24,7 +24,7 @@ BOUND = (5.0, 8.0, 12.0)
 def contended(**more: object) -> Desk:
     """A drains for B."""
     desk = Desk(model("A", slots=2), model("B"), model("C"), bound_s=BOUND, load_prior_s=0.0, **more)
-    desk.arrive("a1", "A")
+    desk.arrive("a1", "A", priority=1)
     desk.boot("A", "A#1")
     desk.arrive("b1", "B", priority=1)
     assert desk.at(5.0) == ["quiesce A#1"]

@@ -26,7 +26,7 @@ BOUND = (5.0, 8.0, 12.0)
 def contended() -> Desk:
     """A is loaded and serves `a1` on one of its two slots; B waits at class 1, and its bound has come."""
     desk = Desk(model("A", slots=2), model("B", slots=2), bound_s=BOUND, load_prior_s=0.0)
-    desk.arrive("a1", "A")
+    desk.arrive("a1", "A", priority=1)
     desk.boot("A", "A#1")
     assert desk.arrive("b1", "B", priority=1) == []
     assert desk.at(5.0) == ["quiesce A#1"]
@@ -247,7 +247,7 @@ def test_node_that_leaves_is_drained() -> None:
 
 def test_a_drain_has_a_deadline_too() -> None:
     desk = Desk(model("A", slots=2), model("B"), bound_s=BOUND, load_prior_s=0.0, drain_timeout_s=100.0)
-    desk.arrive("a1", "A")
+    desk.arrive("a1", "A", priority=1)
     desk.boot("A", "A#1")
     desk.arrive("b1", "B", priority=1)
     desk.at(5.0)

@@ -222,7 +222,7 @@ def test_the_load_timeout_counts_anew_for_each_load() -> None:
 
 def test_a_draining_one_whose_engine_died_goes_on_to_stop() -> None:
     desk = Desk(model("a"), model("b"), bound_s=BOUND, load_prior_s=0.0)
-    desk.arrive("a1", "a")
+    desk.arrive("a1", "a", priority=1)
     desk.boot("a", "u")
     desk.arrive("b1", "b", priority=1)
     assert desk.at(5.0) == ["quiesce u"]

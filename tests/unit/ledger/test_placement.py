@@ -94,7 +94,7 @@ def test_capacity_takes_the_least_recently_used() -> None:
 
 def test_capacity_of_one_evicts_all_replicas_of_the_victim() -> None:
     desk = Desk(model("A", max_replicas=2), model("B"), gpus=8, capacity=1, bound_s=BOUND, load_prior_s=0.0)
-    desk.arrive("a1", "A")
+    desk.arrive("a1", "A", priority=1)
     desk.boot("A", "A#1")
     desk.arrive("a2", "A")
     desk.boot("A", "A#2")
@@ -194,7 +194,7 @@ def test_big_model_is_not_overtaken_by_small_ones() -> None:
     desk = Desk(
         model("big", num_gpus=2.0), model("A", slots=2), model("B", slots=2), gpus=2, bound_s=BOUND, load_prior_s=0.0
     )
-    desk.arrive("a1", "A")
+    desk.arrive("a1", "A", priority=1)
     desk.boot("A", "A#1")
     desk.arrive("big1", "big", priority=1)
     assert desk.at(5.0) == ["quiesce A#1"]
@@ -205,9 +205,9 @@ def test_big_model_is_not_overtaken_by_small_ones() -> None:
 
 def test_promise_is_kept_where_room_turns_up_first() -> None:
     desk = Desk(model("A", slots=2), model("B"), model("C"), gpus=2, bound_s=BOUND, load_prior_s=0.0)
-    desk.arrive("a1", "A")
+    desk.arrive("a1", "A", priority=1)
     desk.boot("A", "A#1")
-    desk.arrive("c1", "C")
+    desk.arrive("c1", "C", priority=1)
     desk.boot("C", "C#1")
     desk.arrive("b1", "B", priority=1)
     victim = desk.at(5.0)[0].removeprefix("quiesce ")

@@ -39,7 +39,7 @@ def test_classes_have_their_own_bounds() -> None:
         desk = Desk(
             model("A"), model("B"), bound_s=BOUND, load_prior_s=0.0, residency_loads=1000.0, min_residency_s=1e9
         )
-        desk.arrive("a1", "A")
+        desk.arrive("a1", "A", priority=1)
         desk.boot("A", "A#1")
         desk.arrive("b1", "B", priority=priority)
         desk.arrive("b2", "B", priority=3)
@@ -49,7 +49,7 @@ def test_classes_have_their_own_bounds() -> None:
 
 def test_a_drain_begins_early_enough_for_the_load() -> None:
     desk = Desk(model("A"), model("B"), bound_s=(30.0, 60.0, 120.0), load_prior_s=4.0, min_residency_s=1e9)
-    desk.arrive("a1", "A")
+    desk.arrive("a1", "A", priority=1)
     desk.boot("A", "A#1")
     desk.arrive("b1", "B", priority=1)
     assert desk.at(30.0 - policy.LEAD * 4.0 - 0.1) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cluster.ledger.events import ReplicaReady, ReplicaStarted, RequestCancelled
+from cluster.ledger.transitions import SwapBegun
 from tests.unit.ledger.desk import Desk, model
 
 BOUND = (5.0, 8.0, 12.0)
@@ -51,3 +52,32 @@ def test_a_replica_that_its_model_can_spare_has_no_turn() -> None:
         desk.tell(ReplicaReady(f"A#{number}"))
     desk.release("a1")
     assert desk.arrive("b1", "B") == ["quiesce A#2"]
+
+
+def resident(priority: int) -> Desk:
+    """A was loaded in 4 s, at 4, and streams one request of this class without an end. There are no bounds."""
+    desk = Desk(model("A", slots=2), model("B"), bound_s=(1e6,) * 3, min_residency_s=1e9)
+    desk.arrive("a1", "A", priority=priority)
+    desk.tell(ReplicaStarted("A", "A#1", "n"))
+    desk.now = LOAD_S
+    desk.tell(ReplicaReady("A#1"))
+    return desk
+
+
+def test_a_strictly_higher_class_preempts_after_the_turn() -> None:
+    desk = resident(2)
+    desk.now = 10.0
+    assert desk.arrive("b1", "B", priority=1) == []
+    assert desk.at(15.9) == []
+    assert desk.at(16.2) == ["quiesce A#1"]
+    (swap,) = [each for each in desk.ledger.transitions if isinstance(each, SwapBegun)]
+    assert swap.reason == "class"
+
+
+def test_nobody_preempts_his_own_class_or_who_waits_for_the_victim() -> None:
+    desk = resident(2)
+    desk.now = 20.0
+    assert desk.arrive("b1", "B", priority=2) == []
+    assert desk.at(40.0) == []
+    assert desk.arrive("a2", "A", priority=1, slots=2) == []
+    assert desk.arrive("b2", "B", priority=1) == [], "a high one waits for A, too"
