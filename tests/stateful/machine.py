@@ -119,6 +119,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.out.leaving())
     @rule(data=st.data())
     def ask_for_what_leaves(self, data: st.DataObject) -> None:
+        """Also for what drains and has free slots: nobody may get those."""
         self.out.send(data.draw(st.sampled_from(self.out.leaving())).model, 2)
 
     @precondition(lambda self: self.out.leased())

@@ -249,8 +249,8 @@ class Outside:
         return max(self.alive(model), key=lambda each: each.number, default=None)
 
     def leaving(self) -> list[Seen]:
-        """Processes that failed or that Serve may be killing."""
-        return [each for each in self.seen.values() if each.state in (STOPPING, FAILED)]
+        """Processes that drain, that failed or that Serve may be killing."""
+        return [each for each in self.seen.values() if each.state in (DRAINING, STOPPING, FAILED)]
 
     def missing(self) -> list[str]:
         """Models of which Serve would start a process now."""
