@@ -12,7 +12,7 @@ def nodes_changed(pool: Pool, event: NodesChanged, now: float) -> None:
     """Take the machines as they are. What stands on a machine that left is drained, until its death is confirmed."""
     pool.book.set_nodes(event.nodes)
     for model in pool.models.values():
-        if model.replicas or model.queue.count:
+        if model.replicas or model.queue.count or model.order is not None or model in pool.understaffed:
             pool.touched[model] = None
     if pool.is_recovering:
         return

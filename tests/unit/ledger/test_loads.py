@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from cluster.ledger.events import (
+    HolderAnnounced,
     LoadRequested,
+    NodesChanged,
     ReplicaFailed,
     ReplicaGone,
     ReplicaReady,
@@ -261,3 +263,9 @@ def test_dead_process_takes_its_leases_along() -> None:
     assert desk.release("r1") == []
     # A retry of the same request, within the same deadline, is welcome.
     assert desk.arrive("r2", "A") == ["desire A 1"]
+
+
+def test_what_is_kept_without_demand_starts_when_the_first_machine_comes_after_the_first_ingress() -> None:
+    desk = Desk(model("A", min_replicas=1), model("B", preload=True), nodes={})
+    assert desk.tell(HolderAnnounced("h", (), ())) == []
+    assert desk.tell(NodesChanged({"n": NodeSpec("n", gpus=2)})) == ["desire A 1", "desire B 1"]
