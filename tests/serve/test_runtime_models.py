@@ -53,6 +53,13 @@ def replicas(pool: Pool) -> dict[str, tuple[str, int]]:
     return {each["model"]: (each["replica"], each["pid"]) for each in pool.ledger()["replicas"]}
 
 
+def kill_the_ledger(pool: Pool) -> None:
+    """Until the next life of it has heard of all that runs; requests are answered meanwhile, snapshots are not."""
+    former = pool.ledger()["epoch"]
+    ray.kill(effects.find_ledger(), no_restart=False)
+    pool.wait(lambda ledger: ledger["epoch"] != former and not ledger["recovering"])
+
+
 class Stream:
     """A stream that runs beside everything else, and is read to its end."""
 
@@ -97,7 +104,7 @@ def test_models_come_and_go_and_nobody_else_notices(pool: Pool, config: Path):
         assert say(pool, "visitor") == "guest:0 guest:1 "
         assert replicas(pool)["guest"] == guest, "a scheduling key restarts nothing"
 
-        ray.kill(effects.find_ledger(), no_restart=False)
+        kill_the_ledger(pool)
         assert say(pool, "guest") == "guest:0 guest:1 "
         assert replicas(pool)["guest"] == guest
         assert replicas(pool)["llama"] == llama
