@@ -156,7 +156,7 @@ def running_pool(port: int, args: dict[str, Any]) -> Iterator[Pool]:
             seen = answer.text
         except httpx.HTTPError as error:
             seen = repr(error)
-        assert time.monotonic() < deadline, f"the pool did not become ready: {seen}"
+        assert time.monotonic() < deadline, f"the pool did not become ready: {seen}\n{_state()}"
         time.sleep(0.05)
     try:
         yield pool
@@ -166,6 +166,22 @@ def running_pool(port: int, args: dict[str, Any]) -> Iterator[Pool]:
             serve.delete(name)
         with contextlib.suppress(ValueError):
             ray.kill(effects.find_ledger(), no_restart=True)
+
+
+def _state() -> str:
+    """What the ledger and Serve say of a pool that is not as it should be."""
+    import ray
+    from ray import serve
+
+    from cluster import effects
+
+    seen: list[Any] = [serve.status().applications]
+    try:
+        ledger = effects.find_ledger()
+        seen += ray.get([ledger.desired.remote(-1, 1.0), ledger.status.remote()], timeout=10)
+    except Exception as error:
+        seen.append(error)
+    return "\n".join(map(repr, seen))
 
 
 def fake(**engine_kwargs: Any) -> dict[str, Any]:
