@@ -225,3 +225,9 @@ def test_many_nodes_are_searched_in_turns() -> None:
     for _ in range(4):
         said += desk.at(desk.now + 0.3)
     assert said[0] == "quiesce m39#1"
+
+
+def test_what_is_kept_without_demand_starts_when_a_machine_comes_whatever_was_heard_before() -> None:
+    desk = Desk(model("kept", min_replicas=1), model("first", preload=True), nodes={})
+    assert desk.at(1.0) == []
+    assert desk.tell(NodesChanged({"n": NodeSpec("n", gpus=2)})) == ["desire kept 1", "desire first 1"]
