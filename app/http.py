@@ -26,6 +26,7 @@ def build_http(gateway: Gateway) -> FastAPI:
     """The ASGI application of one ingress process."""
     app = FastAPI(title="Slotpool", version=version("slotpool"), redoc_url=None)
     app.state.gateway = gateway
+    app.router.routes[:0] = openai.inference_routes
     app.include_router(service.router)
     app.include_router(openai.router)
     for prefix in ("/v1/admin", "/admin"):

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from app.auth import caller_of
@@ -23,16 +24,20 @@ from deployments.requests import CHAT, COMPLETIONS, is_allowed, parse_request, r
 router = APIRouter(tags=["openai"])
 
 
-@router.post(CHAT)
-async def chat_completions(request: Request) -> Response:
-    """Create a chat completion, streamed or whole."""
-    return await infer(request, CHAT)
+class Inference:
+    """The ASGI endpoint of a route that asks a model. Plain, since what a framework does for each request costs more
+    than all of the pool's own work on it in this process.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await infer(Request(scope, receive), self._path)
+        await response(scope, receive, send)
 
 
-@router.post(COMPLETIONS)
-async def completions(request: Request) -> Response:
-    """Create a text completion, streamed or whole."""
-    return await infer(request, COMPLETIONS)
+inference_routes = [Route(path, Inference(path), methods=["POST"]) for path in (CHAT, COMPLETIONS)]
 
 
 async def infer(request: Request, path: str) -> Response:
