@@ -267,6 +267,7 @@ class Machines:
                 device_memory_mib=min((gpu.total_mib for gpu in self._gpus.get(node["NodeID"], ())), default=0),
                 device_uuids=tuple(gpu.uuid for gpu in self._gpus.get(node["NodeID"], ())),
                 hosts=tuple(node[key] for key in ("NodeManagerHostname", "NodeManagerAddress") if node.get(key)),
+                is_head=_HEAD in node["Resources"],
             )
             for node in nodes
         }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cluster.ledger.books import stops
 from cluster.ledger.books.placement import Node
 from cluster.ledger.books.records import Claim, Model, Replica
 from cluster.ledger.books.shapes import Place
@@ -87,11 +88,11 @@ def _promise(pool: Pool, model: Model, plans: list[policy.Plan], now: float, bou
     If all that is leaving was promised to others already, there is nothing to promise: room will turn up by itself.
     `began` is when room was first promised to these waiters.
     """
-    victims = [victim for plan in plans for victim in plan.victims]
+    victims = list(dict.fromkeys(victim for plan in plans for victim in plan.victims))
     for plan in plans:
         # What is leaving there anyway makes room as well; it is counted on from now on.
         node = pool.book.node(plan.place.node)
-        victims += [each for each in node.replicas if each.claim is None and _leaves(each)]
+        victims += [each for each in node.replicas if each.claim is None and stops.is_going(pool.book, each)]
     if not victims:
         return False
     claim = model.claim = Claim(model, [plan.place for plan in plans], victims, began)
@@ -117,10 +118,6 @@ def _why_swapped(model: Model, plans: list[policy.Plan], bound: bool) -> str:
     if worst is Tier.LOWER:
         return "class"
     return "operator" if model.order is not None else "bound" if bound else "pays"
-
-
-def _leaves(replica: Replica) -> bool:
-    return replica.state is DRAINING or replica.state.is_leaving
 
 
 def drop_claim(pool: Pool, model: Model, now: float) -> None:
@@ -155,14 +152,30 @@ def _restore(pool: Pool, claim: Claim) -> None:
 def _reopen_victims(pool: Pool, claim: Claim, now: float) -> None:
     """Open again those victims of a lifted claim that have not begun to stop, and that nobody else counts on."""
     for victim in claim.victims:
-        if victim.claim is None and victim.state is DRAINING and may_reopen(pool, victim):
-            pool.reopen(victim, now)
+        if victim.claim is None and victim.state is DRAINING:
+            reopen_with_others(pool, victim, now)
 
 
-def may_reopen(pool: Pool, replica: Replica) -> bool:
-    """Nothing but the claim drains it, and it could serve."""
+def reopen_with_others(pool: Pool, replica: Replica, now: float) -> bool:
+    """Open a draining replica again, with those that could not leave before it does; False if somebody counts on it."""
+    model, group = replica.model, [replica]
+    for each in group:
+        if each.state is not DRAINING or each.claim is not None or not _may_reopen(pool, each, len(group)):
+            return False
+        for other in model.replicas:
+            if other.state >= DRAINING and other not in group and stops.may_go_before(pool.book, each, other):
+                if other.claim is not None:
+                    return False
+                group += [other] if other.state is DRAINING and _may_reopen(pool, other) else []
+    for each in group:
+        pool.reopen(each, now)
+    return True
+
+
+def _may_reopen(pool: Pool, replica: Replica, count: int = 1) -> bool:
+    """Nothing but a claim drains it, and it could serve, as one of so many."""
     model = replica.model
-    if not replica.has_engine or model.removed or model.unloading or model.serving >= model.spec.max_replicas:
+    if not replica.has_engine or model.removed or model.unloading or model.serving + count > model.spec.max_replicas:
         return False
     return replica.revision == model.revision and not is_on_lost_node(pool, replica)
 

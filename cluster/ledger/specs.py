@@ -46,7 +46,8 @@ class NodeSpec:
     """One machine of the cluster: whole devices, CPUs, and device memory in MiB (0 = unknown, not limited).
 
     `memory_mib` is the budget of the whole node, `device_memory_mib` that of each of its devices. `device_uuids` are
-    the driver's names of the devices, in order, and `hosts` other names by which people know the node.
+    the driver's names of the devices, in order, and `hosts` other names by which people know the node. `is_head`: Serve
+    and Ray themselves run on it, so Serve stops its replicas last.
     """
 
     name: str
@@ -56,6 +57,7 @@ class NodeSpec:
     device_memory_mib: int = 0
     device_uuids: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
+    is_head: bool = False
 
 
 @dataclass(frozen=True, slots=True)

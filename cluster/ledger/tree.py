@@ -12,6 +12,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from cluster.ledger import placing
+from cluster.ledger.books import stops
 from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.records import Model, Replica
 from cluster.ledger.books.servers import is_remote
@@ -65,11 +66,11 @@ def settle(pool: Pool, now: float) -> None:
 
 def due(pool: Pool, model: Model) -> float:
     """The earliest time at which a model must be looked at again, other than for a waiter's deadline."""
-    first = min(autoscale.idle_due(model), autoscale.surplus_due(model))
+    first = min(autoscale.idle_due(pool, model), autoscale.surplus_due(model))
     if model.counts[STARTING]:
         first = min(first, *(min(each.load_due, each.overdue_at()) for each in model.in_state(STARTING)))
     if model.counts[DRAINING]:
-        since = min(replica.since for replica in model.in_state(DRAINING))
+        since = min((each.since for each in model.in_state(DRAINING) if each.leases), default=INFINITY)
         first = min(first, since + pool.spec.drain_timeout_s)
     if model.claim is not None:
         first = min(first, claims.look_at(pool, model.claim))
@@ -150,13 +151,13 @@ def _end_recovery(pool: Pool, now: float) -> None:
 
 def _trim(pool: Pool, model: Model, now: float) -> None:
     """Drain what must not serve any longer, finish what has drained, forget what has left."""
-    # Beside one that starts (a node left meanwhile) a drained one waits: Serve would stop that one in its stead.
-    if model.counts[DRAINING] and not model.counts[STARTING]:
-        # Newest first: Serve stops the newest, so an older one that is empty waits for a newer one that is not.
-        for replica in [each for each in reversed(model.replicas) if each.state is DRAINING]:
-            if replica.leases:
-                break
-            pool.move(replica, Cause.EMPTIED, now)
+    if model.counts[DRAINING] or model.counts[ReplicaState.FAILED]:
+        # One that has drained waits for those that Serve would stop in its stead.
+        for replica in stops.certain(pool.book, model):
+            if replica.state is DRAINING:
+                pool.move(replica, Cause.EMPTIED, now)
+            else:
+                pool.dismiss(replica)
     if not model.replicas:
         model.unloading = False
         if model.removed and pool.models.get(model.name) is model and not model.queue.count:
@@ -167,17 +168,16 @@ def _trim(pool: Pool, model: Model, now: float) -> None:
     else:
         revision = model.revision
         to_drain = [each for each in model.replicas if each.revision != revision or placing.is_on_lost_node(pool, each)]
-        above = model.serving - model.spec.max_replicas
-        if above > 0:
+        stays = model.serving - sum(1 for each in to_drain if each.state in (STARTING, READY))
+        for _ in range(stays - model.spec.max_replicas):
             # As Serve does it: what has no process yet goes first, then the newest.
-            serving = [each for each in reversed(model.replicas) if each.state in (STARTING, READY)]
-            to_drain += serving[:above]
+            first = stops.first_of(pool.book, model, (STARTING, READY), gone=to_drain)
+            to_drain += [first] if first is not None else []
     for replica in to_drain:
-        reason = _why_trimmed(pool, replica)
         if replica.state is READY:
-            pool.quiesce(replica, now, reason)
-        elif replica.state is STARTING:
-            pool.withdraw(replica, now, reason)
+            pool.quiesce(replica, now, _why_trimmed(pool, replica))
+    for replica in stops.certain_starts(pool.book, model, to_drain):
+        pool.withdraw(replica, now, _why_trimmed(pool, replica))
 
 
 def _why_trimmed(pool: Pool, replica: Replica) -> str:
@@ -243,11 +243,7 @@ def _not_pending(pool: Pool, model: Model) -> None:
 
 def _reopen(pool: Pool, model: Model, now: float) -> bool:
     """Take back a drain that nobody else counts on."""
-    for replica in model.in_state(DRAINING):
-        if replica.claim is None and placing.may_reopen(pool, replica):
-            pool.reopen(replica, now)
-            return True
-    return False
+    return any(placing.reopen_with_others(pool, replica, now) for replica in list(model.in_state(DRAINING)))
 
 
 def _withdraw_needless(pool: Pool, model: Model, now: float) -> None:
@@ -264,15 +260,19 @@ def _withdraw_needless(pool: Pool, model: Model, now: float) -> None:
 
 
 def _stop_idle(pool: Pool, model: Model, now: float) -> None:
-    """Close what nobody used for long enough: the newest first, since that is the one that Serve will stop."""
-    while now >= autoscale.idle_due(model):
-        replica = model.newest_ready()
-        assert replica is not None, "an idle replica is READY"
+    """Close what nobody used for long enough, in the order in which Serve will stop it."""
+    while now >= autoscale.idle_due(pool, model):
+        replica = stops.first_of(pool.book, model, (READY,))
+        if replica is None:
+            # Serve may stop any of them first, and all of them are idle.
+            for each in list(model.in_state(READY)):
+                pool.quiesce(each, now, "idle_timeout")
+            return
         if replica.leases or now < replica.idle_since + model.idle_timeout_s:
             # It goes in the stead of an older one, which takes over its part: its idleness begins anew.
             pool.rest(next(iter(model.buckets[0])), now)
         pool.quiesce(replica, now, "idle_timeout")
     if now >= autoscale.surplus_due(model):
-        replica = autoscale.close_surplus(model, now)
+        replica = autoscale.close_surplus(pool, model, now)
         if replica is not None:
             pool.quiesce(replica, now, "surplus")

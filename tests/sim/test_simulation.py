@@ -23,9 +23,12 @@ SEEDS = 1000
 
 def draw_spec(rng: random.Random) -> PoolSpec:
     """A pool: one to three nodes, two to six models of all kinds."""
+    head = rng.choice((0, 0, 1, 9))
     nodes = {
-        f"n{index}": NodeSpec(f"n{index}", gpus=rng.randint(1, 3), cpus=8.0, memory_mib=rng.choice((0, 3000)))
-        for index in range(rng.randint(1, 2))
+        f"n{index}": NodeSpec(
+            f"n{index}", gpus=rng.randint(1, 3), cpus=8.0, memory_mib=rng.choice((0, 3000)), is_head=index == head
+        )
+        for index in range(rng.randint(1, 3))
     }
     models = {}
     for name in "ABCDEF"[: rng.randint(2, 6)]:
@@ -97,6 +100,7 @@ def simulate(seed: int) -> World:
 
     world = World(spec, new, seed=seed, load_s=rng.uniform(0.2, 3.0), faults=faults, after_step=check)
     world.spec = spec
+    world.others.update(rng.choices(list(spec.nodes), k=rng.randint(0, 3)))
     arrives_s = rng.choice((0.5, 5.0))
     names = [*spec.models, "public", "nonsense"]
     now = 0.0

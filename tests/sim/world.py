@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -36,6 +37,7 @@ from cluster.ledger.events import (
     Ticked,
 )
 from cluster.ledger.specs import PoolSpec
+from tests.sim import serve
 
 
 class Scheduler(Protocol):
@@ -94,7 +96,10 @@ class Request:
 
 @dataclass(eq=False)
 class Process:
-    """A replica's real process: pending, starting, waiting for its order to load, loading, ready, failed, stopping."""
+    """A replica's real process: pending, starting, waiting for its order to load, loading, ready, failed, stopping.
+
+    `number` grows in the order in which processes come to run.
+    """
 
     uid: str
     model: str
@@ -137,6 +142,8 @@ class World:
             or self.faults.engine_hangs
             or self.faults.loses
         )
+        # replicas of other applications, by node: Serve counts them when it chooses
+        self.others: Counter[str] = Counter()
         self.restarted = False
         self.after_step = after_step
         self.now = 0.0
@@ -247,7 +254,7 @@ class World:
         request.granted, request.generation, request.replica = self.now, grant.generation, grant.replica
         process = self.processes.get(grant.replica)
         if process is None or process.state != "ready":
-            if self.is_gentle and len(self.spec.nodes) == 1:
+            if self.is_gentle:
                 self.crimes.append(f"{grant.request} was granted to {grant.replica}, which does not serve")
             self.at(self.now + 0.05, lambda: self._finish(request))
             return
@@ -317,12 +324,20 @@ class World:
                 continue
             self._try_start(process)
         for _ in range(len(running) - self.desired.get(model, 0)):
-            # Like Serve: what has not started yet goes first, then the newest, whatever its engine does.
-            newest = max(running, key=lambda each: (each.state in ("pending", "starting"), each.number))
+            victim = self.random.choice(self._may_stop(running))
             if self.faults.wrong_victim and self.random.random() < self.faults.wrong_victim:
-                newest = self.random.choice(running)
-            running.remove(newest)
-            self._stop(newest)
+                victim = self.random.choice(running)
+            running.remove(victim)
+            self._stop(victim)
+
+    def _may_stop(self, running: list[Process]) -> list[Process]:
+        """Of which Serve stops one: those that do not run yet, or by its own rule."""
+        starting = [each for each in running if each.state in ("pending", "starting")]
+        heads = (node.name for node in self.spec.nodes.values() if node.is_head)
+        everywhere = self.others + Counter(
+            each.node for each in self.processes.values() if each.state not in ("pending", "starting", "stopping")
+        )
+        return starting or serve.may_stop(running, everywhere, next(heads, None))
 
     def _load_time(self, model: str) -> float:
         base = self.load_s if isinstance(self.load_s, float | int) else self.load_s[model]
@@ -361,6 +376,7 @@ class World:
             return
         self.swaps += 1
         process.state = "waiting"
+        process.number = next(self.numbers)
         self.tell(ReplicaStarted(process.model, process.uid, process.node, float(process.number)))
         if self.faults.dies_after_s:
             self.at(self.now + self.random.expovariate(1.0 / self.faults.dies_after_s), lambda: self._die(process))
@@ -423,7 +439,7 @@ class World:
             del self.processes[process.uid]
             process.state = "dead"
             return
-        if process.streams and self.is_gentle and len(self.spec.nodes) == 1:
+        if process.streams and self.is_gentle:
             self.cut.append(f"{process.uid} was stopped with {len(process.streams)} streams")
         process.state = "stopping"
         self.at(self.now + self.stop_s, lambda: self._stop_when_empty(process))

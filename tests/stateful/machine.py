@@ -431,6 +431,6 @@ class LedgerMachine(RuleBasedStateMachine):
         used = 0.0
         for model, spec in MODELS.items():
             # Every process that lives takes its place, and every one that Serve has yet to start.
-            wanted = [each for each in out.alive(model) if out.inside(each).is_desired]
+            wanted = [each for each in out.alive(model) if not each.is_asked]
             used += spec.num_gpus * (len(out.alive(model)) + max(0, out.desired[model] - len(wanted)))
         assert used <= GPUS + 1e-9, f"{used} devices of {GPUS} are taken"

@@ -93,6 +93,8 @@ class Seen:
     state: ReplicaState = STARTING
     leases: set[str] = field(default_factory=set)
     devices: tuple[int, ...] = ()
+    # Serve was asked to stop it
+    is_asked: bool = False
     # its engine: told to load, loaded, told to be killed
     is_loading: bool = False
     has_engine: bool = False
@@ -186,8 +188,11 @@ class Outside:
             leaving = [each for each in alive if each.state in (DRAINING, STOPPING, FAILED)]
             assert not leaving, f"{command} rises beside {leaving}"
         self.desired[model] = command.replicas
-        busy = [each for each in alive if each.leases]
-        assert command.replicas >= len(busy), f"{command} stops one of {busy}"
+        # Serve stops the newest, whatever its engine does.
+        stopped = alive[command.replicas :]
+        assert not any(each.leases for each in stopped), f"{command} stops one of {stopped}"
+        for each in stopped:
+            each.is_asked = True
         # From here on Serve may be killing what has run dry, the newest first: nobody may open it again.
         empty = [each for each in reversed(alive) if each.state is DRAINING and not each.leases]
         if not any(each.state is STARTING for each in alive):
@@ -462,8 +467,8 @@ class Outside:
         assert not self.ledger.is_recovering
 
     def stop_one(self, model: str) -> None:
-        """Serve stops a process: what does not serve first, then the newest."""
-        newest = max(self.alive(model), key=lambda each: (each.state is not READY, not each.leases, each.number))
+        """Serve stops a process: the newest, whatever its engine does."""
+        newest = self.alive(model)[-1]
         assert not newest.leases, f"Serve must stop {newest}"
         self.act(newest, Cause.GONE)
 

@@ -6,16 +6,17 @@ examples.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import Phase
 
 from cluster.ledger import ledger as front
-from cluster.ledger import placing, states
-from cluster.ledger.books import pool, queue, records
-from cluster.ledger.books.placement import Node
+from cluster.ledger import placing, states, tree
+from cluster.ledger.books import pool, queue, records, stops
+from cluster.ledger.books.placement import Book, Node
 from cluster.ledger.books.shapes import Place, Shape
 from cluster.ledger.events import EngineDied, HolderAnnounced, HolderDied, LeaseReleased, ReplicaReady, RequestArrived
 from cluster.ledger.handlers import engines, holders, replicas, requests
@@ -217,6 +218,16 @@ def grants_under_way_are_reconciled_away(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(front._HANDLERS, HolderAnnounced, wrong)
 
 
+def serve_stops_whom_we_like(patch: pytest.MonkeyPatch) -> None:
+    """A count falls as soon as some replica has drained, though Serve would stop another one of its model."""
+
+    def wrong(book: Book, model: records.Model, more: Iterable[records.Replica] = ()) -> list[records.Replica]:
+        leaving = [each for each in model.replicas if each.state >= ReplicaState.DRAINING and not each.dismissed]
+        return [*more, *(each for each in leaving if not each.leases)]
+
+    patch.setattr(tree, "stops", SimpleNamespace(**{**vars(stops), "certain": wrong}))
+
+
 BUGS = [
     stale_releases_count,
     memory_is_credited_early,
@@ -235,6 +246,7 @@ BUGS = [
     wide_leases_give_one_slot_back,
     dead_engines_keep_their_leases,
     grants_under_way_are_reconciled_away,
+    serve_stops_whom_we_like,
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cluster.ledger.books import server_moves
+from cluster.ledger.books import server_moves, stops
 from cluster.ledger.books.shapes import UNIT, conflicts
 from cluster.ledger.states import ReplicaState
 
@@ -41,10 +41,9 @@ def _check_replica(pool: Pool, replica: Replica) -> None:
     held = len(replica.leases)
     assert replica.state is not ReplicaState.COLD, f"{replica} is cold and still on the books"
     assert held == 0 or replica.state.may_hold_leases, f"{replica} holds leases in a state that may not"
-    if replica.state is DRAINING and not held:
-        newer = [each for each in replica.model.in_state(DRAINING) if each.age > replica.age]
-        waits = bool(replica.model.counts[ReplicaState.STARTING]) or any(each.leases for each in newer)
-        assert waits, f"{replica} has drained and does not stop"
+    if replica.dismissed:
+        busy = [each for each in stops.before(pool.book, replica) if each.leases]
+        assert not busy, f"{replica} is to stop, and Serve may stop {busy} in its stead"
     slots = sorted([slot for lease in replica.leases.values() for slot in lease.slots] + replica.free)
     assert slots == list(range(replica.slots)), f"{replica}: slots {slots} are not each free or leased once"
     assert list(replica.model.replicas) == sorted(replica.model.replicas, key=lambda each: each.age), (
@@ -59,6 +58,9 @@ def _check_replica(pool: Pool, replica: Replica) -> None:
 
 def _check_model(pool: Pool, model: Model) -> None:
     name = model.name
+    assert model.dismissed == sum(each.dismissed for each in model.replicas), f"{name}: wrongly counted as dismissed"
+    if not pool.is_recovering:
+        assert not (idle := stops.certain(pool.book, model)), f"{idle} have drained and do not stop"
     for state in ReplicaState:
         count = sum(1 for _ in model.in_state(state))
         assert model.counts[state] == count, f"{name}: {model.counts[state]} counted in {state.name}, {count} are"
@@ -152,7 +154,7 @@ def _check_claims(pool: Pool, replicas: list[Replica]) -> None:
         assert model.queue.count or model.order, f"{model.name}: a claim for nobody"
         for victim in claim.victims:
             assert victim.claim is claim, f"{victim} is a victim of two claims"
-            assert victim.state >= DRAINING, f"{victim} was chosen, and does not drain"
+            assert stops.is_going(pool.book, victim), f"{victim} was chosen, and stays, for others of its model stay"
     for replica in replicas:
         claim = replica.claim
         assert claim is None or (claim.model.claim is claim and replica in claim.victims), f"{replica}: a dead claim"

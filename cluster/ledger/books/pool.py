@@ -287,6 +287,8 @@ class Pool:
                 self.idle[replica] = None
                 if self.pending_count or self.claims:
                     self.went_idle[replica] = None
+        elif after is ReplicaState.STOPPING:
+            self.dismiss(replica)
         elif after is COLD:
             self._remove(replica)
         self.touched[model] = None
@@ -299,9 +301,16 @@ class Pool:
         moved = (name, replica.serial, replica.uid, place.node, place.devices, before, replica.state, cause, reason)
         self.transitions.append(Moved(*moved))
 
+    def dismiss(self, replica: Replica) -> None:
+        """Serve is to stop a replica of the model, which must be this one: see `stops.certain`."""
+        replica.dismissed = True
+        replica.model.dismissed += 1
+        self.changed[replica.model] = None
+
     def _remove(self, replica: Replica) -> None:
         model = replica.model
         del model.replicas[replica]
+        model.dismissed -= replica.dismissed
         if not model.replicas:
             del self.resident[model]
             self.capacity_was = min(self.capacity_was, len(self.resident))

@@ -90,6 +90,7 @@ class Replica:
 
     `load_due` is when its engine is to be ordered to load, infinite once it was, and `ordered` says that it ever was;
     `loaded_at` is when it last said that it was loaded.
+    `dismissed`: the desired count was lowered for it, so Serve may be killing it.
     `deaths` counts how often its engine died in short succession. `strayed`: the engine is on other devices than told.
     """
 
@@ -99,6 +100,7 @@ class Replica:
         "claim",
         "deaths",
         "devices",
+        "dismissed",
         "free",
         "has_engine",
         "idle_since",
@@ -132,7 +134,7 @@ class Replica:
         self.idle_since = now
         self.leases: dict[str, Lease] = {}
         self.free = list(range(self.slots - 1, -1, -1))
-        self.adopted = False
+        self.adopted = self.dismissed = False
         self.claim: Claim | None = None
         self.started_at = INFINITY
         # its engine, and what that said of itself
@@ -203,6 +205,7 @@ class Model:
         "claim",
         "counts",
         "desired_sent",
+        "dismissed",
         "drain_s",
         "ever_loaded",
         "failures",
@@ -246,6 +249,7 @@ class Model:
         self.free = 0
         self.leased = 0
         self.by_priority = [0, 0, 0]
+        self.dismissed = 0
         self.desired_sent = 0
         self.resend = False
         self.claim: Claim | None = None
@@ -293,7 +297,7 @@ class Model:
     @property
     def desired(self) -> int:
         """How many processes Serve should keep."""
-        return self.counts[STARTING] + self.counts[READY] + self.counts[DRAINING]
+        return len(self.replicas) - self.dismissed
 
     @property
     def leaving(self) -> int:
@@ -330,10 +334,6 @@ class Model:
     def in_state(self, state: ReplicaState) -> Iterator[Replica]:
         """Records in a state, oldest first."""
         return (replica for replica in self.replicas if replica.state is state)
-
-    def newest_ready(self) -> Replica | None:
-        """Serve stops the newest first, so that is the one to close."""
-        return next((replica for replica in reversed(self.replicas) if replica.state is READY), None)
 
     # --- free slots: READY replicas by how many of theirs are leased -------------------------------------------
 

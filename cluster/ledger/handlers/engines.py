@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from cluster.ledger.books import stops
 from cluster.ledger.books.pool import Pool
 from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.records import Model, Replica
@@ -118,12 +119,13 @@ def back_off(
     model.last_error = reason
     model.refusing = not patient
     if model.order is not None and not patient:
-        for replica in list(model.order.batch):
-            if replica.state is ReplicaState.STARTING:
-                pool.withdraw(replica, now)
-            elif replica.state is ReplicaState.READY:
-                pool.quiesce(replica, now, "operator")
+        batch = list(model.order.batch)
         model.order = None
+        for replica in stops.certain_starts(pool.book, model, batch):
+            pool.withdraw(replica, now)
+        for replica in batch:
+            if replica.state is READY:
+                pool.quiesce(replica, now, "operator")
     if model.refusing and not model.serving:
         refusal = policy.failure(model, now, error)
         for waiter in list(model.queue):

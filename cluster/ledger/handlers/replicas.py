@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from cluster.ledger.books import stops
 from cluster.ledger.books.pool import Pool
 from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.records import Model, Replica
@@ -64,9 +65,12 @@ def _adopt(pool: Pool, model: Model, event: ReplicaStarted, now: float) -> Repli
     pool.bind(replica, event.replica, event.started_at, event.loading, now)
     level = logging.INFO if pool.is_recovering else logging.WARNING
     log.log(level, "replica %s of %s was not asked for: %s", event.replica, model.name, "kept" if keep else "stopped")
-    if not keep:
+    if not keep and stops.certain_starts(pool.book, model, [replica]):
         pool.withdraw(replica, now, "unasked")
         model.resend = True
+    elif not keep:
+        # Serve would stop another one that serves: it stays without an engine until that one has left.
+        pool.move(replica, Cause.FAILED, now, "unasked")
     return replica
 
 

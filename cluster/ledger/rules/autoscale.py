@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cluster.ledger.books import stops
 from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.records import Model, Replica
 from cluster.ledger.states import ReplicaState
@@ -55,11 +56,18 @@ def floor_missing(model: Model, now: float) -> int:
     return max(0, min(floor, model.spec.max_replicas) - model.serving)
 
 
-def idle_due(model: Model) -> float:
-    """When the longest idle replica will have been idle for the model's timeout; infinite if none may go."""
+def idle_due(pool: Pool, model: Model) -> float:
+    """When the longest idle replica will have been idle for the model's timeout; infinite if none may go.
+
+    On nodes of which Serve may choose any, none goes before all may.
+    """
     # Beside one that starts nothing is closed: Serve would stop the newer one, and that would look like a failed load.
     if not model.buckets[0] or model.queue.count or model.counts[STARTING] or model.counts[READY] <= model.floor:
         return INFINITY
+    if model.counts[READY] > 1 and stops.first_of(pool.book, model, (READY,)) is None:
+        if model.floor or model.leased:
+            return INFINITY
+        return max(each.idle_since for each in model.buckets[0]) + model.idle_timeout_s
     return next(iter(model.buckets[0])).idle_since + model.idle_timeout_s
 
 
@@ -70,10 +78,10 @@ def surplus_due(model: Model) -> float:
     return model.peak_since + max(SHORTEST_WINDOW_S, model.idle_timeout_s)
 
 
-def close_surplus(model: Model, now: float) -> Replica | None:
+def close_surplus(pool: Pool, model: Model, now: float) -> Replica | None:
     """One replica that was not needed at any time of the window that ends; starts the next window."""
     fewer = (model.counts[READY] - 1) * model.spec.slots
     enough = model.peak <= fewer and not model.queue.count
     model.peak = model.leased
     model.peak_since = now
-    return model.newest_ready() if enough else None
+    return stops.first_of(pool.book, model, (READY,)) if enough else None

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 
 from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.rules.policy import Plan, Tier, drain_time
+from cluster.ledger.states import ReplicaState
 
 if TYPE_CHECKING:
     from cluster.ledger.books.pool import Pool
     from cluster.ledger.books.records import Claim, Replica
+
+DRAINING = ReplicaState.DRAINING
 
 # A stop that takes this long, and this many times what stops took so far, hangs.
 STOP_PATIENCE_S = 5.0
@@ -30,7 +33,10 @@ FIRST_LOOK_S = 1.0
 def slow(pool: Pool, claim: Claim, now: float) -> list[Replica]:
     """The victims that will not be gone in a moment: they have streams to end, or their stop hangs."""
     patience = max(STOP_PATIENCE_S, STOP_PATIENCE * pool.stop_s)
-    return [each for each in claim.victims if each.leases or now >= each.since + patience]
+    found = {each for each in claim.victims if each.leases or now >= each.since + patience}
+    # One that has drained waits for those that Serve would stop in its stead.
+    held_up = {each.model for each in found if each.state is DRAINING}
+    return [each for each in claim.victims if each in found or (each.state is DRAINING and each.model in held_up)]
 
 
 def is_cheaper(pool: Pool, plans: list[Plan], victims: list[Replica], now: float) -> bool:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from cluster.ledger.books.placement import Node
+from cluster.ledger.books import stops
+from cluster.ledger.books.placement import Book, Node
 from cluster.ledger.books.shapes import Place, Shape, conflicts
 from cluster.ledger.rules import policy
 from cluster.ledger.rules.policy import Plan, Tier
@@ -24,10 +25,13 @@ MAX_NODES = 16
 
 
 class Candidate(NamedTuple):
+    """A possible victim. `others` must leave with it, since Serve may stop them first: on any node."""
+
     tier: Tier
     cost: float
     order: int
     replica: Replica
+    others: tuple[Replica, ...] = ()
 
 
 class Leaver(NamedTuple):
@@ -46,7 +50,7 @@ class Prospect:
     `gone` says of some replicas that they count as gone (True), or that they stay for now although they drain (False).
     """
 
-    def __init__(self, node: Node, gone: dict[Replica, bool], hosts: set[tuple[str, int]] | None) -> None:
+    def __init__(self, book: Book, node: Node, gone: dict[Replica, bool], hosts: set[tuple[str, int]] | None) -> None:
         self.node = node
         self.hosts = hosts
         self.gpu = list(node.gpu)
@@ -55,7 +59,7 @@ class Prospect:
         self.gone: dict[Replica, None] = {}
         for replica in node.replicas:
             # DRAINING counts as leaving, too: reopened it would be only for a waiter of its own.
-            if gone.get(replica, replica.claim is not None or replica.state >= ReplicaState.DRAINING):
+            if gone.get(replica, replica.claim is not None or stops.is_going(book, replica)):
                 self.remove(replica)
         for place in node.marked.values():
             self._change(place, -1)
@@ -184,7 +188,7 @@ def clear(
 ) -> Plan | None:
     """The cheapest victims on one node that make room for a replica of the model."""
     shape = model.shape
-    prospect = Prospect(node, gone, pool.book.hosts(shape))
+    prospect = Prospect(pool.book, node, gone, pool.book.hosts(shape))
     chosen = [replica for each in crowd for replica in each.model.replicas if replica not in gone]
     for replica in chosen:
         if replica.place.node == node.name and replica not in prospect.gone:
@@ -211,7 +215,10 @@ def clear(
     usable = prospect.devices(shape)
     usable.sort(key=lambda index: (prospect.gpu[index], index))
     place = Place(node.name, tuple(sorted(usable[: shape.devices])), shape)
-    return Plan(*_hurt([*crowd, *kept]), place, chosen + [each.replica for each in kept])
+    victims = dict.fromkeys(chosen)
+    for each in kept:
+        victims |= dict.fromkeys((*each.others, each.replica))
+    return Plan(*_hurt([*crowd, *kept]), place, list(victims))
 
 
 def _hurt(leaving: Sequence[Leaver | Candidate]) -> tuple[Tier, float]:
@@ -227,8 +234,7 @@ def _fewest(prospect: Prospect, shape: Shape, candidates: list[Candidate], kept:
     for each in kept:
         prospect.restore(each.replica)
     for candidate in candidates:
-        # The newest of its model only, since Serve stops that one first.
-        if candidate[:2] <= limit and candidate.replica is candidate.replica.model.newest_ready():
+        if candidate[:2] <= limit and not candidate.others:
             prospect.remove(candidate.replica)
             if prospect.fits(shape):
                 return [candidate]
@@ -242,21 +248,41 @@ def _candidates(
     pool: Pool, node: Node, model: Model, rights: Tier, now: float, bound: bool, prospect: Prospect
 ) -> list[Candidate]:
     found: list[Candidate] = []
-    newer: dict[Model, tuple[Tier, float] | None] = {}
-    # Serve stops a model's newest replica first, so an older one is a victim only behind all that are newer here.
     for order, replica in enumerate(sorted(node.replicas, key=lambda each: each.age, reverse=True)):
         if replica in prospect.gone:
             continue
-        standing = policy.standing(pool, replica, model, now, bound)
-        if replica.state is ReplicaState.READY:
-            before = newer.get(replica.model, (Tier.LEAVING, 0.0))
-            if standing is not None:
-                standing = None if before is None else (max(standing[0], before[0]), standing[1] + before[1])
-            newer[replica.model] = standing
+        others = [each for each in stops.before(pool.book, replica) if each.claim is None and each not in prospect.gone]
+        standing = _standing(pool, [replica, *others], model, now, bound)
         if standing is not None and standing[0] <= rights:
-            found.append(Candidate(*standing, order, replica))
+            found.append(Candidate(*standing, order, replica, tuple(others)))
     found.sort(key=lambda each: each[:3])
     return found
+
+
+def _standing(
+    pool: Pool, together: list[Replica], waiting: Model, now: float, bound: bool
+) -> tuple[Tier, float] | None:
+    """Replicas of one model that can only leave together, as victims: the worst that happens, and all that it costs."""
+    worst, cost = Tier.LEAVING, 0.0
+    for replica in together:
+        standing = policy.standing(pool, replica, waiting, now, bound)
+        if standing is None:
+            return None
+        worst, cost = max(worst, standing[0]), cost + standing[1]
+    model = together[0].model
+    ready = sum(1 for each in together if each.state is ReplicaState.READY)
+    left = model.counts[ReplicaState.READY] - ready
+    if ready < 2 or worst is Tier.PROTECTED:
+        return worst, cost
+    # Each that leaves only for another's sake has to be loaded again for it.
+    cost += (ready - 1) * policy.load_time(pool, model)
+    if left < model.floor:
+        return (Tier.PROTECTED, cost) if bound else None
+    if worst is Tier.SURPLUS and model.leased + model.queue.count > left * model.spec.slots:
+        # Each of them is surplus, all of them are not.
+        ends = policy.turn_end if bound else policy.residency_end
+        return None if any(now < ends(pool, each) for each in together) else (Tier.BUSY, cost)
+    return worst, cost
 
 
 def _clear_devices(prospect: Prospect, shape: Shape, candidates: list[Candidate]) -> bool:

@@ -93,7 +93,8 @@ def test_nothing_stops_beside_a_start_when_a_node_leaves() -> None:
     desk.tell(ReplicaStarted("A", "A#2", other))
     assert desk.tell(NodesChanged({other: nodes[other]})) == ["quiesce A#1"]
     assert desk.release("r1") == [], "Serve would stop the one that starts"
-    assert desk.tell(ReplicaReady("A#2")) == ["grant r2 A#2", "desire A 1"]
+    assert desk.tell(ReplicaReady("A#2")) == ["grant r2 A#2"], "Serve might stop the one that serves"
+    assert desk.gone("A#1") == ["desire A 1"]
 
 
 def test_one_too_many_after_a_restart_is_the_newest_as_serve_will_have_it() -> None:
