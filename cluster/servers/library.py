@@ -110,9 +110,15 @@ class ServerConfig:
 
 
 class Slot(str):
-    """The URL of a server, and the one lease that it stands for: released twice, it frees nobody else's slot."""
+    """The URL of a server, and the one lease that it stands for: released twice, it frees nobody else's slot.
+
+    `str(slot)` is the slot itself, so it is the same lease. Only a text that was put together anew names none.
+    """
 
     grant: Grant
+
+    def __str__(self) -> str:
+        return self
 
     @classmethod
     def of(cls, grant: Grant) -> Slot:
@@ -266,10 +272,14 @@ class ServerPool:
                     self._answer(command)
 
     def _answer(self, answer: Grant | Reject) -> None:
+        taker = self._takers.pop(answer.request, None)
+        if taker is None:
+            # Whoever asked leaves, and its deadline has come in that very moment: there is nobody to hear of it.
+            return
         if isinstance(answer, Grant):
             self._held[answer.request] = answer
         try:
-            self._takers.pop(answer.request)(answer)
+            taker(answer)
         except RuntimeError:
             # Its event loop was closed under it.
             self._withdraw(answer.request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 import cluster
 from cluster import (
+    ConcurrentDispatcher,
     DispatcherTimeoutError,
     ModelNotAvailableError,
     NoModelsAvailableError,
@@ -164,6 +166,35 @@ def test_an_extra_release_is_logged_and_frees_nobody_elses_slot(caplog):
     pool.release_server(A)
     pool.release_server(A)
     assert pool.servers[A].active_requests == 0
+    assert idle(pool)
+
+
+def test_the_text_of_a_slot_is_the_slot(caplog):
+    pool = stocked(A, max_concurrent=2)
+    mine, yours = pool.find_and_acquire("m"), pool.find_and_acquire("m")
+    pool.release_server(str(mine))
+    with caplog.at_level(logging.WARNING):
+        pool.release_server(str(mine))
+    assert caplog.text.count("ignored") == 1
+    assert pool.servers[A].active_requests == 1
+    pool.release_server(str(yours))
+    assert idle(pool)
+
+
+async def test_who_leaves_at_its_deadline_takes_nobodys_answer_with_it():
+    pool = stocked(A)
+    held = pool.find_and_acquire("m")
+    submit = ConcurrentDispatcher(pool).submit
+    leaves, stays = asyncio.create_task(submit("m", 0.05)), asyncio.create_task(submit("m", 0.05))
+    await asyncio.sleep(0)
+    # The deadline passes while this thread is busy, so the next that the ledger hears is the cancellation.
+    threading.Event().wait(0.1)
+    leaves.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaves
+    with pytest.raises(DispatcherTimeoutError):
+        await asyncio.wait_for(stays, 5)
+    pool.release_server(held)
     assert idle(pool)
 
 
