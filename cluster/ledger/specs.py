@@ -82,15 +82,16 @@ class PoolSpec:
 
     The scheduling parameters, with defaults that suit loads of seconds and requests of seconds to minutes. The
     simulator (`tests/bench/bench_policy.py`) explains them. Where the resident models pause now and then, whoever is
-    loaded goes first and the pool is as good as that rule: mean waits within 7 % of it with any of eight seeds, and 5
+    loaded goes first and the pool is as good as that rule: mean waits within 15 % of it with any of six seeds, and 5
     to 300 times better than a swap on demand; bounds and paying swaps then lie idle. Where a flood never pauses, that
-    rule starves the visitor (848 s), while `bound_s` lets him in after 19 s at most, at 15 loads instead of 2. Longer
+    rule starves the visitor (848 s), while ours lets him in after 14 s at most, at 15 loads instead of 2. Longer
     bounds mean fewer swaps and longer worst waits. A crowd larger than the devices can serve in `bound_s` waits
     longer whatever is chosen: the bound is what the pool strives for, not an admission limit (`queue_max_size` is).
 
     `variants`          public name -> ((model, weight), ...): A/B variants, chosen in turn by weight.
     `bound_s`           the longest wait for a *place* that the pool strives for, per class (high, medium, low). The
-                        drain of a resident model begins early enough (expected drain and load) to keep it.
+                        drain of a resident model begins early enough (expected drain and load) to keep it. None = 3,
+                        8 or 20 times what a swap to the model costs, and never under 5, 15 or 40 s.
     `ageing_s`          a class lower counts as having arrived this much later: high goes first, but a medium that
                         waits `ageing_s` longer than a high overtakes it. 0 = pure first come, first served.
     `min_residency_s`   how long a freshly loaded *busy* model keeps its place against swaps that merely pay; never
@@ -116,7 +117,7 @@ class PoolSpec:
     drain_timeout_s: float = 3600.0
     max_keep_alive_s: float = 3600.0
     variants: dict[str, tuple[tuple[str, float], ...]] = field(default_factory=dict)
-    bound_s: tuple[float, float, float] = (30.0, 60.0, 120.0)
+    bound_s: tuple[float | None, float | None, float | None] = (None, None, None)
     ageing_s: float = 30.0
     min_residency_s: float = 1.0
     residency_loads: float = 1.0

@@ -59,10 +59,9 @@ def due_at(pool: Pool, server: Server, model: Model) -> float:
     A request that would give up before its bound has half of its time. The time that the server will take to run
     empty counts, as for replicas.
     """
-    bounds = pool.spec.bound_s
     first = INFINITY
     for head in model.queue.heads():
-        patience = min(bounds[head.priority - 1], 0.5 * (head.deadline - head.arrived))
+        patience = min(policy.bound_s(pool, model, head.priority), 0.5 * (head.deadline - head.arrived))
         first = min(first, head.arrived + max(0.0, patience - policy.LEAD * server.drain_s))
     return first
 

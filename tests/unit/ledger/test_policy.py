@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from cluster.ledger.events import ReplicaStarted, RequestCancelled
+import pytest
+
+from cluster.ledger.events import ReplicaReady, ReplicaStarted, RequestCancelled
 from cluster.ledger.rules import policy
 from tests.unit.ledger.desk import Desk, model
 
@@ -45,6 +47,23 @@ def test_classes_have_their_own_bounds() -> None:
         desk.arrive("b2", "B", priority=3)
         assert desk.at(bound - 0.01) == []
         assert desk.at(bound) == ["quiesce A#1"]
+
+
+@pytest.mark.parametrize(
+    ("load_s", "bounds"), [(0.1, [5.0, 15.0, 40.0]), (4.0, [12.0, 32.0, 80.0]), (60.0, [180.0, 480.0, 1200.0])]
+)
+def test_a_bound_that_is_not_configured_fits_what_a_swap_costs(load_s: float, bounds: list[float]) -> None:
+    desk = Desk(model("A"), bound_s=(None, None, 7.0), load_prior_s=load_s)
+    pool = desk.ledger._pool
+    fitting = [policy.bound_s(pool, pool.models["A"], priority) for priority in (1, 2, 3)]
+    assert fitting == [*bounds[:2], 7.0]
+    desk = Desk(model("A"))
+    desk.arrive("a1", "A")
+    desk.tell(ReplicaStarted("A", "A#1", "n"))
+    desk.now = load_s
+    desk.tell(ReplicaReady("A#1"))
+    pool = desk.ledger._pool
+    assert [policy.bound_s(pool, pool.models["A"], priority) for priority in (1, 2, 3)] == bounds, "as it was learned"
 
 
 def test_a_drain_begins_early_enough_for_the_load() -> None:

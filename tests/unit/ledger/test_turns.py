@@ -40,7 +40,8 @@ def test_a_turn_does_not_begin_anew_when_a_drain_is_taken_back() -> None:
     desk = overdue()
     desk.at(16.2)
     assert desk.tell(RequestCancelled("b1")) == ["reopen A#1"]
-    assert desk.arrive("b2", "B") == ["quiesce A#1"]
+    desk.arrive("b2", "B")
+    assert desk.at(18.5) == ["quiesce A#1"]
 
 
 def test_a_replica_that_its_model_can_spare_has_no_turn() -> None:
