@@ -25,6 +25,8 @@ CONFLICTS = {"model_not_loaded", "model_loading", "model_unloading", "model_fail
 def error_response(error: errors.PoolError, *, path: str = "", model: str | None = None) -> Response:
     """The contract's body with the true status, and `Retry-After` in whole seconds on 429 and 503.
 
+    Who was refused for load learns from `X-Queue-Position` where he would have stood.
+
     `path` is the route's, `model` the one that the request was about, for the families that say so in `detail`.
     """
     status, body = error.status, error.body()
@@ -36,6 +38,8 @@ def error_response(error: errors.PoolError, *, path: str = "", model: str | None
     headers = {}
     if status in (429, 503):
         headers["Retry-After"] = str(max(1, round(error.retry_after or 1)))
+    if "queue_position" in error.extras:
+        headers["X-Queue-Position"] = str(error.extras["queue_position"])
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return Response(json.dumps(body), status, headers, media_type="application/json")

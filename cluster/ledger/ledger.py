@@ -61,6 +61,7 @@ from cluster.ledger.handlers import (
     server_slots,
 )
 from cluster.ledger.handlers.validate import fault
+from cluster.ledger.rules import estimate
 from cluster.ledger.specs import PoolSpec
 from cluster.ledger.transitions import Transition
 
@@ -232,6 +233,11 @@ class Ledger:
     def queue_position(self, request: str) -> tuple[str, int | str] | None:
         """("queued", 1-based position), ("loading", model), or None if the request does not wait."""
         return snapshot.queue_position(self._pool, request)
+
+    def expected_wait_s(self, model: str, priority: int, now: float) -> float | None:
+        """How long a request that came now would probably wait for a slot, in s; None if there is no such model."""
+        known = self._pool.models.get(model)
+        return None if known is None else estimate.wait_s(self._pool, known, priority, now)
 
     def model(self, name: str) -> snapshot.ModelView | None:
         """One model at a glance; None if there is none of that name. Cheap."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.servers import is_remote
-from cluster.ledger.rules import policy
+from cluster.ledger.rules import estimate, policy
 from cluster.ledger.states import ReplicaState
 
 if TYPE_CHECKING:
@@ -107,11 +107,14 @@ class ServerRow:
 class Snapshot:
     """All that the ledger shows. Times (`since`, `waiting_since`, `last_arrival`, `backoff_until`) are on its clock.
 
+    `overloaded`: somebody waits longer than his class's bound.
+
     The actor fills in what that clock shows (`now`), the time of day with it (`time`), and why the pool is stuck.
     """
 
     epoch: str
     recovering: bool = False
+    overloaded: bool = False
     leases: int = 0
     queued: int = 0
     submitted: int = 0
@@ -172,6 +175,7 @@ def take(pool: Pool) -> Snapshot:
     return Snapshot(
         epoch=pool.epoch,
         recovering=pool.is_recovering,
+        overloaded=estimate.is_overloaded(pool, pool.now),
         leases=len(pool.leases) + len(pool.servers.leases),
         queued=len(pool.waiters),
         submitted=pool.submitted,

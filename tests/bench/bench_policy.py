@@ -393,8 +393,10 @@ class Visit:
             self.then()
 
 
-def simulate(trace: Trace, name: str, make: Callable[[float], Scheduler]) -> dict[str, float]:
-    world = World(trace.spec(), make, load_s=trace.load_s)
+def simulate(
+    trace: Trace, name: str, make: Callable[[float], Scheduler], kind: type[World] = World
+) -> dict[str, float]:
+    world = kind(trace.spec(), make, load_s=trace.load_s)
     visits: list[Visit] = []
 
     def ask(question: tuple[str, int, float], then: Callable[[], None] | None = None) -> None:

@@ -13,10 +13,13 @@ from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.records import Model, Replica, Waiter
 from cluster.ledger.events import LeaseReleased, RequestArrived, RequestCancelled
 from cluster.ledger.handlers import server_slots
-from cluster.ledger.rules import policy
+from cluster.ledger.rules import estimate, policy
 from cluster.ledger.states import ReplicaState
 
 log = logging.getLogger(__name__)
+
+# Nobody is told to stay away for longer, however long the line is: clients take it literally.
+MAX_RETRY_AFTER_S = 20.0
 
 READY, STARTING, DRAINING = ReplicaState.READY, ReplicaState.STARTING, ReplicaState.DRAINING
 
@@ -137,7 +140,7 @@ def _admit(pool: Pool, model: Model, event: RequestArrived, now: float) -> None:
     if threshold and model.spec.num_gpus and model.queue.count >= threshold:
         other = pool.models.get(model.spec.cpu_offload_model or "")
         if other is None:
-            _queue_full(pool, waiter, model)
+            _queue_full(pool, waiter, model, now)
             return
         waiter.model = model = other
     waiter.fallbacks = _fallbacks(pool, event.model, model)
@@ -154,7 +157,7 @@ def _admit(pool: Pool, model: Model, event: RequestArrived, now: float) -> None:
     full = len(pool.waiters) >= pool.spec.queue_max_size
     if full or (model.spec.max_queued is not None and model.queue.count >= model.spec.max_queued):
         if not server_slots.squeeze_in(pool, waiter, now):
-            _queue_full(pool, waiter, model)
+            _queue_full(pool, waiter, model, now)
         return
     pool.enqueue(waiter, now)
     # One of a higher class goes before a wide one that waits before free slots.
@@ -163,9 +166,19 @@ def _admit(pool: Pool, model: Model, event: RequestArrived, now: float) -> None:
         pool.touched[model] = None
 
 
-def _queue_full(pool: Pool, waiter: Waiter, model: Model) -> None:
-    message = f"too many requests wait for {model.name!r}"
-    pool.reject(waiter.request, waiter.holder, "QueueFull", message, retry_after=policy.retry_after(model))
+def _queue_full(pool: Pool, waiter: Waiter, model: Model, now: float) -> None:
+    """Refuse for load, and say honestly where the request would have stood, and for how long."""
+    wait_s = estimate.wait_s(pool, model, waiter.priority, now)
+    pool.reject(
+        waiter.request,
+        waiter.holder,
+        "QueueFull",
+        f"too many requests wait for {model.name!r}",
+        retry_after=min(MAX_RETRY_AFTER_S, max(1.0, wait_s)),
+        queue_position=1 + sum(model.queue.counts[: waiter.priority]),
+        expected_wait_s=round(wait_s, 1),
+        overloaded=wait_s > policy.bound_s(pool, model, waiter.priority),
+    )
 
 
 def next_fallback(pool: Pool, waiter: Waiter) -> Model | None:

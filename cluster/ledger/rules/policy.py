@@ -110,12 +110,6 @@ def phase(model: Model) -> str:
     return "loading" if model.counts[STARTING] and not model.counts[READY] else "queued"
 
 
-def retry_after(model: Model) -> float:
-    """When it may be worth while to come again: about when half of the line will be gone."""
-    slots = max(1, model.counts[READY]) * model.spec.slots
-    return min(60.0, max(1.0, 0.5 * model.queue.count * model.service_s / slots))
-
-
 def split_wait(model: Model, waiter: Waiter, now: float) -> tuple[float, float]:
     """A waiter's time so far, as (in the queue, for loads of its model)."""
     waited = now - waiter.arrived

@@ -147,7 +147,8 @@ def test_queue_bounds() -> None:
     desk.arrive("a1", "A")
     desk.arrive("a2", "A")
     assert desk.arrive("a3", "A") == ["reject a3 QueueFull"]
-    assert desk.extras() == {"retry_after": 1.0}
+    told = {"queue_position": 3, "expected_wait_s": 5.0, "overloaded": False}
+    assert desk.extras() == {"retry_after": 5.0, **told}, "a load that is taken to last 5 s"
     desk.arrive("b1", "B")
     assert desk.arrive("b2", "B") == ["reject b2 QueueFull"]
 
@@ -320,7 +321,7 @@ def test_unloading_of_what_waits_to_load() -> None:
     assert desk.boot("B", "B#1") == ["grant r1 B#1"]
 
 
-def test_retry_after_grows_with_the_line() -> None:
+def test_retry_after_grows_with_the_line_up_to_twenty_seconds() -> None:
     desk = Desk(model("A", max_queued=20))
     desk.arrive("r0", "A")
     desk.boot("A", "A#1")
@@ -329,7 +330,11 @@ def test_retry_after_grows_with_the_line() -> None:
     for index in range(1, 22):
         desk.arrive(f"r{index}", "A")
     assert desk.arrive("r99", "A") == ["reject r99 QueueFull"]
-    assert desk.extras() == {"retry_after": 40.0}
+    told = {"queue_position": 21, "expected_wait_s": 84.0, "overloaded": True}
+    assert desk.extras() == {"retry_after": 20.0, **told}
+    assert desk.arrive("r100", "A", priority=1) == ["reject r100 QueueFull"]
+    told = {"queue_position": 1, "expected_wait_s": 4.0, "overloaded": False}
+    assert desk.extras() == {"retry_after": 4.0, **told}, "it would stand before all of them"
 
 
 def test_many_cancelled_leave_a_short_line() -> None:
