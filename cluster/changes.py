@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cluster.ledger.events import ConfigChanged, ServerManifest, ServerSuspected
 from cluster.ledger.snapshot import Brief, ServerRow, Snapshot
-from cluster.ledger.transitions import SwapBegun, Transition
+from cluster.ledger.transitions import Because, SwapBegun, Transition
 
 if TYPE_CHECKING:
     from cluster.ledger.ledger import Ledger
@@ -38,12 +38,12 @@ _TO_REVIEW = frozenset((ServerManifest, ServerSuspected, ConfigChanged))
 class Change(NamedTuple):
     """One entry. `time` is in seconds since 1970; `data` is plain and depends on `kind`:
 
-    `replica`  from, to, cause, reason, record, node, devices: a transition (`ledger.transitions.Moved`)
+    `replica`  from, to, cause, reason, because, record, node, devices: a transition (`ledger.transitions.Moved`)
     `model`    state, ready, last_error, removed: a model as it stands now
     `queue`    queued, by_class: who waits for a model
     `lease`    leases: how many requests a model runs
     `load`     progress: how much of a replica's load is done, 0.0 to 1.0
-    `swap`     victims, reason: a model was promised their room
+    `swap`     victims, reason, because: a model was promised their room
     `server`   an external server as it stands now
     `config`   the pool's configuration changed
     """
@@ -185,7 +185,8 @@ class Watch:
     def _changed(self, transition: Transition) -> None:
         self._counts.moved(transition)
         if isinstance(transition, SwapBegun):
-            self.log.add("swap", transition.model, victims=list(transition.victims), reason=transition.reason)
+            told = {"reason": transition.reason, "because": _plain(transition.because)}
+            self.log.add("swap", transition.model, victims=list(transition.victims), **told)
             return
         moved = transition
         self.log.add(
@@ -193,6 +194,7 @@ class Watch:
             moved.model,
             moved.replica,
             **{"from": moved.before.name, "to": moved.after.name, "cause": moved.cause, "reason": moved.reason},
+            because=_plain(moved.because),
             record=moved.record,
             node=moved.node,
             devices=list(moved.devices),
@@ -206,3 +208,8 @@ class Watch:
     def _review_now(self) -> None:
         self._review_due = False
         self.review()
+
+
+def _plain(because: Because | None) -> dict[str, Any] | None:
+    """`{rule, waiter, bound_in_s, cost_s, victims}`; None for what happened by itself."""
+    return None if because is None else {**because._asdict(), "victims": list(because.victims)}

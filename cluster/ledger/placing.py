@@ -102,7 +102,9 @@ def _promise(pool: Pool, model: Model, plans: list[policy.Plan], now: float, bou
     for victim in claim.victims:
         victim.claim = claim
     reason = _why_swapped(model, plans, bound)
-    pool.transitions.append(SwapBegun(model.name, tuple(victim.uid or "" for victim in claim.victims), reason))
+    names = tuple(victim.uid or "" for victim in claim.victims)
+    claim.because = policy.because(pool, model, plans, reason, names, now)
+    pool.transitions.append(SwapBegun(model.name, names, reason, claim.because))
     for victim in claim.victims:
         if victim.state is READY:
             pool.quiesce(victim, now, reason)

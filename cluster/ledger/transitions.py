@@ -11,6 +11,21 @@ from typing import NamedTuple
 from cluster.ledger.states import ReplicaState
 
 
+class Because(NamedTuple):
+    """Why something was decided. What does not belong to a rule is None.
+
+    `rule` is a `reason` as below; of a start it is `demand`, `operator` or `kept` (without demand). `waiter` is the
+    request for whose sake it is, `bound_in_s` how far its bound still was (negative: it was overdue), `cost_s` what the
+    victims' users lose by it, in request-seconds, and `victims` all that must go together.
+    """
+
+    rule: str
+    waiter: str | None = None
+    bound_in_s: float | None = None
+    cost_s: float | None = None
+    victims: tuple[str, ...] = ()
+
+
 class Moved(NamedTuple):
     """A replica changed its state, for a cause of `states.py` in lower case, or `announced`: its process came.
 
@@ -28,6 +43,7 @@ class Moved(NamedTuple):
     after: ReplicaState
     cause: str
     reason: str = ""
+    because: Because | None = None
 
 
 class SwapBegun(NamedTuple):
@@ -40,6 +56,7 @@ class SwapBegun(NamedTuple):
     model: str
     victims: tuple[str, ...]
     reason: str
+    because: Because | None = None
 
 
 Transition = Moved | SwapBegun

@@ -152,7 +152,12 @@ async def test_swaps_progress_servers_and_the_configuration_are_told():
     assert told is not None
     by_kind = {change.kind: change for change in told}
     assert (by_kind["load"].model, by_kind["load"].replica, by_kind["load"].data) == ("a", "u", {"progress": 0.512})
-    assert by_kind["swap"].data == {"victims": ["u"], "reason": "idle"}
+    because = {"rule": "idle", "waiter": "s", "bound_in_s": 15.0, "cost_s": 0, "victims": ["u"]}
+    assert by_kind["swap"].data == {"victims": ["u"], "reason": "idle", "because": because}
+    drained = [
+        change.data["because"] for change in told if change.kind == "replica" and change.data["to"] == "DRAINING"
+    ]
+    assert drained == [because]
     assert "config" in by_kind
     servers = [change.data for change in told if change.kind == "server"]
     assert [each.get("available_models") for each in servers][-2:] == [["m"], None]

@@ -30,7 +30,7 @@ from cluster.ledger.events import (
 )
 from cluster.ledger.specs import PoolSpec
 from cluster.ledger.states import TRANSITIONS, Cause, ReplicaState
-from cluster.ledger.transitions import Moved, Transition
+from cluster.ledger.transitions import Because, Moved, Transition
 
 log = logging.getLogger(__name__)
 
@@ -299,7 +299,7 @@ class Pool:
         """Tell those who watch of a change that was made."""
         name, place = replica.model.name, replica.place
         moved = (name, replica.serial, replica.uid, place.node, place.devices, before, replica.state, cause, reason)
-        self.transitions.append(Moved(*moved))
+        self.transitions.append(Moved(*moved, _why(replica, before, reason)))
 
     def dismiss(self, replica: Replica) -> None:
         """Serve is to stop a replica of the model, which must be this one: see `stops.certain`."""
@@ -399,3 +399,15 @@ class Pool:
                 return self.timers[0]
             heapq.heappop(self.timers)
         return None
+
+
+def _why(replica: Replica, before: ReplicaState, reason: str) -> Because | None:
+    """Why a replica changes its state; None where it, or its process, did so by itself."""
+    if replica.claim is not None:
+        return replica.claim.because
+    if before is COLD:
+        model, head = replica.model, replica.model.queue.head()
+        if model.order is not None:
+            return Because("operator")
+        return Because("kept") if head is None else Because("demand", head.request)
+    return Because(reason) if reason else None

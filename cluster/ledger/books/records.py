@@ -9,6 +9,7 @@ from cluster.ledger.books.queue import INFINITY, WaitQueue
 from cluster.ledger.books.shapes import Place, Shape, shape_of
 from cluster.ledger.specs import ModelSpec
 from cluster.ledger.states import ReplicaState
+from cluster.ledger.transitions import Because
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -170,16 +171,18 @@ class Replica:
 class Claim:
     """A promise of places to a model, while its victims drain. All of its replicas are placed at once, or none.
 
-    `began` is when it was first made, whatever its victims since; at `look_at` a better way is looked for.
+    `began` is when it was first made, whatever its victims since; at `look_at` a better way is looked for. `because`
+    is for those who watch.
     """
 
-    __slots__ = ("began", "look_at", "marks", "model", "places", "victims")
+    __slots__ = ("because", "began", "look_at", "marks", "model", "places", "victims")
 
     def __init__(self, model: Model, places: list[Place], victims: list[Replica], began: float) -> None:
         self.model = model
         self.places = places
         self.victims = dict.fromkeys(victims)
         self.began = self.look_at = began
+        self.because: Because | None = None
         self.marks: list[int] = []
 
 

@@ -25,6 +25,7 @@ from enum import IntEnum
 from math import expm1, log
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from cluster.ledger import transitions
 from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.servers import is_remote
 from cluster.ledger.states import ReplicaState
@@ -299,3 +300,15 @@ def bound_at(pool: Pool, model: Model) -> float:
     first = min((head.arrived + bound_s(pool, model, head.priority) for head in heads), default=INFINITY)
     first = min(first, model.queue.first_deadline())
     return first - LEAD * (load_time(pool, model) + pool.stop_s + pool.drain_s)
+
+
+def because(
+    pool: Pool, model: Model, plans: list[Plan], rule: str, victims: tuple[str, ...], now: float
+) -> transitions.Because:
+    """Why these victims must go for a model, and why now; for those who watch."""
+    cost_s = round(sum(plan.cost for plan in plans if plan.tier > Tier.SURPLUS), 3)
+    head = model.queue.head()
+    if head is None:
+        return transitions.Because(rule, None, None, cost_s, victims)
+    bound_in_s = round(head.arrived + bound_s(pool, model, head.priority) - now, 3)
+    return transitions.Because(rule, head.request, bound_in_s, cost_s, victims)

@@ -14,7 +14,7 @@ from cluster.ledger.events import (
     UnloadRequested,
 )
 from cluster.ledger.specs import NodeSpec, ServerSpec
-from cluster.ledger.transitions import Moved, SwapBegun
+from cluster.ledger.transitions import Because, Moved, SwapBegun
 from tests.unit.ledger.desk import Desk, model
 
 
@@ -25,6 +25,10 @@ def causes(desk: Desk) -> list[str]:
 def reasons(desk: Desk) -> list[str]:
     """Why replicas drain, or are taken back, by the last event."""
     return [each.reason for each in desk.ledger.transitions if isinstance(each, Moved) and each.reason]
+
+
+def moves(desk: Desk) -> list[Moved]:
+    return [each for each in desk.ledger.transitions if isinstance(each, Moved)]
 
 
 def swaps(desk: Desk) -> list[SwapBegun]:
@@ -52,6 +56,27 @@ def test_the_life_of_a_replica_is_told():
     assert causes(desk) == ["gone"]
 
 
+def test_every_start_and_every_drain_says_why():
+    desk = Desk(model("a"), model("b", min_replicas=1), model("c"), gpus=3)
+    desk.at(0.0)
+    assert [(each.model, each.because) for each in moves(desk)] == [("b", Because("kept"))]
+    desk.arrive("r", "a")
+    assert [each.because for each in moves(desk)] == [Because("demand", "r")]
+    desk.tell(LoadRequested("c", 1))
+    assert [each.because for each in moves(desk)] == [Because("operator")]
+    desk.boot("c", "u")
+    assert [each.because for each in moves(desk)] == [None], "loaded it has by itself"
+    desk.tell(UnloadRequested("c"))
+    assert [each.because for each in moves(desk)] == [Because("operator"), None]
+
+
+def test_a_promise_to_an_operators_load_has_no_waiter():
+    desk = Desk(model("a"), model("b"))
+    desk.warm("a", "u")
+    desk.tell(LoadRequested("b", 1))
+    assert swaps(desk) == [SwapBegun("b", ("u",), "idle", Because("idle", None, None, 0, ("u",)))]
+
+
 def test_a_decision_that_moves_nothing_tells_nothing():
     desk = Desk(model("a", slots=2))
     desk.warm("a", "u")
@@ -63,7 +88,9 @@ def test_an_idle_victim_makes_room():
     desk = Desk(model("a"), model("b"))
     desk.warm("a", "u")
     desk.arrive("r", "b")
-    assert swaps(desk) == [SwapBegun("b", ("u",), "idle")]
+    because = Because("idle", "r", 40.0, 0, ("u",))
+    assert swaps(desk) == [SwapBegun("b", ("u",), "idle", because)]
+    assert [each.because for each in moves(desk)] == [because, because], "it drains and stops for that"
     assert reasons(desk) == ["idle"]
 
 
@@ -74,7 +101,12 @@ def test_a_busy_victim_goes_for_a_bound():
     desk.arrive("s", "b")
     assert swaps(desk) == []
     desk.at(100.0)
-    assert swaps(desk) == [SwapBegun("b", ("u",), "bound")]
+    (swap,) = swaps(desk)
+    assert swap[:3] == ("b", ("u",), "bound")
+    assert swap.because is not None
+    assert swap.because[:3] == ("bound", "s", 0.0)
+    assert swap.because.cost_s is not None
+    assert swap.because.cost_s >= 0.0
 
 
 def test_a_load_by_hand_takes_a_busy_place():
