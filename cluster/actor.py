@@ -23,6 +23,9 @@ from cluster.attached import Attached
 from cluster.changes import BATCH, Changes, Watch
 from cluster.config import ConfigError
 from cluster.config.version import Configuration
+from cluster.home import home_of
+from cluster.lease_link import Settled
+from cluster.lease_server import LeaseServer
 from cluster.ledger.events import (
     ConfigChanged,
     EndReplica,
@@ -60,9 +63,9 @@ from cluster.ledger.events import (
 from cluster.ledger.ledger import Ledger
 from cluster.ledger.snapshot import Snapshot
 from cluster.ledger.specs import NodeSpec
-from cluster.metrics import Counts, Outcome, refused
+from cluster.metrics import Counts, refused
 from cluster.operator_calls import Ended, OperatorCalls, refuse_overrides, refuse_unload
-from cluster.orders import AsleepState, Drain, EngineState, Order, Prefetch, Sleep, Unload, Wake
+from cluster.orders import Address, AsleepState, Drain, EngineState, Order, Prefetch, Sleep, Unload, Wake
 from cluster.owned_config import OwnedConfiguration
 from cluster.parked import Answer, Packed, ParkedCalls, packed
 from cluster.request import Request
@@ -110,6 +113,7 @@ class LedgerActor:
             patience_s=0.0,
         )
         self._parked = ParkedCalls()
+        self._leases = LeaseServer(self._arrivals, self._settle, self._parked.take)
         self._attached = Attached()
         self._operators = OperatorCalls(self._ledger)
         self._counts = Counts(self._ledger.knows)
@@ -145,16 +149,18 @@ class LedgerActor:
         Requests and answers travel as bare tuples, see `parked.packed`. `sent` is the number of the holder's message,
         see `HolderState`.
         """
-        self._attached.has_sent(holder, sent)
-        answers = [self._arrive(holder, Request(*request)) for request in requests]
+        answers = self._arrivals(holder, requests, sent)
         decisions = [packed(answer) for answer in answers]
         for request, decision in zip(requests, decisions, strict=True):
             if decision is not None:
                 self._parked.take(request[0])
         return decisions
 
-    async def settle(self, settled: list[tuple[str, int | None, Outcome | None]]) -> None:
+    async def settle(self, settled: list[Settled]) -> None:
         """Give leases back, each by its request and generation; with None the client has left, wherever it stood."""
+        self._settle(settled)
+
+    def _settle(self, settled: list[Settled]) -> None:
         for request, generation, _ in settled:
             if generation is not None:
                 self._post(LeaseReleased(request, generation))
@@ -164,6 +170,12 @@ class LedgerActor:
         for _, _, outcome in settled:
             if outcome is not None:
                 self._counts.ended(outcome)
+
+    async def lease_address(self, node: str) -> Address | None:
+        """Where a holder on a node connects to take its leases; None where it cannot, and calls `acquire_now`."""
+        _, here = effects.this_actor()
+        home = await asyncio.to_thread(home_of, effects.raylet_pid())
+        return await self._leases.address_for(node, here, home.folder, effects.open_host)
 
     async def waiting(self, request: str) -> tuple[str, int | str] | None:
         """Where a request waits: ("queued", position), ("loading", model), or None when it does not wait."""
@@ -410,6 +422,10 @@ class LedgerActor:
                 self._attached.end_replica(command.replica, "it does not do what it was ordered")
             case Quiesce():
                 orders.give(command.replica, Drain())
+
+    def _arrivals(self, holder: str, requests: Sequence[Sequence[Any]], sent: int) -> list[Answer]:
+        self._attached.has_sent(holder, sent)
+        return [self._arrive(holder, Request(*request)) for request in requests]
 
     def _arrive(self, holder: str, request: Request) -> Answer:
         """The answer to a request, which has arrived now or before."""

@@ -19,6 +19,7 @@ from cluster import effects, errors
 from cluster.announcements import HolderState
 from cluster.changes import Changes
 from cluster.config.version import Configuration
+from cluster.lease_link import LeaseLink
 from cluster.ledger.events import Grant, LoadRefused, Reject
 from cluster.ledger.snapshot import Snapshot
 from cluster.metrics import Outcome
@@ -67,6 +68,7 @@ class LedgerClient:
         self._waiting: dict[str, None] = {}
         self._held: dict[str, Grant] = {}
         self._sent = 0
+        self._link = LeaseLink()
         self._on_configuration: Callable[[Configuration], None] | None = None
         self._pending_arrivals: list[_Arrival] = []
         self._pending_releases: list[tuple[str, int | None, Outcome | None]] = []
@@ -96,6 +98,7 @@ class LedgerClient:
             raise
         finally:
             del self._waiting[request.id]
+            self._link.forget(request.id)
         if isinstance(answer, Reject):
             raise as_error(answer)
         self._held[request.id] = answer
@@ -105,12 +108,13 @@ class LedgerClient:
         deadline = time.monotonic() + request.timeout_s
         while True:
             try:
-                answer = await self._arrive(request)
+                async with asyncio.timeout(request.timeout_s + 2 * SLACK_S):
+                    answer = await self._arrive(request)
                 if answer is None:
                     waits = self._actor.acquire.remote(self._holder, request)
                     answer = await _within(request.timeout_s + SLACK_S, waits)
                 return answer
-            except (RayActorError, TimeoutError) as error:
+            except (RayActorError, ConnectionError, TimeoutError) as error:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     reason = "does not answer" if isinstance(error, TimeoutError) else "could not be reached"
@@ -138,6 +142,9 @@ class LedgerClient:
             if not batch:
                 continue
             self._sent += 1
+            if self._link.is_open:
+                self._link.ask(self._holder, self._sent, [(each.request, each.answer) for each in batch])
+                continue
             requests = [tuple(arrival.request) for arrival in batch]
             try:
                 decisions = await self._answered(
@@ -187,7 +194,28 @@ class LedgerClient:
             await self._has_releases.wait()
             self._has_releases.clear()
             settled, self._pending_releases = self._pending_releases, []
-            self._actor.settle.remote(settled)
+            if self._link.is_open:
+                self._link.settle(settled)
+            else:
+                self._actor.settle.remote(settled)
+
+    async def stay_linked(self, node: str) -> None:
+        """Keep a socket to the ledger's process, from this one on `node`, and leases on it. Runs until cancelled.
+
+        Without one, and until there is one again, they go through Ray.
+        """
+        while True:
+            try:
+                address = await _within(ANSWER_S, self._actor.lease_address.remote(node))
+                if address is None:
+                    return
+                await self._link.run(address, node)
+            except (RayActorError, OSError):
+                pass  # Among the latter are a connection's end and `TimeoutError`.
+            except Exception:
+                logger.exception("there is no socket to the ledger, trying again")
+                await asyncio.sleep(FAULT_PAUSE_S)
+            await asyncio.sleep(RETRY_S)
 
     async def waiting(self, request: str) -> tuple[str, int | str] | None:
         """Where a request waits: ("queued", position), ("loading", model) or None."""

@@ -9,27 +9,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.errors import ModelUnavailable
+from cluster.frames import Connection, ConnectionEnded, user_of
+from cluster.home import ROOT, Home
 from deployments import nursery
 from deployments.engine_process import CONTROL_LIMITS, message
-from deployments.frames import Connection, ConnectionEnded, make_private, user_of
-
-#: Where the packages lie, for interpreters that are started here.
-ROOT = str(Path(__file__).resolve().parent.parent)
 
 #: A nursery listens within this time, in seconds: its imports, on a busy machine.
 NURSERY_S = 60.0
@@ -43,38 +38,6 @@ END_S = 1.0
 
 class EngineDied(Exception):
     """The engine process is gone; the message says why, in words for an operator."""
-
-
-@dataclass(frozen=True, slots=True)
-class Home:
-    """Where the engine processes of one Ray on this machine live: the pool's own folder for them, and the raylet."""
-
-    folder: Path
-    raylet: int
-
-
-def home_of(raylet: int) -> Home:
-    """The folder for this Ray, this code and this interpreter, made where it is not there. Blocks for a moment.
-
-    Not in Ray's own, which everybody may write to. Raises `PermissionError` where another user has made it.
-    """
-    born = Path("/proc", str(raylet), "stat").read_text().rsplit(") ", 1)[1].split()[19]
-    base = make_private(Path(f"/tmp/slotpool-{os.geteuid()}"))
-    _remove_left_over(base)
-    code = hashlib.sha256(f"{ROOT} {sys.executable}".encode()).hexdigest()[:8]
-    return Home(make_private(base / f"{raylet}-{born}-{code}"), raylet)
-
-
-def _remove_left_over(base: Path) -> None:
-    """Remove what a nursery that was killed has left behind."""
-    for folder in base.iterdir():
-        raylet, born, *_ = (*folder.name.split("-"), "", "")
-        try:
-            is_there = Path("/proc", raylet, "stat").read_text().rsplit(") ", 1)[1].split()[19] == born
-        except (OSError, IndexError):
-            is_there = False
-        if raylet.isdigit() and not is_there:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def start_nursery(home: Home) -> Path:

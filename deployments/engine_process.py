@@ -25,9 +25,9 @@ from typing import Any
 
 from cluster.config.models import ModelConfig
 from cluster.errors import ModelUnavailable, PoolError, ReplicaGone
+from cluster.frames import Connection, ConnectionEnded, frame, raise_file_limit
 from deployments.engines.protocol import Call, Engine, Progress, Reply, Sleeper
 from deployments.engines.registry import build_engine
-from deployments.frames import Connection, ConnectionEnded, frame, raise_file_limit
 from deployments.link_server import LinkServer
 from deployments.weights import find_weights
 
@@ -111,8 +111,8 @@ class EngineProcess:
         engine = build_engine(order["model"], config, path)
         await engine.load(self._progress())
         server = LinkServer(order["model"], order["replica"], self._respond)
-        await server.listen_unix(Path(order["unix"]))
-        port = await server.listen_tcp(order["host"], order["token"]) if order["host"] else 0
+        await server.listener.listen_unix(Path(order["unix"]))
+        port = await server.listener.listen_tcp(order["host"], order["token"]) if order["host"] else 0
         self._engine, self._server = engine, server
         self._say_ready(port=port)
 
@@ -161,7 +161,7 @@ class EngineProcess:
             self._working.cancel()
             await asyncio.wait([self._working])
         if self._server is not None:
-            self._server.stop_listening()
+            self._server.listener.stop()
             await self._server.finished()
 
 

@@ -21,12 +21,12 @@ from cluster import effects, errors
 from cluster.client import LedgerClient
 from cluster.config import PoolConfig, ServerEntry
 from cluster.config.version import Configuration
+from cluster.frames import raise_file_limit
 from cluster.ledger.events import Grant
 from cluster.metrics import Outcome, family
 from cluster.orders import Address
 from cluster.request import Request
 from deployments.engines.protocol import Call
-from deployments.frames import raise_file_limit
 from deployments.leased_call import LeasedCall, ServeWay, Way
 from deployments.link import Leased, Links
 from deployments.sse import DONE, comment, error_event
@@ -63,6 +63,7 @@ class Gateway:
         self._links = Links(node)
         self._life = [
             asyncio.create_task(self.ledger.attach_holder(self._actor_id)),
+            asyncio.create_task(self.ledger.stay_linked(node)),
             asyncio.create_task(self.ledger.follow_configuration(self._configured)),
         ]
 

@@ -1,6 +1,5 @@
 """The link between an ingress and an engine process: what the frames of one call say, and the caller's end.
 
-    a  the token that opens a TCP connection, before anything else
     q  the request (msgpack): which replica and lease it is for, how long it may run, and the call without its body
     b  the call's body: JSON, or raw bytes
     h  the answer's head (msgpack): status and headers
@@ -9,7 +8,6 @@
     f  its failure (msgpack): the fields of a `PoolError`, rebuilt by its name in `cluster.errors`
 
 A connection carries one call at a time and is kept for the next one after a clean end. Closing it aborts its call.
-A Unix socket is believed only in a folder of our own and with our own user at the other end.
 """
 
 from __future__ import annotations
@@ -20,33 +18,30 @@ import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import msgpack
 
 from cluster import errors
 from cluster.errors import PoolError, ReplicaGone
+from cluster.frames import Connection, frame
 from cluster.orders import Address
+from cluster.sockets import connect
 from deployments.engines.protocol import Call, Report
-from deployments.frames import Connection, check_private, frame
 
 logger = logging.getLogger("slotpool.link")
 
-TOKEN, REQUEST, BODY, HEAD, CHUNK, END, FAILURE = b"a", b"q", b"b", b"h", b"c", b"e", b"f"
+REQUEST, BODY, HEAD, CHUNK, END, FAILURE = b"q", b"b", b"h", b"c", b"e", b"f"
 
 #: The largest payloads, in bytes. A body is as large as the pool's `max_body_mb` lets it be, which Serve bounds at
 #: one GiB; a chunk that is larger comes in parts.
 MAX_CHUNK = 2**20
-TOKEN_LIMITS = {TOKEN: 256}
 REQUEST_LIMITS = {REQUEST: 2**20, BODY: 2**30}
 ANSWER_LIMITS = {HEAD: 2**20, CHUNK: MAX_CHUNK, END: 2**20, FAILURE: 2**20}
 
 #: A connection that nobody uses is closed after this time, in seconds, and so many are kept for each engine.
 IDLE_S = 30.0
 MAX_IDLE = 512
-#: An engine process accepts a connection within this time, in seconds, or is taken to be away.
-CONNECT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +190,7 @@ class Links:
     async def send(self, address: Address, head: bytes, body: bytes) -> LinkCall:
         """Send a call whose request and body are encoded already."""
         key = address.unix if address.node == self._node else f"{address.host}:{address.port}"
-        connection = self._take(key) or await self._connect(address, key)
+        connection = self._take(key) or await connect(address, self._node, ANSWER_LIMITS)
         call = LinkCall(self, key, connection)
         try:
             connection.write(frame(REQUEST, head) + frame(BODY, body))
@@ -231,21 +226,6 @@ class Links:
             if not connection.is_closed:
                 return connection
         return None
-
-    async def _connect(self, address: Address, key: str) -> Connection:
-        loop = asyncio.get_running_loop()
-        async with asyncio.timeout(CONNECT_S):
-            if key != address.unix:
-                _, connection = await loop.create_connection(
-                    lambda: Connection(ANSWER_LIMITS), address.host, address.port
-                )
-                connection.write(frame(TOKEN, address.token.encode()))
-                return connection
-            check_private(Path(address.unix).parent)
-            _, connection = await loop.create_unix_connection(
-                lambda: Connection(ANSWER_LIMITS, own_user_only=True), address.unix
-            )
-            return connection
 
     def _sweep(self) -> None:
         oldest = time.monotonic() - IDLE_S

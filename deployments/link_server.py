@@ -9,81 +9,42 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
-import os
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 import msgpack
 
 from cluster.errors import BackendTimeout, BackendUnavailable, PoolError, ReplicaGone
+from cluster.frames import BUFFER, Connection, ConnectionEnded, frame
+from cluster.sockets import Listener
 from deployments import link
 from deployments.engines.protocol import Call, Reply
-from deployments.frames import BACKLOG, BUFFER, Connection, ConnectionEnded, Limits, frame
 from deployments.sse import error_event
 
 logger = logging.getLogger("slotpool.link")
-
-#: A TCP connection must open with its token within this time, in seconds.
-TOKEN_S = 5.0
 
 #: What an engine does with a call.
 Respond = Callable[[Call], Awaitable[Reply]]
 
 
 class LinkServer:
-    """Answers the calls for one replica. `listen_…` once the engine is loaded, then `stop_listening` and `finished`."""
+    """Answers the calls for one replica. Its `listener` listens once the engine is loaded; in the end `finished`."""
 
     def __init__(self, model: str, replica: str, respond: Respond) -> None:
         self._model, self._replica, self._respond = model, replica, respond
-        self._servers: list[asyncio.Server] = []
-        self._connections: set[asyncio.Task[None]] = set()
+        self.listener = Listener(link.REQUEST_LIMITS, self._serve)
         self._active = self._calls = 0
         self._idle = asyncio.Event()
         self._idle.set()
-
-    async def listen_unix(self, path: Path) -> None:
-        """Listen on a socket in a folder of our own. Raises `OSError` where that cannot be."""
-        loop = asyncio.get_running_loop()
-        server = await loop.create_unix_server(self._accept, str(path), backlog=BACKLOG)
-        os.chmod(path, 0o600)
-        self._servers.append(server)
-
-    async def listen_tcp(self, host: str, token: str) -> int:
-        """Listen for other nodes; the port."""
-        loop = asyncio.get_running_loop()
-
-        def gate(said: bytes) -> Limits | None:
-            return link.REQUEST_LIMITS if hmac.compare_digest(said, token.encode()) else None
-
-        server = await loop.create_server(lambda: self._accept(gate), host, 0, backlog=BACKLOG)
-        self._servers.append(server)
-        return int(server.sockets[0].getsockname()[1])
 
     @property
     def load(self) -> tuple[int, int]:
         """How many calls run, and how many there have been."""
         return self._active, self._calls
 
-    def stop_listening(self) -> None:
-        for server in self._servers:
-            server.close()
-
     async def finished(self) -> None:
         """Wait until no call runs."""
         await self._idle.wait()
-
-    def _accept(self, gate: Callable[[bytes], Limits | None] | None = None) -> Connection:
-        is_unix = gate is None
-        connection = Connection(link.REQUEST_LIMITS if is_unix else link.TOKEN_LIMITS, gate, own_user_only=is_unix)
-        loop = asyncio.get_running_loop()
-        if not is_unix:
-            loop.call_later(TOKEN_S, _drop_silent, connection)
-        task = loop.create_task(self._serve(connection))
-        self._connections.add(task)
-        task.add_done_callback(self._connections.discard)
-        return connection
 
     async def _serve(self, connection: Connection) -> None:
         try:
@@ -164,11 +125,6 @@ class LinkServer:
             return BackendTimeout("the request ran longer than it may", phase="running")
         logger.error("%s failed", self._model, exc_info=error)
         return BackendUnavailable(f"the engine of {self._model} failed: {type(error).__name__}")
-
-
-def _drop_silent(connection: Connection) -> None:
-    if connection.is_waiting_at_gate:
-        connection.fail(ConnectionEnded("it did not say its token"))
 
 
 class _Outbox:

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deployments.frames import check_private, user_of
+from cluster.frames import check_private, user_of
 
 logger = logging.getLogger("slotpool.nursery")
 

@@ -18,7 +18,8 @@ from cluster import effects
 from cluster.announcements import ReplicaState
 from cluster.client import LedgerClient
 from cluster.errors import ReplicaGone
-from deployments.engine_child import home_of, start_nursery
+from cluster.home import home_of
+from deployments.engine_child import start_nursery
 from deployments.link import Links
 from deployments.supervisor import Place, Supervisor
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.errors import ModelUnavailable, PoolError, ReplicaGone
+from cluster.home import Home
 from cluster.orders import Address, AsleepState, Drain, EngineState, Load, Order, Prefetch, Restart, Sleep, Unload, Wake
-from deployments.engine_child import EngineChild, EngineDied, Home
+from deployments.engine_child import EngineChild, EngineDied
 from deployments.weights import prefetch
 
 logger = logging.getLogger("slotpool.replica")

@@ -42,8 +42,9 @@ import httpx
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from cluster.config import ModelConfig
+from cluster.home import home_of
 from cluster.orders import Address
-from deployments.engine_child import EngineChild, home_of
+from deployments.engine_child import EngineChild
 from deployments.engines.llama_cpp.engine import LlamaCppEngine
 from deployments.engines.protocol import Call
 from deployments.link import Answer, Leased, Links

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from deployments.engine_child import Home, home_of
+from cluster.home import Home, home_of
 
 
 class Raylet:

@@ -20,12 +20,13 @@ import pytest
 
 from cluster.config import ModelConfig
 from cluster.errors import ModelUnavailable
+from cluster.frames import ConnectionEnded, make_private
+from cluster.home import Home
 from cluster.orders import Address
 from deployments import engine_child
-from deployments.engine_child import EngineChild, EngineDied, Home, start_nursery
+from deployments.engine_child import EngineChild, EngineDied, start_nursery
 from deployments.engine_process import at_most_every
 from deployments.engines.protocol import Call
-from deployments.frames import ConnectionEnded, make_private
 from deployments.link import Answer, Leased, Links
 from tests.unit.raylet import Raylet, lives, nursery_pid, started_raylet, wait_until
 
@@ -180,7 +181,8 @@ async def test_running_calls_end_before_the_process_does(raylet: Raylet, way: st
 SUPERVISOR = """
 import asyncio, os, signal, sys
 from pathlib import Path
-from deployments.engine_child import EngineChild, Home
+from cluster.home import Home
+from deployments.engine_child import EngineChild
 
 async def main(raylet, folder, way):
     home = Home(Path(folder), int(raylet))

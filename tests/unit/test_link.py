@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from cluster.errors import BackendTimeout, ModelNotFound, PoolError, ReplicaGone
+from cluster.frames import BUFFER, ConnectionEnded, check_private, frame, make_private
 from cluster.orders import Address
 from deployments import frames, link
 from deployments.engines.protocol import Call, Reply, Report
-from deployments.frames import BUFFER, ConnectionEnded, check_private, frame, make_private
 from deployments.link import Answer, Leased, LinkCall, Links
 from deployments.link_server import LinkServer
 
@@ -70,14 +70,16 @@ async def serving(
     source = Source()
     server = LinkServer("m", "uid", respond or source)
     path = make_private(folder / "pool") / "s"
-    await server.listen_unix(path)
+    await server.listener.listen_unix(path)
     address = Address("here", str(path))
     if tcp:
-        address = Address("there", str(path), "127.0.0.1", await server.listen_tcp("127.0.0.1", "secret"), "secret")
+        address = Address(
+            "there", str(path), "127.0.0.1", await server.listener.listen_tcp("127.0.0.1", "secret"), "secret"
+        )
     links = Links("here")
     yield address, links, source
     links.close()
-    server.stop_listening()
+    server.listener.stop()
     await asyncio.wait_for(server.finished(), 5)
 
 

@@ -15,11 +15,11 @@ import pytest
 
 from cluster.config import ModelConfig
 from cluster.errors import ReplicaGone
+from cluster.frames import ConnectionEnded
 from cluster.orders import Drain, EngineState, Load, Order, Prefetch, Restart, Sleep, Unload, Wake
 from deployments import engine_child
 from deployments import supervisor as deployed
 from deployments.engines.protocol import Call
-from deployments.frames import ConnectionEnded
 from deployments.link import Answer, Leased, Links
 from deployments.supervisor import Place, Supervisor, devices_of
 from tests.unit.raylet import Raylet, lives, nursery_pid, started_raylet

@@ -78,6 +78,7 @@ class Cluster:
             task.cancel()
         for actor in self.lives:
             actor._arm_timer(None)
+            actor._leases.stop()
 
     async def hold(self, nodes: dict[str, NodeSpec], **_: bool) -> dict[str, NodeSpec]:
         return nodes
