@@ -153,6 +153,8 @@ class Nursery:
             for number in range(1, signal.NSIG):
                 with contextlib.suppress(OSError, ValueError):
                     signal.signal(number, signal.SIG_DFL)
+            # As the interpreter has it: who writes to a client that has left gets an error, and does not die of it.
+            signal.signal(signal.SIGPIPE, signal.SIG_IGN)
             from deployments.engine_process import become_child_of
 
             become_child_of(parent)

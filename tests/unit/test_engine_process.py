@@ -178,6 +178,20 @@ async def test_running_calls_end_before_the_process_does(raylet: Raylet, way: st
     assert not lives(child.pid)
 
 
+@WAYS
+async def test_a_broken_pipe_ends_no_engine(raylet: Raylet, way: str):
+    child = await loaded(raylet, way, tokens_per_s=200)
+    ignored = next(line for line in status_of(child.pid, "status").splitlines() if line.startswith(b"SigIgn:"))
+    assert int(ignored.split()[1], 16) >> (signal.SIGPIPE - 1) & 1
+    for _ in range(20):
+        chunks = answer(raylet, tokens=100)
+        await anext(chunks)
+        await chunks.aclose()
+    assert b"m:2 " in b"".join([chunk async for chunk in answer(raylet)])
+    await asyncio.wait_for(child.finish(), 10)
+    assert child.ended.result() == "the engine process ended with exit status 0"
+
+
 SUPERVISOR = """
 import asyncio, os, signal, sys
 from pathlib import Path
