@@ -12,7 +12,7 @@ swap costs everybody two loads; it is drained before that only if
   lose through a swap now rather than at the pause (`harm`), high, medium and low weighing 4 : 2 : 1.
 
 Whatever it is, V has its *minimum turn* (`turn_end`): where everybody is overdue, shorter turns would only mean that
-more of the time goes into swaps.
+more of the time goes into swaps. Where nobody waits for V, a configured bound need not wait for the end of the turn.
 
 `tests/bench/bench_policy.py` shows what that is worth: without bounds the rule above is as good as "whoever is loaded
 goes first", which nobody beats in mean wait as long as the resident models pause now and then, and which starves all
@@ -184,7 +184,7 @@ def swap_cost(pool: Pool, model: Model) -> float:
 
 
 def turn_end(pool: Pool, replica: Replica) -> float:
-    """Until when a replica that has work keeps its place, whoever waits."""
+    """Until when a replica keeps its place while others wait for it, too; while it has any work, but for a promise."""
     return replica.loaded_at + pool.spec.turn_swaps * swap_cost(pool, replica.model)
 
 
@@ -261,7 +261,7 @@ def standing(pool: Pool, replica: Replica, waiting: Model, now: float, bound: bo
     ready = model.counts[READY]
     if spare and ready > 1 and model.leased + model.queue.count <= (ready - 1) * model.spec.slots:
         return Tier.SURPLUS, 1.0 + len(replica.leases)
-    if now < turn_end(pool, replica):
+    if now < turn_end(pool, replica) and (model.queue.count or not (bound and is_promised(pool, waiting))):
         return None
     if spare and best_class(waiting) < best_class(model):
         return Tier.LOWER, harm(pool, replica, waiting, now)
@@ -292,6 +292,11 @@ def bound_s(pool: Pool, model: Model, priority: int) -> float:
     index = priority - 1
     configured = pool.spec.bound_s[index]
     return max(BOUND_FLOOR_S[index], BOUND_SWAPS[index] * swap_cost(pool, model)) if configured is None else configured
+
+
+def is_promised(pool: Pool, model: Model) -> bool:
+    """Somebody who waits for the model has a bound that was configured; one that fits a swap is no promise."""
+    return any(pool.spec.bound_s[head.priority - 1] is not None for head in model.queue.heads())
 
 
 def bound_at(pool: Pool, model: Model) -> float:

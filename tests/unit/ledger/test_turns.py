@@ -10,13 +10,13 @@ BOUND = (5.0, 8.0, 12.0)
 LOAD_S = 4.0
 
 
-def overdue() -> Desk:
+def overdue(bound_s: tuple[float | None, ...] = BOUND) -> Desk:
     """A was loaded in 4 s, at 4; B's waiter, who came at 1, is overdue at once. A turn is 12 s."""
-    desk = Desk(model("A", slots=1), model("B"), bound_s=BOUND)
-    desk.arrive("a1", "A")
+    desk = Desk(model("A", slots=1), model("B"), bound_s=bound_s)
+    desk.arrive("a1", "A", priority=1)
     desk.tell(ReplicaStarted("A", "A#1", "n"))
     desk.at(1.0)
-    desk.arrive("b1", "B")
+    desk.arrive("b1", "B", priority=1)
     desk.at(LOAD_S)
     desk.tell(ReplicaReady("A#1"))
     desk.arrive("a2", "A")
@@ -25,6 +25,17 @@ def overdue() -> Desk:
 
 def test_an_overdue_model_waits_for_the_end_of_the_turn() -> None:
     desk = overdue()
+    assert desk.at(15.9) == []
+    assert desk.at(16.2) == ["quiesce A#1"]
+
+
+def test_a_promise_need_not_wait_for_a_turn_when_nobody_waits_for_the_victim() -> None:
+    """A bound that was not configured fits the swap, as the turn does, and is none."""
+    desk = overdue()
+    assert desk.tell(RequestCancelled("a2")) == []
+    assert desk.at(4.5) == ["quiesce A#1"]
+    desk = overdue((None, None, None))
+    assert desk.tell(RequestCancelled("a2")) == []
     assert desk.at(15.9) == []
     assert desk.at(16.2) == ["quiesce A#1"]
 
