@@ -195,7 +195,8 @@ class LedgerActor:
             return
         self._attached.add_replica(state)
         busy = state.loading or state.engine is not None or state.failed is not None
-        self._post(ReplicaStarted(state.model, state.replica, state.node, state.started_at, busy, state.devices))
+        told = (state.model, state.replica, state.node, state.started_at, busy, state.devices, state.unloading)
+        self._post(ReplicaStarted(*told))
         if state.failed is not None:
             self._post(ReplicaFailed(state.replica, state.failed))
         elif state.engine is not None:

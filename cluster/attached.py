@@ -100,7 +100,7 @@ class Attached:
         if state is None:
             return row
         pid = state.engine.pid if state.engine is not None else None
-        fraction = self.progress.get(state.replica) if row.state == "STARTING" else None
+        fraction = self.progress.get(state.replica) if row.state == "LOADING" else None
         progress = None if fraction is None else round(fraction, 3)
         return dataclasses.replace(row, pid=pid, started_at=state.started_at, progress=progress)
 

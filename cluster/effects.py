@@ -268,6 +268,7 @@ class Machines:
                 device_uuids=tuple(gpu.uuid for gpu in self._gpus.get(node["NodeID"], ())),
                 hosts=tuple(node[key] for key in ("NodeManagerHostname", "NodeManagerAddress") if node.get(key)),
                 is_head=_HEAD in node["Resources"],
+                host_memory_mib=int(node["Resources"].get("memory", 0)) >> 20,
             )
             for node in nodes
         }

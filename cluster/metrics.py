@@ -192,11 +192,12 @@ class Counts:
         cause, before = transition.cause, transition.before
         if cause == "quiesced":
             self.drains[model, transition.reason] += 1
-        elif cause == "emptied":
+        elif cause == "emptied" or (cause == "dismissed" and before is ReplicaState.DRAINING):
             self.evictions[model] += 1
-        elif before is ReplicaState.STARTING:
+        elif before in (ReplicaState.STARTING, ReplicaState.LOADING):
             # What was taken back says why, and did not fail.
-            if transition.reason == "" and cause not in ("loaded", "announced", "withdrawn"):
+            was_taken_back = cause in ("withdrawn", "dismissed") or transition.reason != ""
+            if transition.reason == "load_timeout" or not (was_taken_back or cause in ("announced", "loaded")):
                 self.load_failures[model] += 1
         elif before in (ReplicaState.READY, ReplicaState.DRAINING) and cause != "reopened":
             # Neither drained nor reopened: the engine is gone without being asked to.

@@ -35,7 +35,7 @@ def stalled(snapshot: Snapshot, moved_at: float, now: float, limit_s: float) -> 
     who = f"{count} request(s) wait for {', '.join(sorted(waiting))}"
     for replica in snapshot.replicas:
         age = now - replica.since
-        if replica.state in ("STOPPING", "FAILED") and age > limit_s:
+        if replica.state == "STOPPING" and age > limit_s:
             return f"{who}; a replica of {replica.model} was told to stop {age:.0f} s ago and has not ended"
     still = now - max(moved_at, since)
     if not snapshot.leases and still > limit_s:

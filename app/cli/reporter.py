@@ -51,7 +51,7 @@ class Reporter:
 
     def _show(self, ledger: dict[str, Any]) -> None:
         for replica in ledger["replicas"]:
-            if replica["state"] == "STARTING":
+            if replica["state"] == "LOADING":
                 self._once(f"Loading {replica['model']} … {replica.get('progress', 0):.0%}")
         for name, model in ledger["models"].items():
             if model["last_error"]:

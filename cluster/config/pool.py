@@ -166,6 +166,7 @@ class PoolConfig(BaseModel):
             drain_timeout_s=self.longest_request_s(),
             max_keep_alive_s=self.max_keep_alive,
             node_memory_mib=self.mem_budget_mb,
+            max_asleep=None if self.max_asleep == "auto" else self.max_asleep,
             servers=tuple(server.spec() for server in self.servers),
         )
 

@@ -66,8 +66,8 @@ class HolderAnnounced(NamedTuple):
 class ReplicaStarted(NamedTuple):
     """A replica process of `model` exists. `started_at` (any clock, the same for all) orders the replicas of a model.
 
-    `loading`: its engine is loaded, is being loaded or has failed already, so no `LoadEngine` is wanted; `devices` are
-    those that a former life of the ledger ordered for it.
+    `loading`: its engine is loaded, is being loaded or has failed already, so no `LoadEngine` is wanted; `unloading`:
+    it is being ended. `devices` are those that a former life of the ledger ordered for it.
     """
 
     model: str
@@ -76,6 +76,7 @@ class ReplicaStarted(NamedTuple):
     started_at: float = 0.0
     loading: bool = False
     devices: tuple[int, ...] = ()
+    unloading: bool = False
 
 
 class ReplicaReady(NamedTuple):

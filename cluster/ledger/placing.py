@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from cluster.ledger.books import stops
+from cluster.ledger.books import engine_moves, stops
 from cluster.ledger.books.placement import Node
 from cluster.ledger.books.records import Claim, Model, Replica
 from cluster.ledger.books.shapes import Place
-from cluster.ledger.rules import autoscale, claims, eviction, policy
+from cluster.ledger.rules import autoscale, claims, eviction, policy, sleepers
 from cluster.ledger.rules.policy import Tier
 from cluster.ledger.states import ReplicaState
 from cluster.ledger.transitions import SwapBegun
@@ -50,7 +50,7 @@ def place(pool: Pool, touched: list[Model], now: float) -> None:
                 break
             _start(pool, model, places, now)
     for model in floors:
-        while autoscale.floor_missing(model, now) and (places := _free_places(pool, model, 1)) is not None:
+        while autoscale.floor_missing(pool, model, now) and (places := _free_places(pool, model, 1)) is not None:
             _start(pool, model, places, now)
 
 
@@ -60,10 +60,16 @@ def _free_places(pool: Pool, model: Model, count: int, node: Node | None = None)
         return None
     places: list[Place] = []
     marks: list[int] = []
+    seats, starts = sleepers.by_node(model), sleepers.startable(pool, model)
     for _ in range(count):
-        found = pool.book.find(model.shape)
+        # A process is started only where no replica waits for an engine.
+        found = pool.book.find(model.shape, +seats) if +seats else None
+        if found is None and (starts or not pool.keeps_replicas):
+            found = pool.book.find(model.shape)
         if found is None:
             break
+        starts -= not seats[found.node]
+        seats[found.node] -= 1
         places.append(found)
         marks.append(pool.book.mark(found))
     for found, mark in zip(places, marks, strict=True):
@@ -73,7 +79,11 @@ def _free_places(pool: Pool, model: Model, count: int, node: Node | None = None)
 
 def _start(pool: Pool, model: Model, places: list[Place], now: float) -> None:
     for each in places:
-        replica = pool.place(model, each, now)
+        replica = sleepers.seat_on(model, each.node)
+        if replica is None:
+            replica = pool.place(model, each, now)
+        else:
+            engine_moves.seat(pool, replica, each, now)
         if model.order is not None:
             model.order.batch[replica] = None
     model.held_down = False
@@ -108,8 +118,19 @@ def _promise(pool: Pool, model: Model, plans: list[policy.Plan], now: float, bou
     for victim in claim.victims:
         if victim.state is READY:
             pool.quiesce(victim, now, reason)
+    _prepare(pool, model, claim, now)
     pool.touched[model] = None
     return True
+
+
+def _prepare(pool: Pool, model: Model, claim: Claim, now: float) -> None:
+    """Have processes started for the engines to come while the victims drain, where no replica waits for them."""
+    seats = sleepers.by_node(model)
+    for place in claim.places:
+        if not seats[place.node] and pool.keeps_replicas and sleepers.startable(pool, model):
+            pool.place(model, Place(place.node, (), model.asleep_shape), now, for_engine=False)
+        else:
+            seats[place.node] -= 1
 
 
 def _why_swapped(model: Model, plans: list[policy.Plan], bound: bool) -> str:
@@ -165,7 +186,7 @@ def reopen_with_others(pool: Pool, replica: Replica, now: float) -> bool:
         if each.state is not DRAINING or each.claim is not None or not _may_reopen(pool, each, len(group)):
             return False
         for other in model.replicas:
-            if other.state >= DRAINING and other not in group and stops.may_go_before(pool.book, each, other):
+            if other.state.is_going and other not in group and each in stops.with_it(pool.book, other):
                 if other.claim is not None:
                     return False
                 group += [other] if other.state is DRAINING and _may_reopen(pool, other) else []

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class ModelView(NamedTuple):
     """What an operator's call waits for, of one model. `ordered`: a load is under way as a whole.
 
-    `replicas` counts all records, down to those whose process is still to die; `leaving` only these last.
+    `replicas` counts all that have devices, down to those whose engine is still to end; `leaving` only these last.
     """
 
     state: str
@@ -136,8 +136,8 @@ def view(pool: Pool, name: str) -> ModelView | None:
     return ModelView(
         state=state(model),
         ready=model.counts[ReplicaState.READY],
-        replicas=len(model.replicas),
-        leaving=model.leaving,
+        replicas=model.placed,
+        leaving=sum(1 for each in model.placed_replicas() if each.state.is_leaving),
         ordered=model.order is not None,
         unloading=model.unloading,
         held_down=model.held_down,
@@ -255,9 +255,11 @@ def state(model: Model) -> str:
     counts = model.counts
     if counts[ReplicaState.READY]:
         return "loaded"
-    if counts[ReplicaState.STARTING]:
+    if model.rising:
         return "loading"
-    if counts[ReplicaState.DRAINING] or counts[ReplicaState.STOPPING]:
+    if counts[ReplicaState.DRAINING] or counts[ReplicaState.UNLOADING]:
+        return "unloading"
+    if model.placed and counts[ReplicaState.STOPPING] and not model.failures:
         return "unloading"
     return "failed" if model.failures else "unloaded"
 
@@ -279,7 +281,7 @@ def no_progress_since(pool: Pool) -> float:
 
 def describe(pool: Pool) -> str:
     """One line: `<Ledger e1 2 active, 1 queued, 1 idle replica>`."""
-    idle, starting = len(pool.idle), sum(model.counts[ReplicaState.STARTING] for model in pool.resident)
+    idle, starting = len(pool.idle), sum(model.rising for model in pool.resident)
     parts = [f"{len(pool.leases)} active", f"{len(pool.waiters)} queued", f"{idle} idle"]
     if starting:
         parts.append(f"{starting} starting")

@@ -47,7 +47,8 @@ class NodeSpec:
 
     `memory_mib` is the budget of the whole node, `device_memory_mib` that of each of its devices. `device_uuids` are
     the driver's names of the devices, in order, and `hosts` other names by which people know the node. `is_head`: Serve
-    and Ray themselves run on it, so Serve stops its replicas last.
+    and Ray themselves run on it, so Serve stops its replicas last. `host_memory_mib` is what Ray has of the machine's
+    own memory (0 = unknown).
     """
 
     name: str
@@ -58,6 +59,7 @@ class NodeSpec:
     device_uuids: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
     is_head: bool = False
+    host_memory_mib: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,9 @@ class PoolSpec:
     rule starves the visitor (848 s), while ours lets him in after 14 s at most, at 15 loads instead of 2. Longer
     bounds mean fewer swaps and longer worst waits. A crowd larger than the devices can serve in `bound_s` waits
     longer whatever is chosen: the bound is what the pool strives for, not an admission limit (`queue_max_size` is).
+
+    `max_asleep` is how many replicas are kept without an engine, ready to load one without a new process; None: as many
+    as the hosts have room for. With 0 a replica ends with its engine.
 
     `variants`          public name -> ((model, weight), ...): A/B variants, chosen in turn by weight.
     `bound_s`           the longest wait for a *place* that the pool strives for, per class (high, medium, low). The
@@ -126,6 +131,7 @@ class PoolSpec:
     upscale_wait_s: float = 2.0
     backoff_s: tuple[float, float] = (1.0, 60.0)
     node_memory_mib: int = 0
+    max_asleep: int | None = 0
     servers: tuple[ServerSpec, ...] = ()
     server_batch_s: float = 20.0
     server_turn_s: float = 20.0

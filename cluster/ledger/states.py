@@ -2,40 +2,52 @@
 
 Theory of operation
 -------------------
-A replica record is born when the ledger decides to start one. From then on its resources are taken, whatever the
-state, until its process is *confirmed* dead: memory is credited at COLD and nowhere else.
+A replica is a process that stays; its engine, a process of its own, comes and goes. A replica record is born when the
+ledger decides to start one. What an engine takes of a node is taken from the decision to load it until the end of its
+process is *confirmed*: it is credited at UNLOADED (the engine has ended as ordered), when the engine failed or died,
+or at COLD, and nowhere else.
 
-    COLD ──placed──▶ STARTING ──loaded──▶ READY ──quiesced──▶ DRAINING ──emptied──▶ STOPPING ──gone──▶ COLD
-                        │  │                ▲                    │
-                        │  │                └─────reopened───────┘
-                        │  │  ▲             │ (its engine died)
-                        │  │  └─────────────┘
-                        │  └─withdrawn──▶ STOPPING
-                        └──────failed────▶ FAILED ──gone──▶ COLD        (READY and DRAINING may fail, too)
+    COLD ──placed──▶ STARTING ──announced──▶ ASLEEP ──assigned──▶ LOADING ──loaded──▶ READY ──quiesced──▶ DRAINING
+                                             ▲    │                  │                  ▲                  │   │
+                                             │    │                  │withdrawn         └─────reopened─────┘   │emptied
+                                             │    │                  ▼                                         ▼
+                                             │    │              UNLOADING ◀───────────────────────────────────┘
+                                             └────┼─────unloaded─────┘
+                                                  └──dismissed──▶ STOPPING ──gone──▶ COLD
 
-STARTING   a process was asked for. It is *unbound* until one announces itself; only an unbound record may vanish
-           without a death (`withdrawn` by way of `gone`): there is nothing yet that could hold memory.
+    LOADING, READY, DRAINING ──failed, engine died──▶ ASLEEP                            any ──gone──▶ COLD
+
+STARTING   a process was asked for and has not announced itself: the record is *unbound*. Only such a one may vanish
+           without a death (by way of `gone`): there is nothing yet that could hold memory.
+ASLEEP     the replica is there and has no engine. It is *placed* as long as devices are booked for it all the same,
+           which is so only in a pool that keeps no replicas without engines.
+LOADING    its engine loads, or will when the pause after a failure is over, on devices that are its own.
 READY      serves, and is the only state that gets new leases.
 DRAINING   no new lease, the leases that it holds go on. Its leases never grow. It may be reopened, since nobody has
-           been told to stop it. An empty one moves on in the same step, unless a newer one of its model still
-           drains or any of it starts: Serve would stop that one first.
+           been told to end anything. An empty one moves on in the same step.
+UNLOADING  its engine was told to end, and there is no way back. It holds no lease.
 STOPPING   the desired count was lowered and Serve may be killing it right now, so there is no way back, and it holds
            no lease.
-FAILED     the engine is of no use; the desired count was lowered, the process is waited for like a STOPPING one.
 
-An engine may die apart from its replica (`engine died`). A STARTING or READY one loads again in place, in the same
-process and on the same devices: READY goes back to STARTING, its leases end, its waiters stay. A DRAINING one has no
-leases left and nothing to be reopened for, and moves on like any that has run dry.
+An engine may die apart from its replica (`engine died`). A LOADING or READY one loads again in place, in the same
+replica and on the same devices: it is ASLEEP and LOADING again in one step, its leases end, its waiters stay. A
+DRAINING one has no leases left and nothing to be reopened for.
 
-Two rules guard the border to Serve, which acts late and picks by itself *which* replica of a model it stops:
+Where no replicas are kept without an engine (`max_asleep` 0) a replica ends with its engine: DRAINING and LOADING go
+straight to STOPPING (`dismissed`), what is ASLEEP only waits to be stopped, and what was booked for the engine is
+credited when the process is gone, since Ray has promised it to that process.
 
-1. While a model has a record in DRAINING, STOPPING or FAILED, its desired count is never raised. Lowering and raising
-   before Serve has acted would cancel each other out: the old process would stay and the new one never come. And a
-   replica that starts beside a draining one is newer, so Serve would stop it in the other's stead.
+Three rules guard the border to Serve, which acts late and picks by itself *which* replica of a model it stops:
+
+1. While a model has a replica that is to be stopped, its desired count is never raised. Lowering and raising before
+   Serve has acted would cancel each other out: the old process would stay and the new one never come. And a replica
+   that starts beside one that is to be stopped is newer, so Serve would stop it in the other's stead.
 2. If another replica dies than the one in STOPPING, that one's leases are revoked and its record is removed like in
    any death, and the STOPPING one *stays* STOPPING; the desired count falls once more. To take it back to READY would
    be a guess (the other may have crashed by itself while Serve is killing this one), and a wrong guess routes
    requests into a dying process. The extra replica is started again on demand; the eviction still makes progress.
+3. A replica is dismissed only when Serve, by its own rules, would stop it or another one that is dismissed already
+   (`books.stops`). Until then it waits, empty.
 
 A `gone` is legal in every state, for a process may die at any time; what it held is revoked. All that is not in the
 table is illegal: it is logged and changes nothing.
@@ -51,20 +63,27 @@ class ReplicaState(IntEnum):
 
     COLD = 0
     STARTING = 1
-    READY = 2
-    DRAINING = 3
-    STOPPING = 4
-    FAILED = 5
+    LOADING = 2
+    READY = 3
+    DRAINING = 4
+    UNLOADING = 5
+    ASLEEP = 6
+    STOPPING = 7
 
     @property
     def is_desired(self) -> bool:
         """Serve should keep a process for it."""
-        return ReplicaState.STARTING <= self <= ReplicaState.DRAINING
+        return ReplicaState.STARTING <= self <= ReplicaState.ASLEEP
+
+    @property
+    def is_going(self) -> bool:
+        """Its engine serves no more, or will not without another decision; what it holds becomes free, soon."""
+        return self >= ReplicaState.DRAINING
 
     @property
     def is_leaving(self) -> bool:
-        """Its process is expected to die, soon and without being asked again."""
-        return self >= ReplicaState.STOPPING
+        """Its engine or its process is expected to end, without being asked again."""
+        return self >= ReplicaState.UNLOADING
 
     @property
     def may_hold_leases(self) -> bool:
@@ -75,34 +94,46 @@ class Cause(IntEnum):
     """Why a replica changes its state."""
 
     PLACED = 0
-    LOADED = 1
-    QUIESCED = 2
-    REOPENED = 3
-    EMPTIED = 4
-    WITHDRAWN = 5
-    FAILED = 6
-    GONE = 7
-    ENGINE_DIED = 8
+    ANNOUNCED = 1
+    ASSIGNED = 2
+    LOADED = 3
+    QUIESCED = 4
+    REOPENED = 5
+    EMPTIED = 6
+    WITHDRAWN = 7
+    UNLOADED = 8
+    FAILED = 9
+    ENGINE_DIED = 10
+    DISMISSED = 11
+    GONE = 12
 
 
 _S, _C = ReplicaState, Cause
 
 TRANSITIONS: dict[tuple[ReplicaState, Cause], ReplicaState] = {
     (_S.COLD, _C.PLACED): _S.STARTING,
-    (_S.STARTING, _C.LOADED): _S.READY,
-    (_S.STARTING, _C.WITHDRAWN): _S.STOPPING,
-    (_S.STARTING, _C.FAILED): _S.FAILED,
+    (_S.STARTING, _C.ANNOUNCED): _S.ASLEEP,
     (_S.STARTING, _C.GONE): _S.COLD,
-    (_S.STARTING, _C.ENGINE_DIED): _S.STARTING,
+    (_S.ASLEEP, _C.ASSIGNED): _S.LOADING,
+    (_S.ASLEEP, _C.DISMISSED): _S.STOPPING,
+    (_S.ASLEEP, _C.GONE): _S.COLD,
+    (_S.LOADING, _C.LOADED): _S.READY,
+    (_S.LOADING, _C.WITHDRAWN): _S.UNLOADING,
+    (_S.LOADING, _C.FAILED): _S.ASLEEP,
+    (_S.LOADING, _C.ENGINE_DIED): _S.ASLEEP,
+    (_S.LOADING, _C.DISMISSED): _S.STOPPING,
+    (_S.LOADING, _C.GONE): _S.COLD,
     (_S.READY, _C.QUIESCED): _S.DRAINING,
-    (_S.READY, _C.FAILED): _S.FAILED,
+    (_S.READY, _C.FAILED): _S.ASLEEP,
+    (_S.READY, _C.ENGINE_DIED): _S.ASLEEP,
     (_S.READY, _C.GONE): _S.COLD,
-    (_S.READY, _C.ENGINE_DIED): _S.STARTING,
     (_S.DRAINING, _C.REOPENED): _S.READY,
-    (_S.DRAINING, _C.EMPTIED): _S.STOPPING,
-    (_S.DRAINING, _C.FAILED): _S.FAILED,
+    (_S.DRAINING, _C.EMPTIED): _S.UNLOADING,
+    (_S.DRAINING, _C.FAILED): _S.ASLEEP,
+    (_S.DRAINING, _C.ENGINE_DIED): _S.ASLEEP,
+    (_S.DRAINING, _C.DISMISSED): _S.STOPPING,
     (_S.DRAINING, _C.GONE): _S.COLD,
-    (_S.DRAINING, _C.ENGINE_DIED): _S.DRAINING,
+    (_S.UNLOADING, _C.UNLOADED): _S.ASLEEP,
+    (_S.UNLOADING, _C.GONE): _S.COLD,
     (_S.STOPPING, _C.GONE): _S.COLD,
-    (_S.FAILED, _C.GONE): _S.COLD,
 }

@@ -12,14 +12,14 @@ import logging
 from typing import TYPE_CHECKING
 
 from cluster.ledger import placing
-from cluster.ledger.books import stops
+from cluster.ledger.books import engine_moves, stops
 from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.records import Model, Replica
 from cluster.ledger.books.servers import is_remote
 from cluster.ledger.events import LoadRefused
-from cluster.ledger.handlers.engines import load_overdue, order_loads
+from cluster.ledger.handlers.engines import UNLOAD_LIMIT_S, give_orders, load_overdue, unload_overdue
 from cluster.ledger.handlers.requests import expire_waiters, refuse_or_reroute, serve
-from cluster.ledger.rules import autoscale, claims, policy
+from cluster.ledger.rules import autoscale, claims, policy, sleepers
 from cluster.ledger.states import Cause, ReplicaState
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 # Each round moves replicas forward, so a few are enough; a mistake must not hang the pool's one scheduler.
 MAX_ROUNDS = 1000
 
-STARTING, READY, DRAINING = ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING
+STARTING, LOADING, READY = ReplicaState.STARTING, ReplicaState.LOADING, ReplicaState.READY
+DRAINING, UNLOADING, ASLEEP = ReplicaState.DRAINING, ReplicaState.UNLOADING, ReplicaState.ASLEEP
 
 
 def settle(pool: Pool, now: float) -> None:
@@ -45,8 +46,8 @@ def settle(pool: Pool, now: float) -> None:
         pool.touched.clear()
         for model in touched:
             _trim(pool, model, now)
-            if model.counts[STARTING]:
-                order_loads(pool, model, now)
+            if model.counts[LOADING] or model.counts[UNLOADING]:
+                give_orders(pool, model, now)
             if model.free and model.queue.count:
                 serve(pool, model, now)
             _review(pool, model, now)
@@ -55,6 +56,8 @@ def settle(pool: Pool, now: float) -> None:
         for model in touched:
             _stop_idle(pool, model, now)
             pool.arm(model, due(pool, model))
+        while pool.keeps_replicas and (replica := sleepers.next_to_go(pool)) is not None:
+            pool.move(replica, Cause.DISMISSED, now, "max_asleep")
     else:
         pool.undecided = True
         log.error("no decision after %d rounds, %d models left for the next event", MAX_ROUNDS, len(pool.touched))
@@ -67,8 +70,10 @@ def settle(pool: Pool, now: float) -> None:
 def due(pool: Pool, model: Model) -> float:
     """The earliest time at which a model must be looked at again, other than for a waiter's deadline."""
     first = min(autoscale.idle_due(pool, model), autoscale.surplus_due(model))
-    if model.counts[STARTING]:
-        first = min(first, *(min(each.load_due, each.overdue_at()) for each in model.in_state(STARTING)))
+    if model.rising:
+        first = min(first, *(min(each.order_due, each.overdue_at()) for each in model.rising_replicas()))
+    if model.counts[UNLOADING]:
+        first = min(first, *(each.order_began + UNLOAD_LIMIT_S for each in model.in_state(UNLOADING)))
     if model.counts[DRAINING]:
         since = min((each.since for each in model.in_state(DRAINING) if each.leases), default=INFINITY)
         first = min(first, since + pool.spec.drain_timeout_s)
@@ -117,10 +122,13 @@ def expire(pool: Pool, now: float) -> None:
         heapq.heappop(pool.timers)
         model.armed_at = INFINITY
         pool.touched[model] = None
-        for replica in list(model.in_state(STARTING)):
+        for replica in list(model.rising_replicas()):
             # The failure of one may take back the others of an order.
-            if replica.state is STARTING and now >= replica.overdue_at():
+            if replica.is_rising and now >= replica.overdue_at():
                 load_overdue(pool, replica, now)
+        for replica in model.in_state(UNLOADING):
+            if now >= replica.order_began + UNLOAD_LIMIT_S:
+                unload_overdue(pool, replica, now)
         for replica in list(model.in_state(DRAINING)):
             if now >= replica.since + pool.spec.drain_timeout_s:
                 # Far beyond the longest request allowed: these leases have no holder any more.
@@ -140,7 +148,7 @@ def _end_recovery(pool: Pool, now: float) -> None:
         pool.touched[model] = None
         if model.queue.count:
             refusal = policy.unavailable(pool, model, now)
-            if refusal is None and model.spec.manual and not model.replicas:
+            if refusal is None and model.spec.manual and not model.placed:
                 refusal = policy.Refusal("ModelNotLoaded", f"the model {model.name!r} is not loaded", {})
             for waiter in list(model.queue) if refusal is not None else ():
                 refuse_or_reroute(pool, waiter, now, refusal)  # type: ignore[arg-type]
@@ -151,33 +159,40 @@ def _end_recovery(pool: Pool, now: float) -> None:
 
 def _trim(pool: Pool, model: Model, now: float) -> None:
     """Drain what must not serve any longer, finish what has drained, forget what has left."""
-    if model.counts[DRAINING] or model.counts[ReplicaState.FAILED]:
-        # One that has drained waits for those that Serve would stop in its stead.
-        for replica in stops.certain(pool.book, model):
-            if replica.state is DRAINING:
-                pool.move(replica, Cause.EMPTIED, now)
-            else:
-                pool.dismiss(replica)
-    if not model.replicas:
+    _end_engines(pool, model, now)
+    if not model.placed:
         model.unloading = False
-        if model.removed and pool.models.get(model.name) is model and not model.queue.count:
+        if model.removed and pool.models.get(model.name) is model and not (model.queue.count or model.replicas):
             _forget(pool, model)
         return
-    if model.removed or model.unloading:
-        to_drain = list(model.replicas)
-    else:
+    to_drain = list(model.placed_replicas())
+    if not (model.removed or model.unloading):
         revision = model.revision
-        to_drain = [each for each in model.replicas if each.revision != revision or placing.is_on_lost_node(pool, each)]
-        stays = model.serving - sum(1 for each in to_drain if each.state in (STARTING, READY))
+        to_drain = [each for each in to_drain if each.revision != revision or placing.is_on_lost_node(pool, each)]
+        stays = model.serving - sum(1 for each in to_drain if each.state in (STARTING, LOADING, READY))
         for _ in range(stays - model.spec.max_replicas):
             # As Serve does it: what has no process yet goes first, then the newest.
-            first = stops.first_of(pool.book, model, (STARTING, READY), gone=to_drain)
+            first = stops.first_of(pool.book, model, (STARTING, LOADING, READY), gone=to_drain)
             to_drain += [first] if first is not None else []
     for replica in to_drain:
         if replica.state is READY:
             pool.quiesce(replica, now, _why_trimmed(pool, replica))
     for replica in stops.certain_starts(pool.book, model, to_drain):
-        pool.withdraw(replica, now, _why_trimmed(pool, replica))
+        engine_moves.withdraw(pool, replica, now, _why_trimmed(pool, replica))
+
+
+def _end_engines(pool: Pool, model: Model, now: float) -> None:
+    """End what has drained, and have the replicas stopped that have no engine and are of no use."""
+    useless: list[Replica] = []
+    if pool.keeps_replicas:
+        for replica in list(model.in_state(DRAINING)):
+            if not replica.leases:
+                engine_moves.unload(pool, replica, Cause.EMPTIED, now)
+        useless = sleepers.superfluous(pool, model) if model.counts[ASLEEP] else []
+    if useless or model.counts[DRAINING] or model.counts[ASLEEP]:
+        # One waits for those that Serve would stop in its stead.
+        for replica in stops.certain(pool.book, model, useless):
+            pool.move(replica, Cause.DISMISSED, now)
 
 
 def _why_trimmed(pool: Pool, replica: Replica) -> str:
@@ -228,7 +243,7 @@ def _review(pool: Pool, model: Model, now: float) -> None:
             model.pending_rank = key
             pool.serial += 1
             heapq.heappush(pool.pending, (key, pool.serial, model))
-    if autoscale.floor_missing(model, now):
+    if autoscale.floor_missing(pool, model, now):
         pool.understaffed[model] = None
     else:
         pool.understaffed.pop(model, None)
@@ -248,12 +263,12 @@ def _reopen(pool: Pool, model: Model, now: float) -> bool:
 
 def _withdraw_needless(pool: Pool, model: Model, now: float) -> None:
     """No model loads for nobody: a start that has no process yet is taken back when its waiters have left."""
-    if model.order is not None or autoscale.floor_missing(model, now):
+    if model.order is not None or autoscale.floor_missing(pool, model, now):
         return
     kept = max(model.floor, 1 if model.spec.preload and not model.ever_loaded else 0)
     for replica in list(model.in_state(STARTING)):
-        if replica.uid is None and model.serving > kept:
-            pool.withdraw(replica, now)
+        if replica.is_placed and model.serving > kept:
+            engine_moves.withdraw(pool, replica, now)
 
 
 # --- idle ---------------------------------------------------------------------------------------------------------

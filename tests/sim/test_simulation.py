@@ -54,6 +54,7 @@ def draw_spec(rng: random.Random) -> PoolSpec:
         queue_max_size=rng.choice((20, 100)),
         variants={"public": (("A", 2.0), ("B", 1.0))},
         drain_timeout_s=60.0,
+        max_asleep=rng.choice((0, 0, None, 2)),
     )
 
 
@@ -75,6 +76,7 @@ def draw_faults(rng: random.Random) -> Faults:
         wrong_victim=maybe(0.3),
         engine_dies_after_s=maybe(15.0),
         engine_hangs=maybe(0.05),
+        unload_hangs=maybe(0.05),
         loses=maybe(0.2),
         strays=maybe(0.3),
         cancels=maybe(0.2),
@@ -155,8 +157,12 @@ def judge(world: World) -> None:
     for name in world.spec.models:
         world.tell(UnloadRequested(name))
     world.run(until=world.now + 60.0)
-    assert not ledger.snapshot().replicas, f"something cannot be unloaded: {ledger.snapshot()}"
-    assert not [each for each in world.processes.values() if each.state != "pending"], "a process was forgotten"
+    left = [each for each in ledger.snapshot().replicas if each.state != "ASLEEP"]
+    assert not left, f"something cannot be unloaded: {ledger.snapshot()}"
+    asleep = {each.replica for each in ledger.snapshot().replicas}
+    assert not asleep or world.spec.max_asleep != 0, f"they sleep: {asleep}"
+    alive = {each.uid for each in world.processes.values() if each.state != "pending"}
+    assert alive == asleep, f"{alive} live and {asleep} are known: a process was forgotten"
 
 
 def run(seed: int) -> None:

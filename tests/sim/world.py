@@ -17,7 +17,9 @@ from typing import Any, Protocol
 
 from cluster.ledger.events import (
     Command,
+    EndReplica,
     EngineDied,
+    EngineUnloaded,
     Event,
     Grant,
     HolderAnnounced,
@@ -35,6 +37,7 @@ from cluster.ledger.events import (
     RestartEngine,
     SetDesired,
     Ticked,
+    UnloadEngine,
 )
 from cluster.ledger.specs import PoolSpec
 from tests.sim import serve
@@ -61,6 +64,7 @@ class Faults:
     wrong_victim: float = 0.0
     engine_dies_after_s: float = 0.0
     engine_hangs: float = 0.0
+    unload_hangs: float = 0.0
     loses: float = 0.0
     strays: float = 0.0
     cancels: float = 0.0
@@ -109,6 +113,8 @@ class Process:
     state: str = "pending"
     devices: tuple[int, ...] = ()
     streams: dict[str, Request] = field(default_factory=dict)
+    # when its last word reaches the ledger: they keep their order
+    heard_at: float = 0.0
 
 
 class World:
@@ -140,6 +146,7 @@ class World:
             or self.faults.wrong_victim
             or self.faults.engine_dies_after_s
             or self.faults.engine_hangs
+            or self.faults.unload_hangs
             or self.faults.loses
         )
         # replicas of other applications, by node: Serve counts them when it chooses
@@ -174,13 +181,16 @@ class World:
         if until < float("inf"):
             self.now = max(self.now, until)
 
-    def tell(self, event: Event) -> None:
-        """An event reaches the scheduler: perhaps late, perhaps twice."""
+    def tell(self, event: Event, of: Process | None = None) -> None:
+        """An event reaches the scheduler: perhaps late, perhaps twice. What one process says keeps its order."""
         faults = self.faults
         copies = 2 if faults.twice and self.random.random() < faults.twice else 1
         for _ in range(copies):
             delay = self.random.expovariate(1.0 / faults.late_s) if faults.late_s else 0.0
-            if delay:
+            if of is not None:
+                of.heard_at = max(of.heard_at, self.now + delay)
+                delay = of.heard_at - self.now
+            if delay > 0.0:
                 self.at(self.now + delay, lambda: self.post(event))
             else:
                 self.post(event)
@@ -305,6 +315,12 @@ class World:
             self.at(self.now + self.loop_s, lambda: self._reconcile(command.model))
         elif isinstance(command, LoadEngine):
             self._load(command)
+        elif isinstance(command, UnloadEngine):
+            self._unload(command)
+        elif isinstance(command, EndReplica):
+            process = self.processes.get(command.replica)
+            if process is not None:
+                self._die(process)
         elif isinstance(command, RestartEngine):
             process = self.processes.get(command.replica)
             if process is not None:
@@ -357,7 +373,7 @@ class World:
         self.at(self.now + self.start_s, lambda: self._started(process))
 
     def _room(self, model: str) -> str | None:
-        need = self.spec.models[model].num_gpus
+        need = self.spec.models[model].num_gpus if self.spec.max_asleep == 0 else 0.0
         nodes = list(self.spec.nodes.values())
         if self.faults.strays and self.random.random() < self.faults.strays:
             self.random.shuffle(nodes)
@@ -365,7 +381,7 @@ class World:
             used = sum(
                 self.spec.models[each.model].num_gpus
                 for each in self.processes.values()
-                if each.node == node.name and each.state != "pending"
+                if each.node == node.name and each.state != "pending" and need
             )
             if used + need <= node.gpus + 1e-9:
                 return node.name
@@ -377,14 +393,14 @@ class World:
         self.swaps += 1
         process.state = "waiting"
         process.number = next(self.numbers)
-        self.tell(ReplicaStarted(process.model, process.uid, process.node, float(process.number)))
+        self.tell(ReplicaStarted(process.model, process.uid, process.node, float(process.number)), process)
         if self.faults.dies_after_s:
             self.at(self.now + self.random.expovariate(1.0 / self.faults.dies_after_s), lambda: self._die(process))
 
     def _load(self, order: LoadEngine) -> None:
         """The order to load reaches its replica, which may have died or been stopped meanwhile."""
         process = self.processes.get(order.replica)
-        if process is None or process.state != "waiting":
+        if process is None or process.state not in ("waiting", "failed"):
             return
         process.state = "loading"
         process.devices = order.devices
@@ -398,6 +414,25 @@ class World:
         if self.faults.engine_dies_after_s:
             after = self.random.expovariate(1.0 / self.faults.engine_dies_after_s)
             self.at(self.now + after, lambda: self._engine_dies(process))
+
+    def _unload(self, order: UnloadEngine) -> None:
+        """The order to end its engine reaches a replica; it may hang over it."""
+        process = self.processes.get(order.replica)
+        if process is None or process.state not in ("waiting", "loading", "ready", "failed"):
+            return
+        if process.streams and self.is_gentle:
+            self.cut.append(f"{process.uid} unloaded with {len(process.streams)} streams")
+        process.state = "unloading"
+        if self.faults.unload_hangs and self.random.random() < self.faults.unload_hangs:
+            return
+        self.at(self.now + 0.02, lambda: self._unloaded(process))
+
+    def _unloaded(self, process: Process) -> None:
+        if process.state == "unloading":
+            for request in list(process.streams.values()):
+                self._finish(request)
+            process.state, process.devices = "waiting", ()
+            self.tell(EngineUnloaded(process.uid), process)
 
     def _check_devices(self, process: Process) -> None:
         """No device is used twice, and no two of a group that keeps apart meet. A restarted ledger may guess wrong."""
@@ -420,19 +455,26 @@ class World:
         if process.state not in ("loading", "ready"):
             return
         process.state = "waiting"
+        self._free_devices(process)
         for request in list(process.streams.values()):
             self._finish(request)
-        self.tell(EngineDied(process.uid, "it crashed"))
+        self.tell(EngineDied(process.uid, "it crashed"), process)
 
     def _failed(self, process: Process) -> None:
         if process.state == "loading":
             process.state = "failed"
-            self.tell(ReplicaFailed(process.uid, "the engine says no"))
+            self._free_devices(process)
+            self.tell(ReplicaFailed(process.uid, "the engine says no"), process)
+
+    def _free_devices(self, process: Process) -> None:
+        """Its engine is gone; where it goes with its engine, Ray keeps its share for it."""
+        if self.spec.max_asleep != 0:
+            process.devices = ()
 
     def _ready(self, process: Process) -> None:
         if process.state == "loading":
             process.state = "ready"
-            self.tell(ReplicaReady(process.uid, devices=tuple(map(str, process.devices))))
+            self.tell(ReplicaReady(process.uid, devices=tuple(map(str, process.devices))), process)
 
     def _stop(self, process: Process) -> None:
         if process.state == "pending":
@@ -458,7 +500,7 @@ class World:
             self._finish(request)
         asked = process.state == "stopping"
         process.state = "dead"
-        self.tell(ReplicaGone(process.uid))
+        self.tell(ReplicaGone(process.uid), process)
         if not asked:
             self.at(self.now + self.loop_s, lambda: self._reconcile(process.model))
 
@@ -474,11 +516,14 @@ class World:
                 loads = process.state in ("loading", "ready", "failed")
                 number = float(process.number)
                 devices = tuple(process.devices) if loads else ()
-                self.tell(ReplicaStarted(process.model, process.uid, process.node, number, loads, devices))
+                ends = process.state == "unloading"
+                devices = tuple(process.devices) if ends else devices
+                started = ReplicaStarted(process.model, process.uid, process.node, number, loads, devices, ends)
+                self.tell(started, process)
                 if process.state == "ready":
-                    self.tell(ReplicaReady(process.uid, devices=tuple(map(str, process.devices))))
+                    self.tell(ReplicaReady(process.uid, devices=tuple(map(str, process.devices))), process)
                 elif process.state == "failed":
-                    self.tell(ReplicaFailed(process.uid, "the engine said no"))
+                    self.tell(ReplicaFailed(process.uid, "the engine said no"), process)
         for request in self.requests.values():
             if request.done or request.holder in self.dead_holders:
                 continue

@@ -12,7 +12,7 @@ from collections import deque
 from typing import Any
 
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cluster.ledger.events import (
     ConfigChanged,
@@ -34,10 +34,10 @@ from cluster.ledger.events import (
     UnloadRequested,
 )
 from cluster.ledger.states import TRANSITIONS, Cause, ReplicaState
-from tests.stateful.outside import FAILED, GPUS, MODELS, READY, SPEC, STARTING, STOPPING, Outside, Seen
+from tests.stateful.outside import ASLEEP, GPUS, LOADING, MODELS, READY, SPEC, STOPPING, UNLOADING, Outside, Seen
 
 # What a process can do by itself, and the event by which the ledger hears of it.
-BY_ITSELF = (Cause.LOADED, Cause.FAILED, Cause.GONE, Cause.ENGINE_DIED)
+BY_ITSELF = (Cause.LOADED, Cause.FAILED, Cause.GONE, Cause.ENGINE_DIED, Cause.UNLOADED)
 PAUSES = (0.0, 0.0, 0.1, 1.0, 4.0, 15.0)
 SHORT = PAUSES[:4]
 
@@ -59,6 +59,10 @@ class LedgerMachine(RuleBasedStateMachine):
         super().__init__()
         logging.disable(logging.CRITICAL)
         self.out = Outside()
+
+    @initialize(max_asleep=st.sampled_from([0, 0, None, 1]))
+    def begin(self, max_asleep: int | None) -> None:
+        self.out = Outside(max_asleep)
 
     def teardown(self) -> None:
         logging.disable(logging.NOTSET)
@@ -261,6 +265,9 @@ class LedgerMachine(RuleBasedStateMachine):
     def _by_itself(self, model: str, cause: Cause) -> None:
         if not self.out.alive(model) and model in self.out.missing():
             self.out.announce(model)
+        if cause in (Cause.ANNOUNCED, Cause.ASSIGNED, Cause.DISMISSED):
+            # The ledger's own affair.
+            return
         able: list[Seen] = [each for each in self.out.alive(model) if self.out.able(each, (cause,))]
         if able:
             self.out.act(able[0], cause)
@@ -320,7 +327,7 @@ class LedgerMachine(RuleBasedStateMachine):
         dying = data.draw(st.sets(st.sampled_from(sorted(self.out.seen)))) if self.out.seen else set()
         self.out.lose_the_ledger(configured)
         announced = self.out.announcements(dying, holders)
-        events = data.draw(st.permutations(announced if configured else [*announced, ConfigChanged(SPEC)]))
+        events = data.draw(st.permutations(announced if configured else [*announced, ConfigChanged(self.out.spec)]))
         for index, event in enumerate(events):
             if index == len(events) // 2:
                 self.out.pass_time(pause)
@@ -414,7 +421,8 @@ class LedgerMachine(RuleBasedStateMachine):
         """Where nothing starts or stops, and one model waits for a device, nobody else has an idle one to give."""
         out = self.out
         names = {each.model for each in out.waiting()}
-        moving = {each.state for each in out.seen.values()} & {STARTING, STOPPING, FAILED}
+        stopping = {STOPPING, UNLOADING} if out.stays else {STOPPING, ASLEEP}
+        moving = {each.state for each in out.seen.values()} & {LOADING, *stopping}
         if out.unasked or moving or out.missing() or len(names) != 1 or not names <= {"A", "B", "D"}:
             return
         (name,) = names
@@ -430,6 +438,10 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         used = 0.0
         for model, spec in MODELS.items():
+            if out.stays:
+                # What an engine takes is its own from the order to load to its end, wherever replicas are.
+                used += spec.num_gpus * sum(1 for each in out.alive(model) if each.devices)
+                continue
             # Every process that lives takes its place, and every one that Serve has yet to start.
             wanted = [each for each in out.alive(model) if not each.is_asked]
             used += spec.num_gpus * (len(out.alive(model)) + max(0, out.desired[model] - len(wanted)))

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field, replace
 
 from cluster.ledger.events import (
     Command,
+    EndReplica,
     EngineDied,
+    EngineUnloaded,
     Event,
     Grant,
     HolderAnnounced,
@@ -34,6 +36,7 @@ from cluster.ledger.events import (
     RestartEngine,
     SetDesired,
     Ticked,
+    UnloadEngine,
     UnloadRequested,
 )
 from cluster.ledger.ledger import Ledger
@@ -58,8 +61,8 @@ OLD_SPEC = PoolSpec(
     queue_max_size=1,
 )
 WINDOW_S = 3.0
-STARTING, READY, DRAINING = ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING
-STOPPING, FAILED = ReplicaState.STOPPING, ReplicaState.FAILED
+LOADING, READY, DRAINING = ReplicaState.LOADING, ReplicaState.READY, ReplicaState.DRAINING
+UNLOADING, ASLEEP, STOPPING = ReplicaState.UNLOADING, ReplicaState.ASLEEP, ReplicaState.STOPPING
 
 
 @dataclass
@@ -90,7 +93,7 @@ class Seen:
     uid: str
     model: str
     number: int
-    state: ReplicaState = STARTING
+    state: ReplicaState = LOADING
     leases: set[str] = field(default_factory=set)
     devices: tuple[int, ...] = ()
     # Serve was asked to stop it
@@ -104,7 +107,10 @@ class Seen:
 class Outside:
     """The world around one ledger."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_asleep: int | None = 0) -> None:
+        """With `max_asleep` 0 a process ends with its engine, and is LOADING from its announcement on."""
+        self.stays = max_asleep != 0
+        self.spec = replace(SPEC, max_asleep=max_asleep)
         self.now = 0.0
         self.numbers = 0
         self.lives = 1
@@ -118,7 +124,7 @@ class Outside:
         self.had: set[str] = set()
         # an operator's load may go before those who wait
         self.ordered: set[str] = set()
-        self.ledger = Ledger(SPEC, epoch="e1", now=0.0)
+        self.ledger = Ledger(self.spec, epoch="e1", now=0.0)
 
     # --- what the ledger says is judged here --------------------------------------------------------------------
 
@@ -185,7 +191,8 @@ class Outside:
         assert 0 <= command.replicas <= MODELS[model].max_replicas or self.unasked, f"{command} is out of bounds"
         alive, before = self.alive(model), self.desired[model]
         if command.replicas > before:
-            leaving = [each for each in alive if each.state in (DRAINING, STOPPING, FAILED)]
+            moving = (STOPPING,) if self.stays else (DRAINING, STOPPING, ASLEEP)
+            leaving = [each for each in alive if each.state in moving]
             assert not leaving, f"{command} rises beside {leaving}"
         self.desired[model] = command.replicas
         # Serve stops the newest, whatever its engine does.
@@ -193,9 +200,12 @@ class Outside:
         assert not any(each.leases for each in stopped), f"{command} stops one of {stopped}"
         for each in stopped:
             each.is_asked = True
+            if self.stays:
+                assert each.state in (ASLEEP, STOPPING), f"{command} stops {each} with its engine"
+                each.state = STOPPING
         # From here on Serve may be killing what has run dry, the newest first: nobody may open it again.
         empty = [each for each in reversed(alive) if each.state is DRAINING and not each.leases]
-        if not any(each.state is STARTING for each in alive):
+        if not self.stays and not any(each.state is LOADING for each in alive):
             for each in empty[: max(0, before - command.replicas)]:
                 each.state = STOPPING
 
@@ -213,9 +223,10 @@ class Outside:
 
     def _loadengine(self, command: LoadEngine) -> None:
         seen = self.seen[command.replica]
-        assert seen.state is STARTING, f"{command} of {seen}"
+        assert seen.state is (ASLEEP if self.stays else LOADING), f"{command} of {seen}"
         assert not seen.is_loading, f"{command} of {seen}, which loads already"
-        seen.is_loading, seen.devices = True, command.devices
+        assert not seen.has_engine, f"{command} of {seen}, which has an engine"
+        seen.is_loading, seen.devices, seen.state = True, command.devices, LOADING
         share = MODELS[seen.model].num_gpus
         assert len(command.devices) == -(-share // 1), f"{command} for {share} devices"
         if self.unasked:
@@ -223,6 +234,15 @@ class Outside:
         for index in command.devices:
             used = sum(min(1.0, MODELS[each.model].num_gpus) for each in self.seen.values() if index in each.devices)
             assert used <= 1.0 + 1e-9, f"{command}: device {index} is given out twice"
+
+    def _unloadengine(self, command: UnloadEngine) -> None:
+        seen = self.seen[command.replica]
+        assert self.stays, f"{command}, though it ends with its engine"
+        assert not seen.leases, f"{command} of {seen}, which is in use"
+        seen.state = UNLOADING
+
+    def _endreplica(self, command: EndReplica) -> None:
+        assert self.seen[command.replica].state is UNLOADING, f"{command} of one that does nothing wrong"
 
     def _restartengine(self, command: RestartEngine) -> None:
         seen = self.seen[command.replica]
@@ -255,7 +275,7 @@ class Outside:
 
     def leaving(self) -> list[Seen]:
         """Processes that drain, that failed or that Serve may be killing."""
-        return [each for each in self.seen.values() if each.state in (DRAINING, STOPPING, FAILED)]
+        return [each for each in self.seen.values() if each.state in (DRAINING, STOPPING, ASLEEP)]
 
     def missing(self) -> list[str]:
         """Models of which Serve would start a process now."""
@@ -331,19 +351,23 @@ class Outside:
 
     def announce(self, model: str) -> None:
         self.numbers += 1
-        seen = Seen(f"{model}#{self.numbers}", model, self.numbers)
+        seen = Seen(f"{model}#{self.numbers}", model, self.numbers, ASLEEP if self.stays else LOADING)
         self.seen[seen.uid] = seen
         self.tell(ReplicaStarted(model, seen.uid, "n", float(seen.number)))
         self.tell(ReplicaStarted(model, seen.uid, "n", float(seen.number)))
 
     def loading(self) -> list[Seen]:
         """Those whose engine was told to load."""
-        return [each for each in self.seen.values() if each.state is STARTING and each.is_loading]
+        return [each for each in self.seen.values() if each.state is LOADING and each.is_loading]
 
     def able(self, seen: Seen, causes: tuple[Cause, ...]) -> list[Cause]:
         """What a process can do by itself now: without an order to load there is no engine that could be loaded."""
         able = [cause for cause in causes if (self.inside(seen), cause) in TRANSITIONS]
-        return [cause for cause in able if cause is not Cause.LOADED or seen.is_loading]
+        if seen.is_loading or seen.has_engine:
+            return [cause for cause in able if cause is not Cause.LOADED or seen.is_loading]
+        # Where it stays, an engine that was never ordered cannot fail either.
+        engines = (Cause.LOADED, Cause.FAILED, Cause.ENGINE_DIED) if self.stays else (Cause.LOADED,)
+        return [cause for cause in able if cause not in engines]
 
     def lose_settles(self, holder: str, lost: set[str], underway: set[str]) -> None:
         """What a holder has ended never reached the ledger; it announces what it has, some of it not yet granted."""
@@ -363,7 +387,7 @@ class Outside:
     def act(self, seen: Seen, cause: Cause) -> None:
         """A process loads, fails or dies, or its engine does."""
         if cause is Cause.LOADED:
-            if self.inside(seen) is STARTING:
+            if self.inside(seen) is LOADING:
                 seen.state = READY
             seen.is_loading, seen.has_engine, seen.is_restarting = False, True, False
             self.tell(ReplicaReady(seen.uid, devices=tuple(map(str, seen.devices))))
@@ -371,15 +395,20 @@ class Outside:
         for name in list(seen.leases):
             self.end(self.sent[name])
         seen.is_loading = seen.has_engine = seen.is_restarting = False
-        if cause is Cause.ENGINE_DIED:
-            if seen.state is READY:
-                seen.state = STARTING
+        if self.stays:
+            seen.devices = ()
+        if cause is Cause.UNLOADED:
+            seen.state = ASLEEP
+            self.tell(EngineUnloaded(seen.uid))
+        elif cause is Cause.ENGINE_DIED:
+            if seen.state is READY or self.stays:
+                seen.state = ASLEEP if self.stays else LOADING
             self.tell(EngineDied(seen.uid, "it crashed"))
             # It is the ledger that counts how often.
-            if self.inside(seen) is FAILED:
-                seen.state = FAILED
+            if not self.stays and self.inside(seen) in (ASLEEP, STOPPING):
+                seen.state = ASLEEP
         elif cause is Cause.FAILED:
-            seen.state = FAILED
+            seen.state = ASLEEP
             self.tell(ReplicaFailed(seen.uid, "it says no"))
         else:
             del self.seen[seen.uid]
@@ -396,7 +425,7 @@ class Outside:
         self.dead.clear()
         self.unloaded.clear()
         self.ledger = Ledger(
-            SPEC if configured else OLD_SPEC,
+            self.spec if configured else replace(OLD_SPEC, max_asleep=self.spec.max_asleep),
             epoch=f"e{self.lives}",
             now=self.now,
             recovering_until=self.now + WINDOW_S,
@@ -430,15 +459,17 @@ class Outside:
                 events.append(self.arrival(sent))
         for seen in list(self.seen.values()):
             loads = seen.is_loading or seen.has_engine
-            events.append(ReplicaStarted(seen.model, seen.uid, "n", float(seen.number), loads, seen.devices))
-            if seen.state in (STOPPING, FAILED) or seen.uid in dying:
+            ends = seen.state is UNLOADING
+            events.append(ReplicaStarted(seen.model, seen.uid, "n", float(seen.number), loads, seen.devices, ends))
+            if seen.state in ((STOPPING,) if self.stays else (STOPPING, ASLEEP)) or seen.uid in dying:
                 events.append(ReplicaGone(seen.uid))
                 del self.seen[seen.uid]
-            elif seen.has_engine:
+            elif seen.has_engine and not ends:
                 events.append(ReplicaReady(seen.uid, devices=tuple(map(str, seen.devices))))
-                seen.state = READY
-            else:
-                seen.state = STARTING
+                if not ends:
+                    seen.state = READY
+            elif not self.stays:
+                seen.state = LOADING
         return events
 
     def hear(self, event: Event) -> None:
@@ -480,6 +511,8 @@ class Outside:
                     self.stop_one(model)
             for model in self.missing():
                 self.announce(model)
+            for seen in [each for each in self.seen.values() if each.state is UNLOADING]:
+                self.act(seen, Cause.UNLOADED)
             for seen in self.loading():
                 if seen.uid in self.seen:
                     self.act(seen, Cause.LOADED)

@@ -41,7 +41,7 @@ def memory_is_credited_early(patch: pytest.MonkeyPatch) -> None:
 
     def wrong(books: pool.Pool, replica: records.Replica, cause: Cause, now: float, reason: str = "") -> None:
         right(books, replica, cause, now, reason)
-        if cause in (Cause.EMPTIED, Cause.FAILED):
+        if cause in (Cause.EMPTIED, Cause.DISMISSED):
             right(books, replica, Cause.GONE, now)
 
     patch.setattr(pool.Pool, "move", wrong)
@@ -222,7 +222,7 @@ def serve_stops_whom_we_like(patch: pytest.MonkeyPatch) -> None:
     """A count falls as soon as some replica has drained, though Serve would stop another one of its model."""
 
     def wrong(book: Book, model: records.Model, more: Iterable[records.Replica] = ()) -> list[records.Replica]:
-        leaving = [each for each in model.replicas if each.state >= ReplicaState.DRAINING and not each.dismissed]
+        leaving = [each for each in model.replicas if ReplicaState.DRAINING <= each.state < ReplicaState.STOPPING]
         return [*more, *(each for each in leaving if not each.leases)]
 
     patch.setattr(tree, "stops", SimpleNamespace(**{**vars(stops), "certain": wrong}))

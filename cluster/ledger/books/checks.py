@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from cluster.ledger.books.pool import Pool
     from cluster.ledger.books.records import Model, Replica
 
-READY, STARTING, DRAINING = ReplicaState.READY, ReplicaState.STARTING, ReplicaState.DRAINING
+STARTING, READY = ReplicaState.STARTING, ReplicaState.READY
+DRAINING, ASLEEP = ReplicaState.DRAINING, ReplicaState.ASLEEP
 
 
 def check(pool: Pool) -> None:
@@ -30,7 +31,7 @@ def check(pool: Pool) -> None:
     _check_claims(pool, replicas)
     server_moves.check(pool)
     if pool.spec.capacity:
-        resident = {replica.model.name for replica in replicas}
+        resident = {replica.model.name for replica in replicas if replica.is_placed}
         forced = any(replica.adopted for replica in replicas)
         assert len(resident) <= max(pool.spec.capacity, pool.capacity_was) or forced, (
             f"{len(resident)} resident models, capacity {pool.spec.capacity}"
@@ -41,7 +42,7 @@ def _check_replica(pool: Pool, replica: Replica) -> None:
     held = len(replica.leases)
     assert replica.state is not ReplicaState.COLD, f"{replica} is cold and still on the books"
     assert held == 0 or replica.state.may_hold_leases, f"{replica} holds leases in a state that may not"
-    if replica.dismissed:
+    if replica.state is ReplicaState.STOPPING:
         busy = [each for each in stops.before(pool.book, replica) if each.leases]
         assert not busy, f"{replica} is to stop, and Serve may stop {busy} in its stead"
     slots = sorted([slot for lease in replica.leases.values() for slot in lease.slots] + replica.free)
@@ -49,16 +50,19 @@ def _check_replica(pool: Pool, replica: Replica) -> None:
     assert list(replica.model.replicas) == sorted(replica.model.replicas, key=lambda each: each.age), (
         f"the replicas of {replica.model.name} are not in the order of their age"
     )
-    if replica.uid is None:
-        assert replica.state is STARTING, f"{replica} is in use without a process"
-    else:
+    assert (replica.uid is None) == (replica.state is STARTING), f"{replica} is in use without a process, or has one"
+    if pool.keeps_replicas and not pool.is_recovering:
+        assert held or replica.state is not DRAINING, f"{replica} has drained and its engine does not end"
+    assert replica.is_placed or replica.state in (STARTING, ASLEEP, ReplicaState.STOPPING), f"{replica} has no place"
+    assert (replica in pool.asleep) == (replica.state is ASLEEP), f"{replica} is wrongly (not) listed as asleep"
+    if replica.uid is not None:
         assert pool.replicas.get(replica.uid) is replica, f"{replica} is not found by its id"
     assert (replica in pool.idle) == (replica.state is READY and not held), f"{replica} is wrongly (not) listed as idle"
 
 
 def _check_model(pool: Pool, model: Model) -> None:
     name = model.name
-    assert model.dismissed == sum(each.dismissed for each in model.replicas), f"{name}: wrongly counted as dismissed"
+    assert model.placed == sum(each.is_placed for each in model.replicas), f"{name}: wrongly counted as placed"
     if not pool.is_recovering:
         assert not (idle := stops.certain(pool.book, model)), f"{idle} have drained and do not stop"
     for state in ReplicaState:
@@ -81,7 +85,7 @@ def _check_model(pool: Pool, model: Model) -> None:
     waiting = sum(1 for _ in model.queue)
     assert model.queue.count == waiting, f"{name}: {model.queue.count} counted waiting, {waiting} are"
     assert model.desired == model.desired_sent or pool.is_recovering, f"{name}: a change of desired was not said"
-    assert (model in pool.resident) == bool(model.replicas), f"{name} is wrongly (not) listed as resident"
+    assert (model in pool.resident) == bool(model.placed), f"{name} is wrongly (not) listed as resident"
     assert (model.claim is not None) == (model in pool.claims), f"{name}: its claim is not listed"
 
 

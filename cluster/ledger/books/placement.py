@@ -8,6 +8,8 @@ fits on that node until it is resolved.
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from cluster.ledger.books.records import Replica
 from cluster.ledger.books.shapes import UNIT, Place, Shape, conflicts, device_index, named_devices
 from cluster.ledger.specs import NodeSpec
@@ -182,6 +184,8 @@ class Book:
         self.nodes: dict[str, Node] = {}
         self.seen: dict[str, NodeSpec] = {}
         self.version = 0
+        # a replica stays when its engine ends, so what is to end is chosen here, and not by Serve
+        self.keeps_replicas = False
         self._full: dict[Shape, int] = {}
         self._possible: dict[tuple[Shape, int], bool] = {}
         self._serial = 0
@@ -224,20 +228,24 @@ class Book:
         """Some node that was ever seen has a device that the shape is bound to, if it is bound to any."""
         return not shape.only or any(named_devices(spec, shape.only) for spec in self.seen.values())
 
-    def find(self, shape: Shape) -> Place | None:
-        """A free place, on the node that it leaves the least room on. Remembers a failure until something changes."""
+    def find(self, shape: Shape, among: Container[str] | None = None) -> Place | None:
+        """A free place, on the node that it leaves the least room on. Remembers a failure until something changes.
+
+        `among` are the nodes that are looked at; None = all.
+        """
         if self._full.get(shape) == self.version:
             return None
         hosts = self.hosts(shape)
         best: tuple[int, int, Place] | None = None
         for node in self.nodes.values():
-            place = node.fit(shape, hosts)
+            place = node.fit(shape, hosts) if among is None or node.name in among else None
             if place is not None:
                 left = (sum(node.gpu), node.cpu, place)
                 if best is None or left[:2] < best[:2]:
                     best = left
         if best is None:
-            self._full[shape] = self.version
+            if among is None:
+                self._full[shape] = self.version
             return None
         return best[2]
 
@@ -293,11 +301,15 @@ class Book:
         self.excuse(replica.place.node)
         return place is not None
 
-    def reseat(self, replica: Replica, place: Place) -> None:
-        """Book a replica elsewhere than before, since that is where it is."""
+    def move(self, replica: Replica, place: Place) -> None:
+        """Book a replica on another place than before."""
         self.credit(replica)
         replica.place = place
         self.take(replica)
+
+    def reseat(self, replica: Replica, place: Place) -> None:
+        """Book a replica elsewhere than before, since that is where it is, be there room or not."""
+        self.move(replica, place)
         self.excuse(place.node)
 
     def take(self, replica: Replica) -> None:

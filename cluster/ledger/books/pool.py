@@ -34,7 +34,7 @@ from cluster.ledger.transitions import Because, Moved, Transition
 
 log = logging.getLogger(__name__)
 
-READY, STARTING, DRAINING, COLD = ReplicaState.READY, ReplicaState.STARTING, ReplicaState.DRAINING, ReplicaState.COLD
+COLD, READY, DRAINING = ReplicaState.COLD, ReplicaState.READY, ReplicaState.DRAINING
 
 
 class Pool:
@@ -61,6 +61,8 @@ class Pool:
         self.book = Book()
         self.servers = Servers()
         self.idle: OrderedDict[Replica, None] = OrderedDict()
+        # replicas without an engine, the longest unused first
+        self.asleep: dict[Replica, None] = {}
         self.generation = 0
         # the highest generation among leases of a former epoch; see `lease_reannounced`
         self.inherited = 0
@@ -234,26 +236,40 @@ class Pool:
         self.idle.move_to_end(replica)
         replica.model.buckets[0].move_to_end(replica)
 
-    def place(self, model: Model, place: Place, now: float) -> Replica:
+    @property
+    def keeps_replicas(self) -> bool:
+        """A replica stays when its engine ends."""
+        return self.book.keeps_replicas
+
+    def place(self, model: Model, place: Place, now: float, for_engine: bool = True) -> Replica:
         """Make a record in STARTING on a place; it waits for a process to announce itself."""
         self.serial += 1
         replica = Replica(model, place, self.serial, now)
         model.replicas[replica] = None
-        self.resident[model] = None
         self.book.take(replica)
+        if for_engine:
+            self.set_placed(replica, True)
         self.move(replica, Cause.PLACED, now)
         return replica
 
-    def bind(self, replica: Replica, uid: str, started_at: float, loading: bool, now: float) -> None:
-        """A process announced itself for a record. It is to load its engine now, unless it does already."""
+    def set_placed(self, replica: Replica, placed: bool) -> None:
+        """Its place is an engine's from now on, or is one no longer."""
+        model = replica.model
+        replica.is_placed = placed
+        model.placed += 1 if placed else -1
+        if model.placed:
+            self.resident[model] = None
+        else:
+            del self.resident[model]
+            self.capacity_was = min(self.capacity_was, len(self.resident))
+
+    def bind(self, replica: Replica, uid: str, started_at: float, now: float, reason: str = "") -> None:
+        """A process announced itself for a record."""
         replica.uid = uid
         replica.started_at = started_at
-        replica.load_began = now
-        replica.load_due = INFINITY if loading else now
         self.replicas[uid] = replica
         replica.model.sort_by_age()
-        self.note(replica, replica.state, "announced")
-        self.touched[replica.model] = None
+        self.move(replica, Cause.ANNOUNCED, now, reason)
 
     def move(self, replica: Replica, cause: Cause, now: float, reason: str = "") -> None:
         """One transition of the table; an illegal one is a programmer's error and raises before anything changes.
@@ -264,9 +280,9 @@ class Pool:
         after = TRANSITIONS[before, cause]
         if before >= DRAINING:
             took = now - replica.since
-            if before is ReplicaState.STOPPING:
+            if before is ReplicaState.STOPPING or cause is Cause.UNLOADED:
                 self.stop_s += 0.3 * (took - self.stop_s)
-            elif cause is Cause.EMPTIED and took > 0.0:
+            elif before is DRAINING and cause in (Cause.EMPTIED, Cause.DISMISSED) and took > 0.0:
                 longer = took > self.drain_s or not self.drained
                 self.drain_s = took if longer else self.drain_s + 0.1 * (took - self.drain_s)
                 self.drained = True
@@ -275,11 +291,12 @@ class Pool:
             model.unindex(replica)
             self.idle.pop(replica, None)
             self.went_idle.pop(replica, None)
+        elif before is ReplicaState.ASLEEP:
+            del self.asleep[replica]
         model.counts[before] -= before is not COLD
         model.counts[after] += after is not COLD
         replica.state = after
-        if after is not before:
-            replica.since = now
+        replica.since = now
         if after is READY:
             model.index_by_use(replica)
             if not replica.leases:
@@ -287,8 +304,8 @@ class Pool:
                 self.idle[replica] = None
                 if self.pending_count or self.claims:
                     self.went_idle[replica] = None
-        elif after is ReplicaState.STOPPING:
-            self.dismiss(replica)
+        elif after is ReplicaState.ASLEEP:
+            self.asleep[replica] = None
         elif after is COLD:
             self._remove(replica)
         self.touched[model] = None
@@ -301,30 +318,27 @@ class Pool:
         moved = (name, replica.serial, replica.uid, place.node, place.devices, before, replica.state, cause, reason)
         self.transitions.append(Moved(*moved, _why(replica, before, reason)))
 
-    def dismiss(self, replica: Replica) -> None:
-        """Serve is to stop a replica of the model, which must be this one: see `stops.certain`."""
-        replica.dismissed = True
-        replica.model.dismissed += 1
-        self.changed[replica.model] = None
-
     def _remove(self, replica: Replica) -> None:
         model = replica.model
         del model.replicas[replica]
-        model.dismissed -= replica.dismissed
-        if not model.replicas:
-            del self.resident[model]
-            self.capacity_was = min(self.capacity_was, len(self.resident))
+        if replica.is_placed:
+            self.set_placed(replica, False)
         if replica.uid is not None:
             del self.replicas[replica.uid]
             self.orphans.pop(replica.uid, None)
-        if replica.claim is not None:
-            replica.claim.victims.pop(replica, None)
-        if model.order is not None:
-            model.order.batch.pop(replica, None)
+        self.leave_plans(replica)
         self.book.credit(replica)
 
+    def leave_plans(self, replica: Replica) -> None:
+        """What was counted on from it has come true, or never will."""
+        if replica.claim is not None:
+            replica.claim.victims.pop(replica, None)
+            replica.claim = None
+        if replica.model.order is not None:
+            replica.model.order.batch.pop(replica, None)
+
     def quiesce(self, replica: Replica, now: float, reason: str = "") -> None:
-        """Drain a READY replica: no new lease. The tree moves it on to STOPPING when it is empty."""
+        """Drain a READY replica: no new lease. The tree moves it on when it is empty."""
         self.move(replica, Cause.QUIESCED, now, reason)
         assert replica.uid is not None, "a READY replica has a process"
         self.out.append(Quiesce(replica.uid))
@@ -334,10 +348,6 @@ class Pool:
         self.move(replica, Cause.REOPENED, now)
         assert replica.uid is not None, "a DRAINING replica has a process"
         self.out.append(Reopen(replica.uid))
-
-    def withdraw(self, replica: Replica, now: float, reason: str = "withdrawn") -> None:
-        """Take back a start. What is not bound to a process yet is gone at once."""
-        self.move(replica, Cause.GONE if replica.uid is None else Cause.WITHDRAWN, now, reason)
 
     def revoke(self, replica: Replica, now: float) -> None:
         """End all leases of a replica that can serve them no more. Their holders notice by themselves."""

@@ -14,7 +14,8 @@ from cluster.ledger.transitions import Because
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-READY, STARTING, DRAINING = ReplicaState.READY, ReplicaState.STARTING, ReplicaState.DRAINING
+STARTING, LOADING, READY = ReplicaState.STARTING, ReplicaState.LOADING, ReplicaState.READY
+ASLEEP, STOPPING = ReplicaState.ASLEEP, ReplicaState.STOPPING
 
 
 class Waiter:
@@ -89,9 +90,12 @@ class Lease:
 class Replica:
     """One replica record. `uid` is the process that announced itself; None as long as none did.
 
-    `load_due` is when its engine is to be ordered to load, infinite once it was, and `ordered` says that it ever was;
-    `loaded_at` is when it last said that it was loaded.
-    `dismissed`: the desired count was lowered for it, so Serve may be killing it.
+    `wanted_at` is when its load was decided upon: the start of its process is part of what a load takes.
+
+    `order_due` is when its engine is to be ordered to load, or to end, infinite once it was. `ordered`: it was told to
+    load on the devices of its place. `loaded_at` is when it last said that it was loaded.
+    `is_placed`: its place is an engine's, which it has or is to load; without, it only takes what one without an engine
+    takes of its node.
     `deaths` counts how often its engine died in short succession. `strayed`: the engine is on other devices than told.
     """
 
@@ -101,15 +105,15 @@ class Replica:
         "claim",
         "deaths",
         "devices",
-        "dismissed",
         "free",
         "has_engine",
         "idle_since",
+        "is_placed",
         "leases",
-        "load_began",
-        "load_due",
         "loaded_at",
         "model",
+        "order_began",
+        "order_due",
         "ordered",
         "place",
         "revision",
@@ -121,6 +125,7 @@ class Replica:
         "strayed",
         "suspected",
         "uid",
+        "wanted_at",
     )
 
     def __init__(self, model: Model, place: Place, serial: int, now: float) -> None:
@@ -132,15 +137,16 @@ class Replica:
         self.uid: str | None = None
         self.state = ReplicaState.COLD
         self.since = now
+        self.wanted_at = now
         self.idle_since = now
         self.leases: dict[str, Lease] = {}
         self.free = list(range(self.slots - 1, -1, -1))
-        self.adopted = self.dismissed = False
+        self.adopted = self.is_placed = False
         self.claim: Claim | None = None
         self.started_at = INFINITY
         # its engine, and what that said of itself
-        self.load_began = now
-        self.load_due = INFINITY
+        self.order_began = now
+        self.order_due = INFINITY
         self.loaded_at = -INFINITY
         self.ordered = self.strayed = self.has_engine = False
         self.deaths = 0
@@ -158,9 +164,14 @@ class Replica:
 
     def overdue_at(self) -> float:
         """When its load has taken too long: counted from the order to load, or from the call for a process."""
-        if self.load_due < INFINITY:
+        if self.order_due < INFINITY:
             return INFINITY
-        return self.load_began + self.model.spec.load_timeout_s
+        return self.order_began + self.model.spec.load_timeout_s
+
+    @property
+    def is_rising(self) -> bool:
+        """It does not serve yet, but will."""
+        return self.is_placed and self.state in (STARTING, LOADING)
 
     @property
     def used(self) -> int:
@@ -202,13 +213,13 @@ class Model:
 
     __slots__ = (
         "armed_at",
+        "asleep_shape",
         "backoff_until",
         "buckets",
         "by_priority",
         "claim",
         "counts",
         "desired_sent",
-        "dismissed",
         "drain_s",
         "ever_loaded",
         "failures",
@@ -230,6 +241,7 @@ class Model:
         "peak",
         "peak_since",
         "pending_rank",
+        "placed",
         "queue",
         "refusing",
         "removed",
@@ -252,7 +264,7 @@ class Model:
         self.free = 0
         self.leased = 0
         self.by_priority = [0, 0, 0]
-        self.dismissed = 0
+        self.placed = 0
         self.desired_sent = 0
         self.resend = False
         self.claim: Claim | None = None
@@ -281,6 +293,7 @@ class Model:
         self.peak = 0
         self.peak_since = now
         self.shape: Shape = shape_of(spec, None)
+        self.asleep_shape = Shape(0, 0, 0, None, False, "")
 
     def reshape(self) -> None:
         """Recompute the need of one replica, after a new spec or a measurement."""
@@ -295,16 +308,24 @@ class Model:
     @property
     def serving(self) -> int:
         """Replicas that serve or will."""
-        return self.counts[STARTING] + self.counts[READY]
+        return self.rising + self.counts[READY]
+
+    @property
+    def rising(self) -> int:
+        """Replicas that will serve."""
+        starting = sum(1 for each in self.in_state(STARTING) if each.is_placed) if self.counts[STARTING] else 0
+        return starting + self.counts[LOADING]
 
     @property
     def desired(self) -> int:
         """How many processes Serve should keep."""
-        return len(self.replicas) - self.dismissed
+        return len(self.replicas) - self.counts[STOPPING]
 
     @property
     def leaving(self) -> int:
-        return self.counts[ReplicaState.STOPPING] + self.counts[ReplicaState.FAILED]
+        """Replicas that stop, or wait to be stopped: what has no engine and still has a place."""
+        asleep = sum(1 for each in self.in_state(ASLEEP) if each.is_placed) if self.counts[ASLEEP] else 0
+        return self.counts[STOPPING] + asleep
 
     @property
     def place_rank(self) -> float:
@@ -337,6 +358,14 @@ class Model:
     def in_state(self, state: ReplicaState) -> Iterator[Replica]:
         """Records in a state, oldest first."""
         return (replica for replica in self.replicas if replica.state is state)
+
+    def placed_replicas(self) -> Iterator[Replica]:
+        """Records that have the place of an engine, oldest first."""
+        return (replica for replica in self.replicas if replica.is_placed)
+
+    def rising_replicas(self) -> Iterator[Replica]:
+        """Records that will serve, oldest first."""
+        return (replica for replica in self.replicas if replica.is_rising)
 
     # --- free slots: READY replicas by how many of theirs are leased -------------------------------------------
 

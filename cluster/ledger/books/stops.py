@@ -14,7 +14,7 @@ from cluster.ledger.books.placement import Book
 from cluster.ledger.books.records import Model, Replica
 from cluster.ledger.states import ReplicaState
 
-STARTING, READY, DRAINING = ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING
+DRAINING, STOPPING = ReplicaState.DRAINING, ReplicaState.STOPPING
 
 
 def may_go_before(book: Book, other: Replica, replica: Replica) -> bool:
@@ -37,39 +37,53 @@ def before(book: Book, replica: Replica) -> list[Replica]:
     return found[1:]
 
 
+def with_it(book: Book, replica: Replica) -> list[Replica]:
+    """All that must leave for the engine of this one to end: none where that is not Serve's business."""
+    return [] if book.keeps_replicas else before(book, replica)
+
+
 def is_going(book: Book, replica: Replica) -> bool:
-    """It leaves, and so does all that Serve may stop before it."""
-    return replica.state >= DRAINING and all(each.state >= DRAINING for each in before(book, replica))
+    """Its engine leaves, and so does all that Serve may stop before it."""
+    if not (replica.is_placed and replica.state.is_going):
+        return False
+    return all(each.state.is_going for each in with_it(book, replica))
 
 
 def certain(book: Book, model: Model, more: Iterable[Replica] = ()) -> list[Replica]:
     """Of the replicas that leave and hold no lease, and of `more`, those that Serve is sure to stop; newest first.
 
+    Where replicas stay when their engine ends, only of `more`.
+
     A lower count stops nothing else: whatever may go before one of them was asked for, too, or is among them.
     """
     sure = dict.fromkeys(more)
-    for replica in model.replicas:
-        if not replica.dismissed and replica.state >= DRAINING and not replica.leases:
+    for replica in model.replicas if not book.keeps_replicas else ():
+        if DRAINING <= replica.state < STOPPING and not replica.leases:
             sure[replica] = None
     unsure: list[Replica] | None = None
     while unsure is None or unsure:
-        unsure = [each for each in sure if any(b not in sure and not b.dismissed for b in before(book, each))]
+        unsure = [each for each in sure if any(b not in sure and b.state is not STOPPING for b in before(book, each))]
         for replica in unsure:
             del sure[replica]
     return [each for each in reversed(model.replicas) if each in sure]
 
 
 def certain_starts(book: Book, model: Model, wanted: Iterable[Replica]) -> list[Replica]:
-    """Those in STARTING among the wanted that can be taken back: Serve stops them, and none that stays."""
-    starting = [each for each in wanted if each.state is STARTING]
-    return [each for each in certain(book, model, starting) if each.state is STARTING] if starting else []
+    """Those of the wanted that do not serve yet and can be taken back: Serve stops them, and none that stays.
+
+    Where replicas stay, a load is taken back without Serve, and of processes that do not run yet one is like another.
+    """
+    rising = [each for each in wanted if each.is_rising]
+    if book.keeps_replicas:
+        return rising
+    return [each for each in certain(book, model, rising) if each.is_rising] if rising else []
 
 
 def first_of(
     book: Book, model: Model, states: tuple[ReplicaState, ...], gone: Iterable[Replica] = ()
 ) -> Replica | None:
     """The replica in one of these states that Serve is sure to stop before all others in them; None if none is."""
-    left = [each for each in reversed(model.replicas) if each.state in states and each not in gone]
-    if len(left) < 2:
+    left = [each for each in reversed(model.replicas) if each.state in states and each.is_placed and each not in gone]
+    if len(left) < 2 or book.keeps_replicas:
         return left[0] if left else None
     return next((each for each in left if not any(b in left for b in before(book, each))), None)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 
-from cluster.ledger.books import stops
+from cluster.ledger.books import engine_moves, stops
 from cluster.ledger.books.pool import Pool
 from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.records import Model, Replica
 from cluster.ledger.events import (
+    EndReplica,
     EngineAsleep,
     EngineDied,
     EngineUnloaded,
     LoadEngine,
     ReplicaSuspected,
     RestartEngine,
+    UnloadEngine,
 )
 from cluster.ledger.handlers.requests import refuse_or_reroute
 from cluster.ledger.rules import policy
@@ -22,67 +24,94 @@ from cluster.ledger.states import Cause, ReplicaState
 
 log = logging.getLogger(__name__)
 
-STARTING, READY, DRAINING = ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING
+LOADING, READY, DRAINING = ReplicaState.LOADING, ReplicaState.READY, ReplicaState.DRAINING
+UNLOADING = ReplicaState.UNLOADING
 
 # A process that dies while it loads (a node that went down, an out-of-memory kill), and an engine that dies again and
 # again, are tried this often before the waiters are refused; an engine that *says* that it cannot load is believed at
 # once.
 PATIENCE = 3
+# For so long an engine that was told to end may take, in seconds, before its replica is taken to hang.
+UNLOAD_LIMIT_S = 30.0
 # An engine that served for so long has not died of its load: the count of its deaths begins anew.
 STEADY_S = 60.0
 
 
-def order_loads(pool: Pool, model: Model, now: float) -> None:
-    """Tell the replicas of a model whose time has come to load their engines, each on the devices of its place."""
-    for replica in list(model.in_state(STARTING)):
+def give_orders(pool: Pool, model: Model, now: float) -> None:
+    """Tell the replicas of a model whose time has come to load their engines, on their own devices, or to end them."""
+    for replica in list(model.in_state(LOADING)):
         # The failure of one may take back the others of an order.
-        if now < replica.load_due or replica.state is not STARTING:
-            continue
-        assert replica.uid is not None, "only a replica with a process is due to load"
-        if not pool.book.settle_devices(replica):
-            # It started on another node than planned, or beside what nobody asked for, and there is no room for it.
-            pool.move(replica, Cause.FAILED, now)
-            reason = "no device where it was started is free for it"
-            back_off(pool, model, reason, now, patient=model.failures + 1 < PATIENCE)
-            continue
-        replica.load_due = INFINITY
-        replica.load_began = now
-        replica.ordered = True
-        pool.out.append(LoadEngine(replica.uid, model.name, replica.place.devices))
+        if replica.state is LOADING and now >= replica.order_due:
+            _order_load(pool, replica, now)
+    for replica in model.in_state(UNLOADING):
+        if now >= replica.order_due:
+            assert replica.uid is not None, "an UNLOADING replica has a process"
+            replica.order_due = INFINITY
+            pool.out.append(UnloadEngine(model.name, replica.uid))
+
+
+def _order_load(pool: Pool, replica: Replica, now: float) -> None:
+    model = replica.model
+    assert replica.uid is not None, "a LOADING replica has a process"
+    if not pool.book.settle_devices(replica):
+        # It started on another node than planned, or beside what nobody asked for, and there is no room for it.
+        engine_moves.lose(pool, replica, Cause.FAILED, now)
+        reason = "no device where it was started is free for it"
+        back_off(pool, model, reason, now, patient=model.failures + 1 < PATIENCE)
+        return
+    replica.order_due = INFINITY
+    replica.order_began = now
+    replica.ordered = True
+    pool.out.append(LoadEngine(replica.uid, model.name, replica.place.devices))
 
 
 def engine_died(pool: Pool, event: EngineDied, now: float) -> None:
     """The engine is dead and its replica lives: what it ran has ended, what waits goes on waiting."""
     replica = pool.replicas.get(event.replica)
     pool.early_ready.pop(event.replica, None)
-    if replica is None or replica.state not in (STARTING, READY, DRAINING):
+    if replica is None or replica.state not in (LOADING, READY, DRAINING):
         log.info("death of an engine of replica %s ignored: unknown or leaving", event.replica)
         return
     pool.revoke(replica, now)
     replica.has_engine = replica.suspected = False
     model, before = replica.model, replica.state
     if before is DRAINING:
-        # A dead engine is not opened again; the tree moves it on like any that has run dry.
-        pool.move(replica, Cause.ENGINE_DIED, now)
+        # A dead engine is not opened again.
+        engine_moves.lose(pool, replica, Cause.ENGINE_DIED, now)
         return
     replica.deaths = 1 if before is READY and now >= replica.since + STEADY_S else replica.deaths + 1
     failures = replica.deaths if before is READY else max(replica.deaths, model.failures + 1)
     if failures >= PATIENCE:
-        pool.move(replica, Cause.FAILED, now)
+        engine_moves.lose(pool, replica, Cause.FAILED, now)
         back_off(pool, model, event.reason, now)
         return
     pool.move(replica, Cause.ENGINE_DIED, now)
+    if before is READY:
+        replica.wanted_at = now
     if before is READY and replica.deaths == 1:
         model.last_error = event.reason
-        replica.load_due = now
+        engine_moves.assign(pool, replica, now)
     else:
         back_off(pool, model, event.reason, now, patient=True)
-        replica.load_due = model.backoff_until
+        engine_moves.assign(pool, replica, now, due=model.backoff_until)
 
 
 def engine_unloaded(pool: Pool, event: EngineUnloaded, now: float) -> None:
-    """No engine is ordered to end yet: a replica ends with its engine."""
-    log.info("replica %s unloaded its engine: ignored, since nobody told it to", event.replica)
+    """The engine has ended as ordered: what it took is free."""
+    replica = pool.replicas.get(event.replica)
+    if replica is None or replica.state is not UNLOADING:
+        log.info("end of the engine of replica %s ignored: unknown, or not ordered", event.replica)
+        return
+    replica.order_due = INFINITY
+    pool.move(replica, Cause.UNLOADED, now)
+    engine_moves.unseat(pool, replica)
+
+
+def unload_overdue(pool: Pool, replica: Replica, now: float) -> None:
+    """An engine that was told to end is still there, for all that is known: its replica hangs, and is ended."""
+    assert replica.uid is not None, "an UNLOADING replica has a process"
+    replica.order_began = now
+    pool.out.append(EndReplica(replica.uid))
 
 
 def engine_asleep(pool: Pool, event: EngineAsleep, now: float) -> None:
@@ -104,8 +133,13 @@ def load_overdue(pool: Pool, replica: Replica, now: float) -> None:
     """A load takes too long: as if it had failed, but its waiters hear of a timeout."""
     model = replica.model
     reason = f"not loaded within {model.spec.load_timeout_s:g} s"
-    # Without a process there is nobody whose death could be waited for.
-    pool.move(replica, Cause.GONE if replica.uid is None else Cause.FAILED, now)
+    if replica.uid is None:
+        # Without a process there is nobody whose death could be waited for.
+        pool.move(replica, Cause.GONE, now)
+    elif pool.keeps_replicas:
+        engine_moves.unload(pool, replica, Cause.WITHDRAWN, now, "load_timeout")
+    else:
+        engine_moves.lose(pool, replica, Cause.FAILED, now)
     back_off(pool, model, reason, now, error="BackendTimeout")
 
 
@@ -122,7 +156,7 @@ def back_off(
         batch = list(model.order.batch)
         model.order = None
         for replica in stops.certain_starts(pool.book, model, batch):
-            pool.withdraw(replica, now)
+            engine_moves.withdraw(pool, replica, now)
         for replica in batch:
             if replica.state is READY:
                 pool.quiesce(replica, now, "operator")

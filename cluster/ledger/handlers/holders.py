@@ -11,7 +11,7 @@ from cluster.ledger.states import ReplicaState
 
 log = logging.getLogger(__name__)
 
-READY, STARTING = ReplicaState.READY, ReplicaState.STARTING
+READY = ReplicaState.READY
 
 MAX_ORPHANS = 10_000
 
@@ -42,7 +42,7 @@ def lease_reannounced(pool: Pool, event: LeaseReannounced, now: float) -> None:
         log.info("re-announced lease %s ignored: it has ended", event.request)
         return
     replica = pool.replicas.get(event.replica)
-    if replica is None or replica.state is STARTING:
+    if replica is None or replica.is_rising:
         if sum(map(len, pool.orphans.values())) < MAX_ORPHANS:
             pool.orphans.setdefault(event.replica, {})[event.request] = event
         return

@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 def config_changed(pool: Pool, event: ConfigChanged, now: float) -> None:
     """Take a new configuration; only what changed drains, and nothing that runs is cut."""
     pool.spec = event.spec
+    pool.book.keeps_replicas = event.spec.max_asleep != 0
     # A capacity that was lowered is reached again as models come and go, never by cutting.
     pool.capacity_was = len(pool.resident)
     for name, model in list(pool.models.items()):
@@ -91,7 +92,7 @@ def unload_requested(pool: Pool, event: UnloadRequested, now: float) -> None:
     model.order = None
     model.keep_alive_s = None
     model.held_down = True
-    model.unloading = bool(model.replicas)
+    model.unloading = bool(model.placed)
     refusal = policy.unloading(model)
     for waiter in list(model.queue):
         refuse_or_reroute(pool, waiter, now, refusal)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 
-from cluster.ledger.books import stops
+from cluster.ledger.books import engine_moves
 from cluster.ledger.books.pool import Pool
 from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.records import Model, Replica
+from cluster.ledger.books.shapes import Place
 from cluster.ledger.events import (
     ReplicaFailed,
     ReplicaGone,
     ReplicaReady,
     ReplicaStarted,
+    UnloadEngine,
 )
 from cluster.ledger.handlers.engines import PATIENCE, back_off
 from cluster.ledger.handlers.holders import lease_reannounced
@@ -32,45 +34,69 @@ def replica_started(pool: Pool, event: ReplicaStarted, now: float) -> None:
     if model is None:
         log.error("replica %s of unknown model %s is not accounted for", event.replica, event.model)
         return
-    replica = next((each for each in model.in_state(ReplicaState.STARTING) if each.uid is None), None)
-    if replica is not None:
-        if replica.place.node != event.node:
-            pool.book.credit(replica)
-            replica.place = pool.book.force(event.node, replica.place.shape)
-            pool.book.take(replica)
-            pool.book.excuse(event.node)
-        pool.bind(replica, event.replica, event.started_at, event.loading, now)
-    else:
-        replica = _adopt(pool, model, event, now)
-    if event.devices:
+    replica = _expected(pool, model, event.node)
+    kept = replica is not None or _is_of_use(pool, model, event, now)
+    if replica is None:
+        replica = _adopt(pool, model, event, kept, now)
+    pool.bind(replica, event.replica, event.started_at, now, "" if kept else "unasked")
+    if event.devices and replica.is_placed:
         _stand_where_it_is(pool, replica, event.devices)
+    if replica.is_placed and kept:
+        is_busy = event.loading or event.unloading
+        engine_moves.assign(pool, replica, now, due=INFINITY if is_busy else None)
+        if event.unloading:
+            engine_moves.unload(pool, replica, Cause.WITHDRAWN, now)
     early = pool.early_ready.pop(event.replica, None)
     if early is not None:
         replica_ready(pool, early, now)
 
 
-def _adopt(pool: Pool, model: Model, event: ReplicaStarted, now: float) -> Replica:
-    """Account for a process that nobody asked for; keep it only if it is of use and there is room."""
+def _expected(pool: Pool, model: Model, node: str) -> Replica | None:
+    """The record of which this is the process, put on the node where it really is; None if none was asked for."""
+    asked_for = list(model.in_state(ReplicaState.STARTING))
+    if not asked_for:
+        return None
+    replica = min(asked_for, key=lambda each: (each.place.node != node, not each.is_placed))
+    if replica.place.node == node:
+        return replica
+    if not pool.keeps_replicas:
+        pool.book.reseat(replica, pool.book.force(node, replica.place.shape))
+        return replica
+    place = pool.book.node(node).fit(replica.place.shape, pool.book.hosts(model.shape)) if replica.is_placed else None
+    if place is None:
+        # Its model gets a place anew, here or elsewhere.
+        engine_moves.unseat(pool, replica, node)
+    else:
+        pool.book.move(replica, place)
+    return replica
+
+
+def _is_of_use(pool: Pool, model: Model, event: ReplicaStarted, now: float) -> bool:
+    """Whether a process that nobody asked for is kept: if there is room for it, and something for it to do."""
+    if pool.is_recovering:
+        return True
+    if model.removed or model.unloading or model.held_down or model.leaving:
+        return False
+    if model.desired >= model.spec.max_replicas:
+        return False
+    if pool.keeps_replicas:
+        return True
     account = pool.book.nodes.get(event.node)
     fits = account is not None and account.fit(model.shape, pool.book.hosts(model.shape)) is not None
-    keep = pool.is_recovering or (
-        fits
-        and model.desired < model.spec.max_replicas
-        and not (model.removed or model.unloading or model.held_down)
-        and not (model.leaving or model.claim or now < model.backoff_until)
-        and policy.has_capacity(pool, model)
-    )
-    replica = pool.place(model, pool.book.force(event.node, model.shape), now)
-    replica.adopted = True
-    pool.bind(replica, event.replica, event.started_at, event.loading, now)
+    return fits and not (model.claim or now < model.backoff_until) and policy.has_capacity(pool, model)
+
+
+def _adopt(pool: Pool, model: Model, event: ReplicaStarted, kept: bool, now: float) -> Replica:
+    """Account for a process that nobody asked for."""
     level = logging.INFO if pool.is_recovering else logging.WARNING
-    log.log(level, "replica %s of %s was not asked for: %s", event.replica, model.name, "kept" if keep else "stopped")
-    if not keep and stops.certain_starts(pool.book, model, [replica]):
-        pool.withdraw(replica, now, "unasked")
-        model.resend = True
-    elif not keep:
-        # Serve would stop another one that serves: it stays without an engine until that one has left.
-        pool.move(replica, Cause.FAILED, now, "unasked")
+    log.log(level, "replica %s of %s was not asked for: %s", event.replica, model.name, "kept" if kept else "stopped")
+    has_engine = event.loading or event.unloading or not pool.keeps_replicas
+    if has_engine:
+        replica = pool.place(model, pool.book.force(event.node, model.shape), now)
+    else:
+        replica = pool.place(model, Place(event.node, (), model.asleep_shape), now, for_engine=False)
+    replica.adopted = True
+    model.resend = model.resend or not kept
     return replica
 
 
@@ -80,21 +106,24 @@ def replica_ready(pool: Pool, event: ReplicaReady, now: float) -> None:
         if event.replica not in pool.dead_replicas and len(pool.early_ready) < MAX_EARLY:
             pool.early_ready[event.replica] = event
         return
-    if replica.state is not ReplicaState.STARTING:
+    if replica.state is ReplicaState.ASLEEP and not replica.is_placed:
+        # It was ordered by a former life of the ledger, and nobody knows of it: it must not stay where it is.
+        pool.out.append(UnloadEngine(replica.model.name, event.replica))
+    if replica.state is not ReplicaState.LOADING:
         # One that was suspected and answers does not hang; it may be suspected again.
         replica.suspected = False
         log.info("%r is ready: ignored", replica)
         return
     replica.address, replica.devices = event.address, event.devices
-    replica.load_due = INFINITY
+    replica.order_due = INFINITY
     replica.has_engine, replica.suspected = True, False
     model = replica.model
-    took = now - replica.since
+    took = now - replica.wanted_at
     # A load in place is no measure of a swap.
     if not replica.adopted and not replica.deaths:
         model.load_s = took if model.load_s is None else model.load_s + 0.3 * (took - model.load_s)
     model.loaded_at = replica.loaded_at = now
-    model.last_load.append((replica.since, now))
+    model.last_load.append((replica.wanted_at, now))
     model.failures = 0
     model.refusing = False
     model.last_error = None
@@ -131,11 +160,11 @@ def _stand_where_it_is(pool: Pool, replica: Replica, real: tuple[int, ...] | Non
 
 def replica_failed(pool: Pool, event: ReplicaFailed, now: float) -> None:
     replica = pool.replicas.get(event.replica)
-    if replica is None or replica.state not in (ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING):
+    if replica is None or replica.state not in (ReplicaState.LOADING, ReplicaState.READY, ReplicaState.DRAINING):
         log.info("failure of replica %s ignored: unknown or leaving", event.replica)
         return
     pool.revoke(replica, now)
-    pool.move(replica, Cause.FAILED, now)
+    engine_moves.lose(pool, replica, Cause.FAILED, now)
     back_off(pool, replica.model, event.reason, now)
 
 
@@ -150,6 +179,6 @@ def replica_gone(pool: Pool, event: ReplicaGone, now: float) -> None:
     before = replica.state
     pool.revoke(replica, now)
     pool.move(replica, Cause.GONE, now)
-    if before is ReplicaState.STARTING:
+    if before is ReplicaState.LOADING:
         model = replica.model
         back_off(pool, model, "the process died while it loaded", now, patient=model.failures + 1 < PATIENCE)

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 # Nobody is told to stay away for longer, however long the line is: clients take it literally.
 MAX_RETRY_AFTER_S = 20.0
 
-READY, STARTING, DRAINING = ReplicaState.READY, ReplicaState.STARTING, ReplicaState.DRAINING
+READY, DRAINING = ReplicaState.READY, ReplicaState.DRAINING
 
 
 def request_arrived(pool: Pool, event: RequestArrived, now: float) -> None:
@@ -162,7 +162,7 @@ def _admit(pool: Pool, model: Model, event: RequestArrived, now: float) -> None:
     pool.enqueue(waiter, now)
     # One of a higher class goes before a wide one that waits before free slots.
     leads = model.free and model.queue.head() is waiter
-    if leads or model.counts[DRAINING] or model.pending_rank is not None or model.desired < model.spec.max_replicas:
+    if leads or model.counts[DRAINING] or model.pending_rank is not None or model.serving < model.spec.max_replicas:
         pool.touched[model] = None
 
 
@@ -243,7 +243,7 @@ def lease_released(pool: Pool, event: LeaseReleased, now: float) -> None:
     pool.announce(pool.hand_over(lease, next_lease, now, policy.split_wait(model, next_lease, now)))
     model.keep_alive_s = next_lease.keep_alive_s
     # Who comes after a wide one may find slots that were free before it already.
-    if model.free or model.pending_rank is not None or model.claim is not None or model.counts[STARTING]:
+    if model.free or model.pending_rank is not None or model.claim is not None or model.rising:
         pool.touched[model] = None
 
 

@@ -16,7 +16,7 @@ _FIELDS: dict[type[Any], tuple[tuple[type[Any], ...], ...]] = {
     events.LeaseReleased: (_TEXT, _COUNT),
     events.HolderDied: (_TEXT,),
     events.HolderAnnounced: (_TEXT, (tuple,), (tuple,)),
-    events.ReplicaStarted: (_TEXT, _TEXT, _TEXT, _NUMBER, (bool,), (tuple,)),
+    events.ReplicaStarted: (_TEXT, _TEXT, _TEXT, _NUMBER, (bool,), (tuple,), (bool,)),
     events.ReplicaReady: (_TEXT, (int, type(None)), (object,), (tuple, type(None))),
     events.ReplicaFailed: (_TEXT, _TEXT),
     events.EngineDied: (_TEXT, _TEXT),

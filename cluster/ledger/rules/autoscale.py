@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 from cluster.ledger.books import stops
 from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.records import Model, Replica
+from cluster.ledger.rules import sleepers
 from cluster.ledger.states import ReplicaState
 
 if TYPE_CHECKING:
     from cluster.ledger.books.pool import Pool
 
-STARTING, READY, DRAINING = ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING
+READY, DRAINING, UNLOADING = ReplicaState.READY, ReplicaState.DRAINING, ReplicaState.UNLOADING
 
 # A `keep_alive` of 0 ends idleness at once; the use of slots is still judged over some time.
 SHORTEST_WINDOW_S = 1.0
@@ -20,40 +21,49 @@ SHORTEST_WINDOW_S = 1.0
 
 def missing(pool: Pool, model: Model, now: float) -> int:
     """How many replicas demand asks for beyond those that serve or start; at once one, or an order's rest."""
-    # Nothing is started beside one that drains, stops or failed: see rule 1 in `states.py`.
-    if model.removed or model.unloading or model.leaving or model.counts[DRAINING] or now < model.backoff_until:
+    if model.removed or model.unloading or now < model.backoff_until:
         return 0
     serving = model.serving
-    room = model.spec.max_replicas - serving
+    room = room_for_more(pool, model)
     if model.order is not None:
         return max(0, min(model.order.replicas - serving, room))
     if room <= 0 or not model.queue.count:
         return 0
     if not serving:
         return 1
-    backlog = model.queue.count - model.counts[STARTING] * model.spec.slots
+    backlog = model.queue.count - model.rising * model.spec.slots
     if backlog <= 0:
         return 0
     return 1 if backlog >= model.spec.slots or now >= grows_at(pool, model) else 0
 
 
+def room_for_more(pool: Pool, model: Model) -> int:
+    """How many more replicas of a model may load now, if there is a place for them."""
+    # Nothing is loaded beside one that makes room for another model, or it would take that room at once.
+    if model.counts[DRAINING] or model.counts[UNLOADING]:
+        return 0
+    room = model.spec.max_replicas - model.serving
+    if pool.keeps_replicas:
+        return min(room, sleepers.seats(pool, model))
+    # Nothing is started beside one that stops: see rule 1 in `states.py`.
+    return 0 if model.leaving else room
+
+
 def grows_at(pool: Pool, model: Model) -> float:
     """When the oldest waiter has waited long enough to ask for one more replica."""
-    if not model.counts[READY] or model.counts[STARTING]:
+    if not model.counts[READY] or model.rising:
         return INFINITY
     return min((head.since for head in model.queue.heads()), default=INFINITY) + pool.spec.upscale_wait_s
 
 
-def floor_missing(model: Model, now: float) -> int:
+def floor_missing(pool: Pool, model: Model, now: float) -> int:
     """How many replicas are to be kept without demand and are not there."""
-    if model.leaving or model.order is not None or now < model.backoff_until or model.held_down:
-        return 0
-    if model.removed or model.unloading or model.counts[DRAINING]:
+    if model.order is not None or now < model.backoff_until or model.held_down or model.removed or model.unloading:
         return 0
     floor = model.floor
     if model.spec.preload and not model.ever_loaded:
         floor = max(floor, 1)
-    return max(0, min(floor, model.spec.max_replicas) - model.serving)
+    return max(0, min(floor - model.serving, room_for_more(pool, model)))
 
 
 def idle_due(pool: Pool, model: Model) -> float:
@@ -62,7 +72,7 @@ def idle_due(pool: Pool, model: Model) -> float:
     On nodes of which Serve may choose any, none goes before all may.
     """
     # Beside one that starts nothing is closed: Serve would stop the newer one, and that would look like a failed load.
-    if not model.buckets[0] or model.queue.count or model.counts[STARTING] or model.counts[READY] <= model.floor:
+    if not model.buckets[0] or model.queue.count or model.rising or model.counts[READY] <= model.floor:
         return INFINITY
     if model.counts[READY] > 1 and stops.first_of(pool.book, model, (READY,)) is None:
         if model.floor or model.leased:
@@ -73,7 +83,7 @@ def idle_due(pool: Pool, model: Model) -> float:
 
 def surplus_due(model: Model) -> float:
     """When the present window of slot use ends; only models with more than one replica have one."""
-    if model.counts[STARTING] or model.counts[READY] <= max(1, model.floor):
+    if model.rising or model.counts[READY] <= max(1, model.floor):
         return INFINITY
     return model.peak_since + max(SHORTEST_WINDOW_S, model.idle_timeout_s)
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from cluster.ledger.books.pool import Pool
     from cluster.ledger.books.records import Model, Replica
 
-STARTING, READY, DRAINING = ReplicaState.STARTING, ReplicaState.READY, ReplicaState.DRAINING
+READY, DRAINING = ReplicaState.READY, ReplicaState.DRAINING
 
 # So many rivals and replicas are looked at; who stands behind a longer line gets a rougher estimate.
 MAX_SEEN = 32
@@ -86,17 +86,17 @@ def place_s(pool: Pool, model: Model, rank: float, before: list[Model], now: flo
     if model.counts[READY]:
         return 0.0
     load_s = policy.load_time(pool, model)
-    if model.counts[STARTING]:
-        return min(max(0.0, each.since + load_s - now) for each in model.in_state(STARTING))
+    if model.rising:
+        return min(max(0.0, each.wanted_at + load_s - now) for each in model.rising_replicas())
     if model.claim is not None:
         return max((gone_s(pool, each, now) for each in model.claim.victims), default=0.0) + load_s
-    if not model.replicas and pool.book.find(model.shape) is not None and policy.has_capacity(pool, model):
+    if not model.placed and pool.book.find(model.shape) is not None and policy.has_capacity(pool, model):
         return load_s
     due_s = max(0.0, policy.bound_at(pool, model) - now)
     if due_s == INFINITY:
         due_s = policy.bound_s(pool, model, 1 + int((rank - now) / max(1e-9, pool.spec.ageing_s)))
     seen = [each for _, each in zip(range(MAX_SEEN), pool.replicas.values(), strict=False)]
-    freed = [_freed_s(pool, each, model, due_s, now) for each in seen if not each.model.spec.pinned]
+    freed = [_freed_s(pool, each, model, due_s, now) for each in seen if each.is_placed and not each.model.spec.pinned]
     queued = sum(_stay_s(pool, each, now) for each in before if each.claim is None) / max(1, len(freed))
     return min(freed, default=due_s) + queued + load_s
 
@@ -104,8 +104,8 @@ def place_s(pool: Pool, model: Model, rank: float, before: list[Model], now: flo
 def _freed_s(pool: Pool, replica: Replica, model: Model, due_s: float, now: float) -> float:
     """How long it takes until a replica has left for the model, by itself or because the bound has come."""
     owner = replica.model
-    if replica.state is STARTING:
-        loaded_s = max(0.0, replica.since + policy.load_time(pool, owner) - now)
+    if replica.is_rising:
+        loaded_s = max(0.0, replica.wanted_at + policy.load_time(pool, owner) - now)
         return loaded_s + _work_s(pool, owner, now) + pool.stop_s
     if replica.state is not READY:
         other = None if replica.claim is None else replica.claim.model

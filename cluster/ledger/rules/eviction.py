@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cluster.ledger.books import stops
 from cluster.ledger.books.placement import Book, Node
 from cluster.ledger.books.shapes import Place, Shape, conflicts
-from cluster.ledger.rules import policy
+from cluster.ledger.rules import policy, sleepers
 from cluster.ledger.rules.policy import Plan, Tier
 from cluster.ledger.states import ReplicaState
 
@@ -110,7 +110,7 @@ def find(
     ranked = _evictable(pool, model, now, bound, gone) if surplus > 0 else []
     if len(ranked) < surplus:
         return None
-    for node in _nodes(pool) if only is None else (only,):
+    for node in sleepers.usable(pool, model, _nodes(pool) if only is None else [only]):
         for crowd in _crowds(ranked, surplus, node):
             # Each crowd hurts no less than the one before it, and each can clear the node if one can.
             if best is not None and best[:2] <= _hurt(crowd):
@@ -134,9 +134,9 @@ def _nodes(pool: Pool) -> list[Node]:
 
 def _surplus(pool: Pool, model: Model, gone: dict[Replica, bool]) -> int:
     """How many models must leave, besides those that do already, so that this one may come."""
-    if not pool.spec.capacity or model.replicas:
+    if not pool.spec.capacity or model.placed:
         return 0
-    promised = sum(1 for each in pool.claims if not each.replicas and each is not model)
+    promised = sum(1 for each in pool.claims if not each.placed and each is not model)
     leaving = sum(1 for each in pool.resident if _is_leaving(each, gone))
     return len(pool.resident) - leaving + promised + 1 - pool.spec.capacity
 
@@ -147,7 +147,7 @@ def _evictable(pool: Pool, model: Model, now: float, bound: bool, gone: dict[Rep
     for index, each in enumerate(pool.resident):
         if _is_leaving(each, gone):
             continue
-        standings = [policy.standing(pool, replica, model, now, bound) for replica in each.replicas]
+        standings = [policy.standing(pool, replica, model, now, bound) for replica in each.placed_replicas()]
         # To lose the last replica is never mere surplus.
         if any(one is None for one in standings) or (each.floor and not bound):
             continue
@@ -173,7 +173,7 @@ def _crowds(ranked: list[Leaver], surplus: int, node: Node) -> list[list[Leaver]
 
 
 def _is_leaving(model: Model, gone: dict[Replica, bool]) -> bool:
-    return all(gone.get(each, each.claim is not None or each.state.is_leaving) for each in model.replicas)
+    return all(gone.get(each, each.claim is not None or each.state.is_leaving) for each in model.placed_replicas())
 
 
 def clear(
@@ -189,7 +189,7 @@ def clear(
     """The cheapest victims on one node that make room for a replica of the model."""
     shape = model.shape
     prospect = Prospect(pool.book, node, gone, pool.book.hosts(shape))
-    chosen = [replica for each in crowd for replica in each.model.replicas if replica not in gone]
+    chosen = [replica for each in crowd for replica in each.model.placed_replicas() if replica not in gone]
     for replica in chosen:
         if replica.place.node == node.name and replica not in prospect.gone:
             prospect.remove(replica)
@@ -251,7 +251,9 @@ def _candidates(
     for order, replica in enumerate(sorted(node.replicas, key=lambda each: each.age, reverse=True)):
         if replica in prospect.gone:
             continue
-        others = [each for each in stops.before(pool.book, replica) if each.claim is None and each not in prospect.gone]
+        others = [
+            each for each in stops.with_it(pool.book, replica) if each.claim is None and each not in prospect.gone
+        ]
         standing = _standing(pool, [replica, *others], model, now, bound)
         if standing is not None and standing[0] <= rights:
             found.append(Candidate(*standing, order, replica, tuple(others)))

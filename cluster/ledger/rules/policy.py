@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from cluster.ledger.books.records import Model, Replica, Waiter
     from cluster.ledger.books.shapes import Place
 
-READY, STARTING, DRAINING = ReplicaState.READY, ReplicaState.STARTING, ReplicaState.DRAINING
+READY, DRAINING = ReplicaState.READY, ReplicaState.DRAINING
 
 
 class Refusal(NamedTuple):
@@ -63,7 +63,7 @@ def unavailable(pool: Pool, model: Model, now: float) -> Refusal | None:
             return None
         if is_remote(model):
             return None if pool.servers.undecided else unreachable(pool, model)
-    if model.spec.manual and not (model.replicas or model.order or model.queue.count):
+    if model.spec.manual and not (model.placed or model.order or model.queue.count):
         return Refusal("ModelNotLoaded", f"the model {model.name!r} is loaded by an operator only", {})
     if model.refusing and now < model.backoff_until and not model.serving:
         return failure(model, now, "ModelUnavailable")
@@ -108,7 +108,7 @@ def failure(model: Model, now: float, error: str) -> Refusal:
 
 def phase(model: Model) -> str:
     """What a waiter of the model waits for."""
-    return "loading" if model.counts[STARTING] and not model.counts[READY] else "queued"
+    return "loading" if model.rising and not model.counts[READY] else "queued"
 
 
 def split_wait(model: Model, waiter: Waiter, now: float) -> tuple[float, float]:
@@ -125,9 +125,9 @@ def split_wait(model: Model, waiter: Waiter, now: float) -> tuple[float, float]:
 
 def has_capacity(pool: Pool, model: Model) -> bool:
     """The number of resident models allows one more replica of this one."""
-    if not pool.spec.capacity or model.replicas:
+    if not pool.spec.capacity or model.placed:
         return True
-    promised = sum(1 for each in pool.claims if not each.replicas and each is not model)
+    promised = sum(1 for each in pool.claims if not each.placed and each is not model)
     return len(pool.resident) + promised < pool.spec.capacity
 
 
@@ -250,10 +250,12 @@ def pays(pool: Pool, waiting: Model, plan: Plan, now: float) -> bool:
 def standing(pool: Pool, replica: Replica, waiting: Model, now: float, bound: bool) -> tuple[Tier, float] | None:
     """A replica as a victim for `waiting`: its tier and its cost in there, or None if it may not be one."""
     model = replica.model
+    if not replica.is_placed:
+        return None
     if replica.claim is None and (replica.state.is_leaving or replica.state is DRAINING):
         return Tier.LEAVING, 0.0
     # While a newer one of its model starts, Serve would stop that one in its stead.
-    if replica.state is not READY or model is waiting or model.counts[STARTING] or is_held(pool, model, now, bound):
+    if replica.state is not READY or model is waiting or model.rising or is_held(pool, model, now, bound):
         return None
     spare = model.counts[READY] > model.floor
     if not replica.leases and not model.queue.count and spare:

@@ -78,7 +78,7 @@ async def test_a_follower_sees_a_model_come_up(cluster: Cluster):
     told: list[Any] = (await actor.changes(first.epoch, first.version, 1.0)).changes
     assert [each.version for each in told] == list(range(first.version + 1, first.version + 1 + len(told)))
     steps = [each.data["cause"] for each in told if each.kind == "replica"]
-    assert steps == ["placed", "announced", "loaded"]
+    assert steps == ["placed", "announced", "assigned", "loaded"]
     assert [each.data["state"] for each in told if each.kind == "model" and each.model == "a"][-1] == "loaded"
     assert [(each.model, each.replica, each.data) for each in told if each.kind == "load"] == [
         ("a", "u", {"progress": 0.5})

@@ -7,11 +7,13 @@ from typing import Any
 
 from cluster.ledger.events import (
     Command,
+    EndReplica,
     Event,
     Grant,
     LeaseReleased,
     LoadEngine,
     LoadRefused,
+    PrefetchModel,
     Quiesce,
     Reject,
     Reopen,
@@ -21,7 +23,10 @@ from cluster.ledger.events import (
     RequestArrived,
     RestartEngine,
     SetDesired,
+    SleepEngine,
     Ticked,
+    UnloadEngine,
+    WakeEngine,
 )
 from cluster.ledger.ledger import Ledger
 from cluster.ledger.specs import ModelSpec, NodeSpec, PoolSpec
@@ -47,6 +52,16 @@ def word(command: Command) -> str:
             return f"reopen {command.replica}"
         case LoadEngine():
             return f"load {command.replica} {','.join(map(str, command.devices))}"
+        case UnloadEngine():
+            return f"unload {command.replica}"
+        case SleepEngine():
+            return f"sleep {command.replica}"
+        case WakeEngine():
+            return f"wake {command.replica} {','.join(map(str, command.devices))}"
+        case PrefetchModel():
+            return f"prefetch {command.replica}"
+        case EndReplica():
+            return f"end {command.replica}"
         case RestartEngine():
             return f"restart {command.replica}"
         case LoadRefused():

@@ -122,7 +122,7 @@ def test_where_no_device_is_free_nothing_is_loaded() -> None:
     desk.loads.clear()
     desk.arrive("a1", "a")
     assert desk.tell(ReplicaStarted("a", "u", "n2")) == ["desire a 0"]
-    assert (desk.state("u"), desk.loads) == ("FAILED", [])
+    assert (desk.state("u"), desk.loads) == ("STOPPING", [])
     assert desk.gone("u") == []
     assert desk.at(1.0) == ["desire a 1"], "and it is tried again"
 
@@ -135,7 +135,7 @@ def test_a_group_is_kept_apart_on_the_devices_really_given() -> None:
     desk.loads.clear()
     desk.arrive("b1", "b")
     desk.tell(ReplicaStarted("b", "v", "n1"))
-    assert (desk.state("v"), desk.loads) == ("FAILED", [])
+    assert (desk.state("v"), desk.loads) == ("STOPPING", [])
 
 
 def test_on_a_machine_that_was_not_heard_of_yet_each_gets_a_device_of_its_own() -> None:
@@ -189,6 +189,6 @@ def test_malformed_devices_are_ignored() -> None:
     desk = Desk(model("a"))
     desk.arrive("r1", "a")
     desk.tell(ReplicaStarted("a", "u", "n"), ReplicaReady("u", devices=(0,)))  # type: ignore[arg-type]
-    assert desk.state("u") == "STARTING"
+    assert desk.state("u") == "LOADING"
     desk.tell(ReplicaReady("u", -1))
-    assert desk.state("u") == "STARTING"
+    assert desk.state("u") == "LOADING"

@@ -145,7 +145,7 @@ def test_a_dead_engine_loads_again_in_place_and_its_waiters_stay() -> None:
     desk.arrive("r2", "a")
     assert desk.arrive("r3", "a") == []
     assert desk.tell(EngineDied("u", "signal 11")) == []
-    assert desk.state("u") == "STARTING"
+    assert desk.state("u") == "LOADING"
     assert desk.loads == [LoadEngine("u", "a", (0,))], "on the same devices, at once"
     assert desk.ledger.snapshot().leases == 0
     assert desk.ledger.queue_position("r3") == ("loading", "a")
@@ -177,7 +177,7 @@ def test_one_that_dies_again_soon_pauses_and_the_third_time_is_given_up() -> Non
     desk.tell(ReplicaReady("u"))
     desk.arrive("r3", "a")
     assert desk.tell(EngineDied("u", "three")) == ["desire a 0"]
-    assert desk.state("u") == "FAILED"
+    assert desk.state("u") == "STOPPING"
     assert desk.arrive("r4", "a") == ["reject r4 ModelUnavailable"]
     assert desk.gone("u") == []
 
@@ -196,14 +196,14 @@ def test_an_engine_that_dies_while_it_loads_is_tried_again_in_place() -> None:
     desk = Desk(model("a"))
     desk.arrive("r1", "a")
     desk.tell(ReplicaStarted("a", "u", "n"), EngineDied("u", "one"))
-    assert desk.state("u") == "STARTING"
+    assert desk.state("u") == "LOADING"
     desk.at(1.0)
     assert len(desk.loads) == 2
     desk.tell(EngineDied("u", "two"))
     desk.at(3.0)
     assert len(desk.loads) == 3
     assert desk.tell(EngineDied("u", "three")) == ["reject r1 ModelUnavailable", "desire a 0"]
-    assert desk.state("u") == "FAILED"
+    assert desk.state("u") == "STOPPING"
 
 
 def test_the_load_timeout_counts_anew_for_each_load() -> None:
@@ -213,11 +213,11 @@ def test_the_load_timeout_counts_anew_for_each_load() -> None:
     desk.at(9.5)
     desk.tell(EngineDied("u", "one"))
     desk.at(10.5)
-    assert (desk.state("u"), len(desk.loads)) == ("STARTING", 2)
+    assert (desk.state("u"), len(desk.loads)) == ("LOADING", 2)
     desk.at(20.4)
-    assert desk.state("u") == "STARTING"
+    assert desk.state("u") == "LOADING"
     desk.at(20.5)
-    assert desk.state("u") == "FAILED"
+    assert desk.state("u") == "STOPPING"
 
 
 def test_a_draining_one_whose_engine_died_goes_on_to_stop() -> None:
@@ -242,10 +242,10 @@ def test_a_draining_one_whose_engine_died_is_not_opened_again() -> None:
     desk.tell(UnloadRequested("a"))
     assert (desk.state("u"), desk.state("v")) == ("DRAINING", "DRAINING")
     desk.tell(EngineDied("u", "gone"))
-    assert desk.state("u") == "DRAINING", "Serve would stop the newer one"
+    assert desk.state("u") == "ASLEEP", "Serve would stop the newer one"
     desk.tell(LoadRequested("a", 2), ConfigChanged(desk.spec))
     desk.arrive("r3", "a")
-    assert desk.state("u") == "DRAINING"
+    assert desk.state("u") == "ASLEEP"
     assert desk.release("r2") == ["desire a 0"]
 
 
@@ -254,7 +254,7 @@ def test_the_death_of_an_engine_that_is_leaving_or_unknown_is_ignored() -> None:
     desk.tell(EngineDied("nobody", "gone"))
     desk.tell(ReplicaFailed("u", "no"))
     assert desk.tell(EngineDied("u", "gone")) == []
-    assert desk.state("u") == "FAILED"
+    assert desk.state("u") == "STOPPING"
 
 
 def test_what_nobody_ordered_of_an_engine_is_ignored() -> None:
@@ -268,7 +268,7 @@ def test_word_of_an_engine_that_died_before_its_replica_came_is_dropped() -> Non
     desk.arrive("r1", "a")
     desk.tell(ReplicaReady("u"), EngineDied("u", "gone"))
     assert desk.tell(ReplicaStarted("a", "u", "n")) == []
-    assert desk.state("u") == "STARTING"
+    assert desk.state("u") == "LOADING"
 
 
 def test_what_changed_meanwhile_is_not_loaded_again() -> None:

@@ -69,7 +69,7 @@ def test_illegal_transition_raises_and_changes_nothing() -> None:
     desk.ledger.check()
     assert (ReplicaState.STOPPING, Cause.REOPENED) not in TRANSITIONS
     assert ReplicaState.DRAINING.is_desired
-    assert not ReplicaState.FAILED.is_desired
+    assert not ReplicaState.STOPPING.is_desired
 
 
 def test_what_is_shown() -> None:

@@ -61,7 +61,7 @@ def test_load_that_takes_too_long(announced: bool) -> None:
     if announced:
         desk.tell(ReplicaStarted("A", "A#1", "n"))
     assert desk.at(20.0) == ["reject r1 BackendTimeout", "desire A 0"]
-    assert desk.state("A#1") == ("FAILED" if announced else None)
+    assert desk.state("A#1") == ("STOPPING" if announced else None)
 
 
 def test_failure_of_one_replica_leaves_the_others() -> None:
@@ -91,7 +91,7 @@ def test_order_takes_back_what_has_begun_to_load() -> None:
     for index in range(3):
         desk.tell(ReplicaStarted("A", f"A#{index}", "n"))
     desk.tell(ReplicaFailed("A#0", "no"))
-    assert [desk.state(f"A#{index}") for index in range(3)] == ["FAILED", "STOPPING", "STOPPING"]
+    assert [desk.state(f"A#{index}") for index in range(3)] == ["STOPPING", "STOPPING", "STOPPING"]
 
 
 def test_order_survives_the_death_of_one_of_its_own() -> None:

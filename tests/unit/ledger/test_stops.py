@@ -163,7 +163,7 @@ def test_one_that_nobody_asked_for_waits_for_one_that_serves() -> None:
     desk.arrive("r", "A")
     desk.boot("A", "ax", "x")
     assert desk.tell(ReplicaStarted("A", "ay", "y")) == ["desire A 2"], "that is what there is"
-    assert (desk.state("ay"), desk.loads[-1].replica) == ("FAILED", "ax")
+    assert (desk.state("ay"), desk.loads[-1].replica) == ("ASLEEP", "ax")
     desk.release("r")
     assert desk.at(400.0) == ["quiesce ax", "desire A 0"]
 

@@ -43,15 +43,17 @@ def test_the_life_of_a_replica_is_told():
     assert (placed.model, placed.replica, placed.node, placed.devices) == ("a", None, "n", (0,))
     assert (placed.before.name, placed.after.name, placed.cause) == ("COLD", "STARTING", "placed")
     desk.tell(ReplicaStarted("a", "u", "n"))
-    (announced,) = desk.ledger.transitions
+    announced, assigned = desk.ledger.transitions
     assert isinstance(announced, Moved)
     assert (announced.record, announced.replica, announced.cause) == (placed.record, "u", "announced")
+    assert isinstance(assigned, Moved)
+    assert (assigned.after.name, assigned.cause) == ("LOADING", "assigned")
     desk.tell(ReplicaReady("u"))
     assert causes(desk) == ["loaded"]
     desk.release("r")
     assert causes(desk) == []
     desk.at(5.0)
-    assert (causes(desk), reasons(desk)) == (["quiesced", "emptied"], ["idle_timeout"])
+    assert (causes(desk), reasons(desk)) == (["quiesced", "dismissed"], ["idle_timeout"])
     desk.gone("u")
     assert causes(desk) == ["gone"]
 
