@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from cluster.ledger.books import engine_moves
+from cluster.ledger.books import engine_moves, stops
 from cluster.ledger.books.pool import Pool
 from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.records import Model, Replica
@@ -39,6 +39,9 @@ def replica_started(pool: Pool, event: ReplicaStarted, now: float) -> None:
     if replica is None:
         replica = _adopt(pool, model, event, kept, now)
     pool.bind(replica, event.replica, event.started_at, now, "" if kept else "unasked")
+    if not (kept or replica.is_placed) and stops.certain(pool.book, model, [replica]):
+        # Its count is not raised for it, least of all beside one that Serve has yet to stop.
+        pool.move(replica, Cause.DISMISSED, now, "unasked")
     if event.devices and replica.is_placed:
         _stand_where_it_is(pool, replica, event.devices)
     if replica.is_placed and kept:

@@ -330,6 +330,21 @@ def test_a_process_that_nobody_asked_for_sleeps_or_goes() -> None:
     assert sorted([desk.state("u") or "", desk.state("v") or ""]) == ["ASLEEP", "STOPPING"]
 
 
+def test_no_count_rises_for_an_unasked_process_beside_one_that_stops() -> None:
+    desk = Desk(model("a"), model("b"), max_asleep=0)
+    sleeping = replace(desk.spec, max_asleep=1)
+    desk.tell(ConfigChanged(sleeping))
+    desk.warm("b", "v")
+    desk.arrive("a1", "a")
+    desk.tell(EngineUnloaded("v"))
+    desk.boot("a", "u")
+    desk.tell(ConfigChanged(replace(sleeping, models={"a": desk.spec.models["a"]})))
+    assert desk.state("v") == "STOPPING"
+    desk.tell(ConfigChanged(sleeping))
+    assert desk.tell(ReplicaStarted("b", "w", "n")) == ["desire b 0"]
+    assert (desk.state("v"), desk.state("w")) == ("STOPPING", "STOPPING")
+
+
 def test_an_engine_that_nobody_knows_of_is_ended() -> None:
     desk = two()
     assert desk.tell(ReplicaReady("v")) == ["unload v"]
