@@ -1,0 +1,151 @@
+"""Two models on one device whose replicas stay while their engines come and go, over real Serve."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from cluster import effects, reservation
+from cluster.ledger.specs import NodeSpec
+from cluster.reservation import Reservation
+from tests.pool import Pool, fake, running_pool
+from tests.unit.raylet import lives
+
+MODELS = {
+    name: {**fake(tokens=30, tokens_per_s=100, load_s=0.05), "num_gpus": 1, "target_inflight": 2}
+    for name in ("one", "two")
+}
+TITLE = b"ray::ServeReplica:slotpool:"
+
+
+@pytest.fixture(scope="module")
+def pool(port: int) -> Iterator[Pool]:
+    with running_pool(port, {"models": MODELS, "max_asleep": 2}) as pool:
+        yield pool
+        pool.check()
+
+
+def say(pool: Pool, model: str, tokens: int = 2) -> str:
+    messages: Any = [{"role": "user", "content": "x"}]
+    stream = pool.openai().chat.completions.create(model=model, messages=messages, max_tokens=tokens, stream=True)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
+    assert text == "".join(f"{model}:{index} " for index in range(tokens))
+    return text
+
+
+def supervisors() -> dict[str, int]:
+    """The process of each model's replica."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (folder / "cmdline").read_bytes().partition(b"\0")[0]
+        except OSError:
+            continue
+        if title.startswith(TITLE) and b":ingress" not in title:
+            found[title.removeprefix(TITLE).decode().strip()] = int(folder.name)
+    return found
+
+
+def engine(pool: Pool, model: str) -> int | None:
+    """The process of a model's engine, by the ledger's book; None while none is loaded."""
+    rows = [row for row in pool.ledger()["replicas"] if row["model"] == model]
+    return rows[0]["pid"] if rows else None
+
+
+def test_a_swap_keeps_the_replicas_and_ends_the_engine(pool: Pool):
+    for model in ("one", "two"):
+        say(pool, model)
+    kept = supervisors()
+    assert set(kept) == {"one", "two"}
+    seen = set()
+    for swap in range(10):
+        model, other = (("one", "two"), ("two", "one"))[swap % 2]
+        say(pool, model)
+        pid = engine(pool, model)
+        assert pid is not None
+        assert lives(pid)
+        assert engine(pool, other) is None
+        assert pid not in seen
+        seen.add(pid)
+        assert sum(map(lives, seen)) == 1
+    assert supervisors() == kept
+    assert len(pool.ledger()["replicas"]) == 2
+
+
+def test_no_stream_is_cut_by_swaps(pool: Pool):
+    def client(model: str) -> None:
+        for _ in range(3):
+            say(pool, model, tokens=60)
+            done.append(model)
+
+    done: list[str] = []
+    kept = supervisors()
+    clients = [threading.Thread(target=client, args=(model,)) for model in ("one", "two", "one", "two")]
+    for each in clients:
+        each.start()
+    for each in clients:
+        each.join(120)
+    assert sorted(done) == ["one"] * 6 + ["two"] * 6
+    assert supervisors() == kept
+
+
+def test_a_sleeper_that_is_killed_is_replaced(pool: Pool):
+    say(pool, "one")
+    say(pool, "two")
+    before = supervisors()
+    os.kill(before["one"], signal.SIGKILL)
+    say(pool, "one")
+    say(pool, "two")
+    after = supervisors()
+    assert after["two"] == before["two"]
+    assert after["one"] != before["one"]
+
+
+def test_a_death_of_the_ledger_costs_no_stream_and_no_replica(pool: Pool):
+    say(pool, "one")
+    say(pool, "two")
+    kept = supervisors()
+    texts: list[str] = []
+    streams = [threading.Thread(target=lambda: texts.append(say(pool, "two", tokens=200))) for _ in range(2)]
+    for each in streams:
+        each.start()
+    pool.wait(lambda ledger: ledger["leases"] == 2)
+    time.sleep(0.3)
+    ray.kill(effects.find_ledger(), no_restart=False)
+    say(pool, "one")
+    for each in streams:
+        each.join(60)
+    assert len(texts) == 2
+    say(pool, "two")
+    assert supervisors() == kept
+
+
+def test_other_jobs_get_none_of_the_devices(pool: Pool):
+    @ray.remote(num_gpus=0.02, num_cpus=0)
+    def stranger() -> None:
+        pass
+
+    assert any(effects.reservations().values())
+    answer = stranger.remote()
+    assert ray.wait([answer], timeout=2)[0] == []
+    ray.cancel(answer)
+
+
+async def test_a_reservation_is_found_again_and_given_back(pool: Pool, monkeypatch: pytest.MonkeyPatch):
+    nodes = {node["NodeID"]: NodeSpec(node["NodeID"], gpus=1) for node in ray.nodes()}
+    before = effects.reservations()
+    later = Reservation()
+    assert await later.hold(nodes, is_wanted=True, is_used=True) == nodes
+    assert effects.reservations() == before == dict.fromkeys(nodes, True)
+    monkeypatch.setattr(reservation, "UNUSED_S", 0.0)
+    await later.hold(nodes, is_wanted=True, is_used=False)
+    assert effects.reservations() == {}
+    await later.hold(nodes, is_wanted=True, is_used=True)
