@@ -200,7 +200,7 @@ async def record(contender: Contender, count: int, folder: Path) -> None:
 
 
 async def settled(contender: Contender) -> None:
-    """Wait until what the contender has started beside its answers, such as spare processes, is done. Bounded."""
+    """Wait until what the contender has started beside its answers is done. Bounded."""
     for _ in range(SETTLE_S):
         before = contender.cpu()
         await asyncio.sleep(1)
