@@ -198,4 +198,5 @@ class PoolConfig(BaseModel):
             group_share=model.group is not None and model.group.devices == "shared",
             revision=model.revision,
             devices=model.gpu if model.num_gpus else (),
+            sleep_timeout_s=model.sleep_timeout,
         )

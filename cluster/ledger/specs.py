@@ -17,7 +17,8 @@ class ModelSpec:
     `devices` are the only ones that it may stand on: "0" (of any node), "node/1", "GPU-uuid" or "node/GPU-uuid"; empty
     means any. A node is named as in `NodeSpec.name` or one of its `hosts`.
     `revision` is any text that changes whenever the engine's own configuration did: replicas of an older revision
-    are drained and started anew on demand.
+    are drained and started anew on demand. `sleep_timeout_s` is how long a replica without an engine stays, 0 = until
+    there are too many.
     """
 
     name: str
@@ -39,6 +40,7 @@ class ModelSpec:
     group_share: bool = False
     revision: str = ""
     devices: tuple[str, ...] = ()
+    sleep_timeout_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

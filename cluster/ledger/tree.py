@@ -77,6 +77,9 @@ def due(pool: Pool, model: Model) -> float:
     if model.counts[DRAINING]:
         since = min((each.since for each in model.in_state(DRAINING) if each.leases), default=INFINITY)
         first = min(first, since + pool.spec.drain_timeout_s)
+    if model.counts[ASLEEP] and model.spec.sleep_timeout_s:
+        ends = (sleepers.stays_until(each) for each in model.in_state(ASLEEP))
+        first = min(first, *(end for end in ends if end > pool.now), INFINITY)
     if model.claim is not None:
         first = min(first, claims.look_at(pool, model.claim))
     elif model.pending_rank is not None:

@@ -71,9 +71,15 @@ def superfluous(pool: Pool, model: Model) -> list[Replica]:
     asleep = [each for each in model.in_state(ASLEEP) if not each.is_placed]
     if model.removed:
         return asleep
-    lost = [each for each in asleep if not pool.book.node(each.place.node).present]
+    lost = [each for each in asleep if not pool.book.node(each.place.node).present or pool.now >= stays_until(each)]
     above = len(model.replicas) - model.counts[STOPPING] - len(lost) - most(pool, model)
     return lost + [each for each in reversed(asleep) if each not in lost][: max(0, above)]
+
+
+def stays_until(replica: Replica) -> float:
+    """Until when a replica without an engine stays for its model's sake; infinite for as long as there is room."""
+    timeout_s = replica.model.spec.sleep_timeout_s
+    return replica.since + timeout_s if timeout_s and not _is_wanted(replica.model) else INFINITY
 
 
 def most_asleep(pool: Pool) -> float:

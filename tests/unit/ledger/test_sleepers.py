@@ -170,6 +170,18 @@ def test_as_many_sleep_as_the_hosts_have_room_for() -> None:
     assert (desk.state("u"), desk.state("v")) == ("STOPPING", "ASLEEP")
 
 
+def test_a_sleeper_ends_after_its_timeout() -> None:
+    desk = Desk(model("a"), model("b", sleep_timeout_s=50.0), max_asleep=None)
+    desk.warm("b", "v")
+    desk.arrive("a1", "a")
+    desk.tell(EngineUnloaded("v"))
+    desk.boot("a", "u")
+    assert desk.at(49.9) == []
+    assert desk.ledger.next_deadline() == 50.0
+    assert desk.at(50.0) == ["desire b 0"]
+    assert desk.state("v") == "STOPPING"
+
+
 def test_a_sleeper_that_is_waited_for_stays() -> None:
     desk = two(max_asleep=1)
     desk.arrive("b1", "b")
