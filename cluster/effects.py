@@ -2,7 +2,7 @@
 
 Ray's private interfaces are used here and in `deployments/routing.py` and nowhere else, against the pinned version;
 `tests/unit/test_ray_canaries.py` names each of them. Where a later Ray lacks one, the pool goes on without what it is
-for: deaths of actors are then polled for, no processes are started ahead, and Serve's control loop keeps its pace.
+for: deaths of actors are then polled for.
 """
 
 from __future__ import annotations
@@ -23,14 +23,6 @@ try:
     from ray.core.generated.gcs_pb2 import ActorTableData
 except ImportError:
     GcsAioActorSubscriber = ActorTableData = None
-try:
-    from ray._private.grpc_utils import init_grpc_channel
-    from ray.core.generated.common_pb2 import Language
-    from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest
-    from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
-    from ray.core.generated.runtime_environment_pb2 import RuntimeEnvInfo
-except ImportError:
-    PrestartWorkersRequest = None
 from ray import PlacementGroupID
 from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
@@ -52,13 +44,8 @@ NAMESPACE = "slotpool"
 #: For how long a machine may take to say what its GPUs are, in seconds.
 NODE_ANSWER_S = 10.0
 
-#: For how long a spare process is kept that no replica takes, in seconds.
-SPARE_KEPT_S = 600
-
 #: How often deaths of actors are looked for where Ray does not tell of them, in seconds.
 DEATHS_PERIOD_S = 1.0
-#: Set by `make serve` for the Ray that it starts: only there the pace of Serve's control loop is the pool's own affair.
-PACE_FLAG = "SLOTPOOL_PACE_CONTROLLER"
 
 _HEAD = "node:__internal_head__"
 #: What the names of the placement groups begin with that reserve the devices of a node; its id follows.
@@ -139,57 +126,6 @@ def open_host() -> str:
     """The address of this machine under which the cluster's others reach it; empty when there are none. Blocks."""
     others = sum(node["Alive"] for node in ray.nodes()) > 1
     return str(ray.util.get_node_ip_address()) if others else ""
-
-
-def start_spare_processes(wanted: int) -> None:
-    """Have worker processes started on this machine until so many wait there for the next replicas to take them.
-
-    A fresh process imports for more than a second, while somebody waits for its model. Ray's library has the call,
-    but no Python for it; a Ray without it starts none. Processes that are idle for whatever reason count as spares.
-    Blocks for milliseconds.
-    """
-    if PrestartWorkersRequest is None:
-        return
-    missing = wanted - _idle_processes()
-    if missing <= 0:
-        return
-    node = ray._private.worker._global_node
-    # Ray matches idle processes by their runtime environment, which is the same for all replicas of the application.
-    environment = ray.get_runtime_context().get_runtime_env_string()
-    request = PrestartWorkersRequest(
-        language=Language.PYTHON,
-        runtime_env_info=RuntimeEnvInfo(serialized_runtime_env=environment),
-        keep_alive_duration_secs=SPARE_KEPT_S,
-        num_workers=missing,
-    )
-    with init_grpc_channel(f"{node.node_ip_address}:{node.node_manager_port}") as channel:
-        NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=NODE_ANSWER_S)
-
-
-def _idle_processes() -> int:
-    """How many worker processes of this machine's Ray have no work, or are being started."""
-    names = []
-    # Ray's own process on this machine is the parent of all its workers.
-    for children in Path("/proc", str(os.getppid()), "task").glob("*/children"):
-        for child in children.read_text().split():
-            with contextlib.suppress(OSError):
-                names.append(Path("/proc", child, "cmdline").read_bytes())
-    return sum(name.startswith(b"ray::IDLE") or b"default_worker.py" in name for name in names)
-
-
-def pace_controller(*, hurry: bool) -> None:
-    """How soon Serve's control loop runs again: after 5 ms in a hurry, else as configured. For its own process.
-
-    All applications of the cluster share that loop, so nothing happens unless `make serve` started this Ray.
-    """
-    if os.environ.get(PACE_FLAG) != "1":
-        return
-    # Imported here: Serve takes a second to import, and the controller's process has it already.
-    from ray.serve._private import constants, controller
-
-    usual = getattr(constants, "CONTROL_LOOP_INTERVAL_S", None)
-    if usual is not None and hasattr(controller, "CONTROL_LOOP_INTERVAL_S"):
-        controller.CONTROL_LOOP_INTERVAL_S = min(0.005, usual) if hurry else usual
 
 
 def disregard_stale_requests(is_ours: Callable[[Any], bool]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import time
 from collections.abc import AsyncGenerator
 
@@ -23,14 +22,6 @@ from deployments.engine_child import start_nursery
 from deployments.link import Links
 from deployments.supervisor import Place, Supervisor
 
-logger = logging.getLogger("slotpool.replica")
-
-#: So long after its start, and after a pause in the requests, a replica starts spare processes, in seconds.
-SPARES_AFTER_S = 5.0
-PAUSE_S = 0.5
-#: So many are kept on a machine: a visitor's swap takes one, and the swap back another. One takes 140 MiB.
-SPARES = 2
-
 
 class Replica:
     """The Serve deployment class behind every model."""
@@ -43,13 +34,10 @@ class Replica:
         self._placing = asyncio.create_task(self._find_place())
         self._ledger = LedgerClient()
         self._links = Links(self._node)
-        self._supervisor = Supervisor(
-            model, self._uid, self._ledger, lambda: asyncio.shield(self._placing), self._help_successor
-        )
+        self._supervisor = Supervisor(model, self._uid, self._ledger, lambda: asyncio.shield(self._placing))
         self._life = [
             asyncio.create_task(self._ledger.stay_attached("attach_replica", self._state)),
             asyncio.create_task(self._supervisor.follow_orders()),
-            asyncio.create_task(self._keep_spares()),
         ]
 
     def _state(self) -> ReplicaState:
@@ -94,35 +82,6 @@ class Replica:
             raise gone from None
         finally:
             way.close()
-
-    async def _keep_spares(self) -> None:
-        """See to it that the next swap here finds a process, which costs more than a second of CPU.
-
-        Not as long as the model answers, on what may be the same cores, nor soon after its start, when the model that
-        was here before may come straight back.
-        """
-        await asyncio.sleep(SPARES_AFTER_S)
-        before = None
-        while True:
-            now = await self._supervisor.load_of_engine()
-            if now is not None and now == before and not now[0]:
-                break
-            before = now
-            await asyncio.sleep(PAUSE_S)
-        await self._start_spares(SPARES)
-
-    async def _help_successor(self) -> None:
-        """Have a process started for the next model while the last streams of this one run, if there is none yet."""
-        load = await self._supervisor.load_of_engine()
-        if load is not None and load[0]:
-            await self._start_spares(1)
-
-    async def _start_spares(self, wanted: int) -> None:
-        try:
-            await asyncio.to_thread(effects.start_spare_processes, wanted)
-        except Exception:
-            # Without it the next replica only starts more slowly.
-            logger.warning("no spare process was started", exc_info=True)
 
     async def __del__(self) -> None:
         for task in self._life:

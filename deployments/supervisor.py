@@ -68,11 +68,10 @@ class Supervisor:
         replica: str,
         ledger: Ledger,
         place: Callable[[], Awaitable[Place]],
-        on_drain: Callable[[], Coroutine[Any, Any, None]],
     ) -> None:
-        """`place` finds out where the replica runs; `on_drain` is called when the ledger drains it."""
+        """`place` finds out where the replica runs."""
         self._model, self._replica, self._ledger = model, replica, ledger
-        self._place, self._on_drain = place, on_drain
+        self._place = place
         self.engine: EngineState | None = None
         self.failed: str | None = None
         self.asleep: AsleepState | None = None
@@ -98,11 +97,6 @@ class Supervisor:
             seen, order = await self._ledger.orders(self._replica, seen)
             if order is not None:
                 self._obey(order)
-
-    async def load_of_engine(self) -> tuple[int, int] | None:
-        """How many calls run in the engine and how many there have been; None without one that answers."""
-        child = self._child
-        return None if child is None or self.engine is None else await child.ping()
 
     def address(self) -> Address:
         """Where the engine listens. Raises `ReplicaGone` without one."""
@@ -145,7 +139,7 @@ class Supervisor:
             case Restart():
                 self._run(self._restart(order))
             case Drain():
-                self._run(self._on_drain())
+                pass  # The ledger sends no more calls; what runs goes on.
             case Prefetch():
                 self._run(prefetch(order.config["model_path"]))
 

@@ -6,7 +6,6 @@ from cluster.config.load import OWN_RAY
 
 #: User code on Serve's own loop and thread halves the cost of a request; gRPC between proxy and ingress halves that of
 #: a streamed chunk, and its messages must hold the largest body allowed.
-#: Idle processes import what a replica needs before one is wanted, which makes a swap more than a second shorter.
 #: The ledger assigns devices to engines, so Ray leaves every process those that it sees itself.
 #: Ray would let all its processes yield to anything else on the machine (niceness 15): a server should not.
 RAY_FLAGS = {
@@ -18,15 +17,14 @@ RAY_FLAGS = {
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_preload_python_modules": "deployments.preload",
     "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
     "RAY_worker_niceness": "0",
     "RAY_DEDUP_LOGS": "1",
 }
 
 #: Only in a Ray that is the pool's own do replicas stay without their engines by default, since the pool then reserves
-#: the devices, and only there may Serve's control loop hurry during a swap: it is everybody's loop.
-OWN_RAY_FLAGS = RAY_FLAGS | {OWN_RAY: "1", "SLOTPOOL_PACE_CONTROLLER": "1"}
+#: the devices.
+OWN_RAY_FLAGS = RAY_FLAGS | {OWN_RAY: "1"}
 
 #: Set to 0 in the environment, this leaves the public port to Serve's proxy.
 DIRECT_INGRESS = "RAY_SERVE_ENABLE_DIRECT_INGRESS"

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import random
 import threading
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import openai
@@ -304,30 +301,3 @@ def test_another_ray_job_uses_the_handle(pool: Pool):
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == words("quick", 4)
     with pytest.raises(Exception, match="does not exist"):
         handle.chat.remote(body("nope")).result(timeout_s=30)
-
-
-def idle_processes() -> set[int]:
-    """The worker processes of the machine's Ray that have no work yet."""
-    return {pid for pid, name in process_names().items() if name.startswith("ray::IDLE")}
-
-
-def process_names() -> dict[int, str]:
-    names = {}
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            names[int(path.parent.name)] = path.read_text(errors="replace")
-    return names
-
-
-def test_a_replica_takes_the_spare_process_that_the_one_before_it_left(pool: Pool):
-    """A fresh process would import for more than a second while somebody waits."""
-    client = pool.openai()
-    for model in ("a", "b"):
-        spare = idle_processes()
-        client.chat.completions.create(**body(model, max_tokens=1))
-        deadline = time.monotonic() + 20
-        while not idle_processes():
-            assert time.monotonic() < deadline, "no spare process was started"
-            time.sleep(0.1)
-    names = process_names()
-    assert any(f"ServeReplica:{effects.APP_NAME}:b" in names.get(pid, "") for pid in spare)

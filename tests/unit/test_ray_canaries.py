@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import ray
 from ray.serve import autoscaling_policy
-from ray.serve._private import constants, controller
 from ray.serve._private.common import RequestMetadata
 
 import deployments.routing
@@ -25,13 +24,6 @@ ATTRIBUTES = [
     ("ray._private.gcs_pubsub.GcsAioActorSubscriber.poll", "deaths of actors are not heard of"),
     ("ray.core.generated.gcs_pb2.ActorTableData", "deaths of actors are polled for"),
     ("ray._private.state.actors", "a death before an announcement is not noticed, and there is no polling"),
-    ("ray._private.grpc_utils.init_grpc_channel", "no processes are started ahead: swaps take a second longer"),
-    ("ray.core.generated.node_manager_pb2.PrestartWorkersRequest", "no processes are started ahead"),
-    ("ray.core.generated.node_manager_pb2_grpc.NodeManagerServiceStub", "no processes are started ahead"),
-    ("ray.core.generated.runtime_environment_pb2.RuntimeEnvInfo", "no processes are started ahead"),
-    ("ray.core.generated.common_pb2.Language", "no processes are started ahead"),
-    ("ray.serve._private.constants.CONTROL_LOOP_INTERVAL_S", "Serve keeps its pace: swaps take half a second longer"),
-    ("ray.serve._private.controller.CONTROL_LOOP_INTERVAL_S", "Serve keeps its pace"),
     ("ray.serve.autoscaling_policy._get_cold_start_scale_up_replicas", "Serve starts replicas by itself at times"),
     (f"{ROUTER}._choose_replica_for_request", "no call reaches its replica through Serve: the pool does not start"),
     ("ray.serve._private.request_router.common.PendingRequest", "the pool does not start"),
@@ -73,8 +65,6 @@ def test_the_names_inside():
     for name in ("self._replicas:", "self._replicas_updated_event"):
         assert name in router, f"the router has no {name} any more: PinRouter waits in vain for a replica to appear"
     assert "session_id" in RequestMetadata.__dataclass_fields__, "handles cannot name the replica that a lease is for"
-    loop = inspect.getsource(controller)
-    assert "CONTROL_LOOP_INTERVAL_S" in loop, "Serve's controller does not read its pace there any more"
     policy = inspect.getsource(autoscaling_policy._apply_autoscaling_config)
     assert "_get_cold_start_scale_up_replicas(" in policy, "Serve starts replicas by itself at times"
     proto = effects.ActorTableData
@@ -96,20 +86,6 @@ async def test_without_subscriptions_deaths_are_polled_for(monkeypatch):
     deaths = effects.dead_actors()
     assert [await anext(deaths) for _ in range(4)] == ["b", "a", "a", "c"]
     await deaths.aclose()
-
-
-def test_without_the_call_no_spare_process_is_started(monkeypatch):
-    monkeypatch.setattr(effects, "PrestartWorkersRequest", None)
-    monkeypatch.setattr(effects, "_idle_processes", lambda: pytest.fail("no need to count them"))
-    effects.start_spare_processes(2)
-
-
-@pytest.mark.parametrize("module", [constants, controller])
-def test_without_its_pace_the_controller_keeps_its_own(monkeypatch, module):
-    monkeypatch.setenv(effects.PACE_FLAG, "1")
-    monkeypatch.delattr(module, "CONTROL_LOOP_INTERVAL_S")
-    effects.pace_controller(hurry=True)
-    assert not hasattr(module, "CONTROL_LOOP_INTERVAL_S")
 
 
 def test_without_the_cold_start_hook_serve_does_as_it_likes(monkeypatch, caplog):

@@ -7,16 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 from ray.serve import autoscaling_policy
-from ray.serve._private import constants, controller
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from cluster import effects, pace
 from cluster import follower as following
 from cluster.applications import GRAPH, application_of, own_applications
 from cluster.config import Configuration, load_config
 from cluster.config.version import patched, with_model, without_model
 from cluster.follower import Counts, Follower
-from cluster.pace import HURRY_S, LONGEST_HURRY_S, Pace
 from cluster.scaling import LedgerPolicy, is_ours
 
 CONFIG = AutoscalingConfig(
@@ -27,14 +24,6 @@ CONFIG = AutoscalingConfig(
     downscale_to_zero_delay_s=0,
     policy=AutoscalingPolicy(policy_function="cluster.scaling:LedgerPolicy", policy_kwargs={"model": "a"}),
 )
-
-
-@pytest.fixture(autouse=True)
-def paces(monkeypatch):
-    """Whether Serve's controller was told to hurry, at each call."""
-    paces = []
-    monkeypatch.setattr(effects, "pace_controller", lambda *, hurry: paces.append(hurry))
-    return paces
 
 
 @pytest.fixture
@@ -134,33 +123,3 @@ def test_an_application_is_named_after_its_model_and_size():
     assert own_applications(deployed) == {}
     moved = patched(deployed, "a/b", {"num_gpus": 0.25, "num_cpus": 2})
     assert own_applications(moved) == {"slotpool-model-a-b-0.25-2": "a/b"}
-
-
-def test_the_controller_hurries_from_a_change_until_what_should_run_does(monkeypatch, paces):
-    now = 100.0
-    monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=lambda: now))
-    one = Pace()
-    now += LONGEST_HURRY_S
-    one.saw("a", 1, 1, 1)
-    one.saw("b", 1, 0, 0)
-    now += HURRY_S + 0.1
-    one.saw("b", 1, 1, 0)
-    one.saw("b", 1, 1, 1)
-    one.saw("b", 1, 1, 0)
-    now += LONGEST_HURRY_S
-    one.saw("b", 1, 1, 0)
-    assert paces == [False, True, True, False, True, False]
-
-
-def test_only_a_ray_of_the_pools_own_is_paced(monkeypatch):
-    monkeypatch.undo()
-    usual = constants.CONTROL_LOOP_INTERVAL_S
-    monkeypatch.setattr(controller, "CONTROL_LOOP_INTERVAL_S", usual)
-    monkeypatch.delenv(effects.PACE_FLAG, raising=False)
-    effects.pace_controller(hurry=True)
-    assert usual == controller.CONTROL_LOOP_INTERVAL_S
-    monkeypatch.setenv(effects.PACE_FLAG, "1")
-    effects.pace_controller(hurry=True)
-    assert controller.CONTROL_LOOP_INTERVAL_S == 0.005
-    effects.pace_controller(hurry=False)
-    assert usual == controller.CONTROL_LOOP_INTERVAL_S
