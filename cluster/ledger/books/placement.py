@@ -2,8 +2,8 @@
 
 A fraction up to one lives on one device; more than one takes whole devices of one node. An *earmark* is a promise: it
 takes nothing, but nobody else may take what it needs, so that a big model is not overtaken for ever by small ones
-while its victims drain. Free amounts may fall below zero, when a process exists that nobody asked for; then nothing
-fits on that node until it is resolved.
+while its victims drain. Free amounts may fall below zero, when a process exists that nobody asked for or takes more
+than was thought; then nothing fits on that device, or node, until it is resolved.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ class Node:
 
     def fit(self, shape: Shape, hosts: set[tuple[str, int]] | None) -> Place | None:
         """The tightest place for a shape, or None. `hosts`: the devices it must share, None = any."""
-        if not self.present or self.is_over():
+        # A device or a node that is over its budget has nothing free; its other devices are none the worse for it.
+        if not self.present:
             return None
         marks = self.marked.values()
         if shape.cpu and self.cpu - sum(mark.shape.cpu for mark in marks) < shape.cpu:

@@ -231,3 +231,15 @@ def test_what_is_kept_without_demand_starts_when_a_machine_comes_whatever_was_he
     desk = Desk(model("kept", min_replicas=1), model("first", preload=True), nodes={})
     assert desk.at(1.0) == []
     assert desk.tell(NodesChanged({"n": NodeSpec("n", gpus=2)})) == ["desire kept 1", "desire first 1"]
+
+
+def test_a_device_over_its_budget_blocks_no_other_device() -> None:
+    nodes = {"n": NodeSpec("n", gpus=8, device_memory_mib=24_000)}
+    half = [model(name, num_gpus=0.5, memory_mib=12_000) for name in "AB"]
+    desk = Desk(*half, model("C", memory_mib=20_000), nodes=nodes)
+    for name, measured in (("A", 12_000), ("B", 12_001)):
+        desk.arrive(f"r{name}", name)
+        desk.boot(name, f"{name}#1", memory=measured)
+        desk.release(f"r{name}")
+    assert desk.devices("A#1") == desk.devices("B#1") == (0,)
+    assert desk.arrive("c", "C") == ["desire C 1"]
