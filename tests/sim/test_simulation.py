@@ -123,6 +123,9 @@ def simulate(seed: int) -> World:
         world.at(now * rng.random(), lambda: world.tell(LoadRequested("B", rng.randint(1, 3))))
     for turn in range(1, 20):
         world.at(now * turn / 20, world.announce_holders)
+    if rng.random() < 0.5:
+        factor = {name: rng.choice((0.8, 1.2, 1.2, 4.0)) for name in spec.models}
+        world.memory_mib = {name: round(each.memory_mib * factor[name]) for name, each in spec.models.items()}
     world.run(until=now)
     # The faults stop; what is under way goes on.
     world.faults = Faults()

@@ -151,6 +151,8 @@ class World:
         )
         # replicas of other applications, by node: Serve counts them when it chooses
         self.others: Counter[str] = Counter()
+        # what engines are measured to take, by model; nothing is measured of the others
+        self.memory_mib: dict[str, int] = {}
         self.restarted = False
         self.after_step = after_step
         self.now = 0.0
@@ -306,6 +308,10 @@ class World:
             self._granted(command)
         elif isinstance(command, Reject):
             request = self.requests[command.request]
+            if command.error == "MemoryBudgetExceeded" and self.memory_mib:
+                seen = self.scheduler.model(request.model)  # type: ignore[attr-defined]
+                if seen is not None and seen.ready:
+                    self.crimes.append(f"{request.name} is refused, for {request.model}, which serves, is too large")
             request.rejected = command.error
             request.done = True
             if request.then is not None:
@@ -474,7 +480,11 @@ class World:
     def _ready(self, process: Process) -> None:
         if process.state == "loading":
             process.state = "ready"
-            self.tell(ReplicaReady(process.uid, devices=tuple(map(str, process.devices))), process)
+            self.tell(self._is_ready(process), process)
+
+    def _is_ready(self, process: Process) -> ReplicaReady:
+        measured = self.memory_mib.get(process.model)
+        return ReplicaReady(process.uid, measured, devices=tuple(map(str, process.devices)))
 
     def _stop(self, process: Process) -> None:
         if process.state == "pending":
@@ -521,7 +531,7 @@ class World:
                 started = ReplicaStarted(process.model, process.uid, process.node, number, loads, devices, ends)
                 self.tell(started, process)
                 if process.state == "ready":
-                    self.tell(ReplicaReady(process.uid, devices=tuple(map(str, process.devices))), process)
+                    self.tell(self._is_ready(process), process)
                 elif process.state == "failed":
                     self.tell(ReplicaFailed(process.uid, "the engine said no"), process)
         for request in self.requests.values():

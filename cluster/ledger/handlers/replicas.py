@@ -142,9 +142,10 @@ def replica_ready(pool: Pool, event: ReplicaReady, now: float) -> None:
 
 
 def _measure(pool: Pool, replica: Replica, memory_mib: int) -> None:
-    """What was seen replaces what was guessed: for this replica, and for the model's next ones the peak of all."""
+    """What was seen replaces what was guessed: for this replica, and for the next ones the peak of all that run."""
     model = replica.model
-    model.measured_mib = max(memory_mib, model.measured_mib or 0)
+    alone = not any(each.has_engine for each in model.replicas if each is not replica)
+    model.measured_mib = memory_mib if alone else max(memory_mib, model.measured_mib or 0)
     model.reshape()
     pool.book.reseat(replica, replica.place._replace(shape=replica.place.shape._replace(memory=memory_mib)))
 

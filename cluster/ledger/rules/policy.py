@@ -87,8 +87,8 @@ def unloading(model: Model) -> Refusal:
 
 
 def too_large(pool: Pool, model: Model, replicas: int = 1) -> Refusal | None:
-    """So many replicas of the model would not fit into the pool if it were empty."""
-    if pool.book.could_ever_fit(model.shape, replicas):
+    """So many replicas of the model would not fit into the pool if it were empty. What serves does fit."""
+    if replicas <= model.serving or pool.book.could_ever_fit(model.shape, replicas):
         return None
     if not pool.book.has_named_devices(model.shape):
         named = ", ".join(model.shape.only)

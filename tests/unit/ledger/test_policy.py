@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.ledger.events import ReplicaReady, ReplicaStarted, RequestCancelled
+from cluster.ledger.events import NodesChanged, ReplicaReady, ReplicaStarted, RequestCancelled, UnloadRequested
 from cluster.ledger.rules import policy
+from cluster.ledger.specs import NodeSpec
 from tests.unit.ledger.desk import Desk, model
 
 BOUND = (5.0, 8.0, 12.0)
@@ -237,3 +238,42 @@ def test_a_waiters_own_deadline_is_a_bound() -> None:
     due = 40.0 - policy.LEAD * 4.0
     assert desk.at(due - 0.1) == []
     assert desk.at(due) == ["quiesce A#1"]
+
+
+def grown(measured: int = 1250, **more: object) -> Desk:
+    """A model that was measured to take more than its node has."""
+    nodes = {"n": NodeSpec("n", gpus=2, memory_mib=1200)}
+    desk = Desk(model("A", memory_mib=1000, **more), nodes=nodes)
+    desk.arrive("r1", "A")
+    assert desk.boot("A", "A#1", memory=measured) == ["grant r1 A#1"]
+    return desk
+
+
+def test_a_model_that_serves_is_not_too_large() -> None:
+    desk = grown()
+    assert desk.arrive("r2", "A") == []
+    assert desk.tell(NodesChanged(desk.spec.nodes)) == []
+    assert desk.release("r1") == ["grant r2 A#1"]
+
+
+def test_a_model_that_was_measured_too_large_is_not_loaded_again() -> None:
+    desk = grown()
+    desk.gone("A#1")
+    assert desk.arrive("r2", "A") == ["reject r2 MemoryBudgetExceeded"]
+
+
+def test_a_measurement_falls_with_the_next_load() -> None:
+    desk = grown(measured=1100)
+    desk.release("r1")
+    desk.tell(UnloadRequested("A"))
+    desk.gone("A#1")
+    desk.arrive("r2", "A")
+    desk.boot("A", "A#2", memory=900)
+    assert desk.ledger.snapshot().models["A"].memory_mib == 900
+
+
+def test_the_largest_of_those_that_run_counts() -> None:
+    desk = grown(measured=500, max_replicas=2)
+    desk.arrive("r2", "A")
+    desk.boot("A", "A#2", memory=400)
+    assert desk.ledger.snapshot().models["A"].memory_mib == 500

@@ -1,0 +1,39 @@
+"""Proof that the simulation would notice if the ledger were wrong, in ways that the state machine's pool cannot show.
+
+Each of these is a mistake that a ledger has made, as a patch of one function, and must be caught within 100 seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from cluster.ledger.books import pool, records
+from cluster.ledger.rules import policy
+from tests.sim.test_simulation import run
+from tests.stateful.test_planted_bugs import serve_stops_whom_we_like
+
+SEEDS = 100
+
+
+def what_serves_is_too_large(patch: pytest.MonkeyPatch) -> None:
+    """A model that was measured to take more than its node has is refused while it serves."""
+
+    def wrong(books: pool.Pool, model: records.Model, replicas: int = 1) -> policy.Refusal | None:
+        if books.book.could_ever_fit(model.shape, replicas):
+            return None
+        return policy.Refusal("MemoryBudgetExceeded", f"the model {model.name!r} is larger than the pool", {})
+
+    patch.setattr(policy, "too_large", wrong)
+
+
+@pytest.mark.parametrize(
+    "plant", [serve_stops_whom_we_like, what_serves_is_too_large], ids=lambda plant: plant.__name__
+)
+@pytest.mark.timeout(300)
+def test_a_planted_bug_is_caught(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        for seed in range(SEEDS):
+            run(seed)
