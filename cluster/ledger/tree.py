@@ -115,6 +115,9 @@ def expire(pool: Pool, now: float) -> None:
         _end_recovery(pool, now)
     for memory in (pool.cancelled, pool.released, pool.dead_holders, pool.dead_replicas):
         memory.fade(now)
+    if now >= pool.orphans_until:
+        pool.orphans.clear()
+        pool.orphans_until = INFINITY
     expire_waiters(pool, now)
     if pool.recovering_until is not None:
         first = pool.deadlines.first()
@@ -138,12 +141,12 @@ def expire(pool: Pool, now: float) -> None:
                 pool.revoke(replica, now)
     first = pool.deadlines.first()
     pool.wake = min(INFINITY if first is None else first.deadline, pool.timers[0][0] if pool.timers else INFINITY)
+    pool.wake = min(pool.wake, pool.orphans_until)
 
 
 def _end_recovery(pool: Pool, now: float) -> None:
     """The recovery window closed: decide again, and say every desired count once, for Serve knows those of before."""
     pool.recovering_until = None
-    pool.orphans.clear()
     for model in pool.models.values():
         # Serve knows nothing of a model that only servers offer.
         model.resend = not is_remote(model)

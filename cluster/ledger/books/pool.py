@@ -74,7 +74,9 @@ class Pool:
         self.dead_holders = Memory(1024, 600.0)
         self.dead_replicas = Memory(4096, 600.0)
         self.early_ready: dict[str, ReplicaReady] = {}
+        # leases that were announced before their replicas, and until when they are kept
         self.orphans: dict[str, dict[str, LeaseReannounced]] = {}
+        self.orphans_until = INFINITY
         # learned of the whole pool: what a stop takes, and what a drain takes (at first, what the longest lease took)
         self.stop_s = 0.0
         self.drain_s = 0.0

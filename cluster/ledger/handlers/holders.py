@@ -14,6 +14,8 @@ log = logging.getLogger(__name__)
 READY = ReplicaState.READY
 
 MAX_ORPHANS = 10_000
+#: For so long after the last of them, in seconds, their replicas may come: also when the recovery window has closed.
+ORPHAN_S = 60.0
 
 
 def holder_died(pool: Pool, event: HolderDied, now: float) -> None:
@@ -45,6 +47,7 @@ def lease_reannounced(pool: Pool, event: LeaseReannounced, now: float) -> None:
     if replica is None or replica.is_rising:
         if sum(map(len, pool.orphans.values())) < MAX_ORPHANS:
             pool.orphans.setdefault(event.replica, {})[event.request] = event
+            pool.orphans_until = now + ORPHAN_S
         return
     if replica.state is not READY or not replica.free:
         log.warning("re-announced lease %s ignored: %r cannot hold it", event.request, replica)

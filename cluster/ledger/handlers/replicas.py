@@ -76,7 +76,8 @@ def _expected(pool: Pool, model: Model, node: str) -> Replica | None:
 
 def _is_of_use(pool: Pool, model: Model, event: ReplicaStarted, now: float) -> bool:
     """Whether a process that nobody asked for is kept: if there is room for it, and something for it to do."""
-    if pool.is_recovering:
+    # One that comes after the window, with streams on it, is one that this pool had.
+    if pool.is_recovering or event.replica in pool.orphans:
         return True
     if model.removed or model.unloading or model.held_down or model.leaving:
         return False

@@ -136,7 +136,8 @@ def _admit(pool: Pool, model: Model, event: RequestArrived, now: float) -> None:
     waiter = Waiter(
         event.request, event.holder, model, event.priority, event.deadline, event.keep_alive_s, now, event.slots
     )
-    threshold = pool.spec.offload_queue_threshold
+    # In the recovery window all wait, also beside free slots: a line says nothing then.
+    threshold = 0 if pool.is_recovering else pool.spec.offload_queue_threshold
     if threshold and model.spec.num_gpus and model.queue.count >= threshold:
         other = pool.models.get(model.spec.cpu_offload_model or "")
         if other is None:
@@ -155,7 +156,8 @@ def _admit(pool: Pool, model: Model, event: RequestArrived, now: float) -> None:
             _lease_now(pool, replica, event, now)
             return
     full = len(pool.waiters) >= pool.spec.queue_max_size
-    if full or (model.spec.max_queued is not None and model.queue.count >= model.spec.max_queued):
+    limit = None if pool.is_recovering else model.spec.max_queued
+    if full or (limit is not None and model.queue.count >= limit):
         if not server_slots.squeeze_in(pool, waiter, now):
             _queue_full(pool, waiter, model, now)
         return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from cluster.ledger.events import (
     ConfigChanged,
     HolderDied,
@@ -105,6 +107,8 @@ def test_orphans_are_bounded_and_forgotten() -> None:
         desk.ledger.decide(held(f"r{index}", "nobody", index), 0.0)
     assert sum(map(len, desk.ledger._pool.orphans.values())) == 10_000
     desk.at(5.0)
+    assert desk.ledger._pool.orphans, "their replicas may come after the window, too"
+    desk.at(61.0)
     assert not desk.ledger._pool.orphans
 
 
@@ -146,3 +150,27 @@ def test_lease_is_held_by_one_that_loads_again() -> None:
     assert desk.ledger.snapshot().leases == 0
     desk.tell(ReplicaReady("A#1"))
     assert desk.ledger.snapshot().leases == 1
+
+
+@pytest.mark.parametrize("limits", [{"offload_queue_threshold": 3}, {}], ids=["offload", "max_queued"])
+def test_no_line_is_too_long_in_the_window_while_slots_are_free(limits: dict[str, int]) -> None:
+    desk = Desk(model("A", slots=8, max_queued=None if limits else 3), recovering_until=5.0, **limits)
+    desk.boot("A", "A#1")
+    assert [desk.arrive(f"r{index}", "A") for index in range(8)] == [[]] * 8
+    assert [each for each in desk.at(5.0) if each.startswith("grant")] == [f"grant r{index} A#1" for index in range(8)]
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_replica_that_comes_after_the_window_still_holds_its_leases(waits: bool) -> None:
+    desk = again(model("A", slots=2))
+    desk.tell(held("old"))
+    desk.at(5.0)
+    if waits:
+        assert desk.arrive("r1", "A") == ["desire A 1"]
+    desk.boot("A", "A#1")
+    assert desk.state("A#1") == "READY"
+    assert desk.ledger.snapshot().leases == 1 + waits
+    assert desk.tell(RequestArrived("old", "h", "A", 2, 600.0)) == ["grant old A#1"]
+    desk.arrive("r2", "A")
+    slots = [each.slots for each in desk.ledger._pool.leases.values()]
+    assert len(set(slots)) == len(slots), "a slot is granted twice"
