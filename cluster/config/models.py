@@ -59,7 +59,7 @@ class ModelConfig(BaseModel):
     then answered by each in proportion to its weight. An alias may be shared by models with a weight only.
 
     `sleep_timeout` is how long a replica without an engine stays, 0 = until its room is needed. `sleep_level` 1 keeps
-    the engine's process with its weights in the host's memory, 2 does not; `auto` lets the pool choose.
+    the engine's process with its weights in the host's memory, 2 does not, which the pool chooses for all so far.
 
     `gpu` names the only devices that it may stand on: an index, a UUID, either after `node/`, or a list of them.
     `python` is the interpreter of another environment, which runs the engine.

@@ -46,7 +46,8 @@ class PoolConfig(BaseModel):
     `health_check_interval` is the time between two of Serve's health checks of a replica, in seconds.
     `max_asleep` is how many replicas may be kept whose engine is not loaded: a swap then starts an engine, and no
     replica. `auto` is what fits in a quarter of a node's memory; with 0, the default on a Ray that was there before,
-    a replica ends with its engine. `asleep_device_mib` is what an engine may hold on a device while it sleeps.
+    a replica ends with its engine. `asleep_device_mib` is what an engine that sleeps (level 1) may hold on a device;
+    the pool puts none to sleep so far.
     `max_keep_alive` (s) bounds the `keep_alive` of requests without an admin key. `model_roots` says where the files of
     models that are registered at run time may lie: folders, `package:NAME`, `hf:OWNER` or `hf:OWNER/REPO`.
     """
