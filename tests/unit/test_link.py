@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
+from cluster import frames
 from cluster.errors import BackendTimeout, ModelNotFound, PoolError, ReplicaGone
 from cluster.frames import BUFFER, ConnectionEnded, check_private, frame, make_private
 from cluster.orders import Address
-from deployments import frames, link
+from deployments import link
 from deployments.engines.protocol import Call, Reply, Report
 from deployments.link import Answer, Leased, LinkCall, Links
 from deployments.link_server import LinkServer
