@@ -124,7 +124,7 @@ async def test_swaps_between_two_real_models_cut_nothing(pool: Pool):
     async def watch() -> None:
         while not done.is_set():
             ledger = await asyncio.to_thread(pool.ledger)
-            resident.add(frozenset(row["model"] for row in ledger["replicas"]))
+            resident.add(frozenset(row["model"] for row in ledger["replicas"] if row["devices"]))
             await asyncio.sleep(0.05)
 
     watcher = asyncio.create_task(watch())
@@ -138,4 +138,5 @@ async def test_swaps_between_two_real_models_cut_nothing(pool: Pool):
     await watcher
     assert answers == [expected["first"]] * 6 + [expected["second"]] * 6
     assert all(len(models) <= 1 for models in resident), resident
+    assert {frozenset({"first"}), frozenset({"second"})} <= resident, "the one device is seen to be taken"
     assert time.monotonic() - started < 120
