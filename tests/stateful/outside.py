@@ -421,6 +421,9 @@ class Outside:
 
         Not `configured`, it was made with an older configuration, and hears of the present one from an ingress.
         """
+        for each in self.seen.values():
+            # Whom Serve was told to stop by the life before, the next one cannot know, nor be judged by.
+            each.is_asked = False
         self.lives += 1
         self.dead.clear()
         self.unloaded.clear()
