@@ -17,8 +17,8 @@ from cluster.applications import application_of
 
 #: Pause before the ledger is looked for again, in seconds.
 RETRY_S = 0.2
-#: How long a call parks in the ledger, and what its answer may take beyond that, in seconds. Short, since a call to a
-#: ledger that is killed for good in just that moment is sometimes not told of it: then nothing would start meanwhile.
+#: How long a call parks in the ledger, and what its answer may take beyond that, in seconds. Short, since nothing
+#: starts while a call hangs.
 PARKED_S = 10.0
 ANSWER_S = 5.0
 

@@ -21,6 +21,7 @@ from cluster.frames import Connection, ConnectionEnded, frame
 from cluster.ledger.events import Grant, Reject
 from cluster.metrics import Outcome
 from cluster.orders import Address
+from cluster.parked import unpacked
 from cluster.request import Request
 from cluster.sockets import connect
 
@@ -33,12 +34,12 @@ TO_HOLDER = {DECISIONS: 2**24}
 Settled = tuple[str, int | None, Outcome | None]
 
 
-def decision_of(fields: list[Any]) -> Grant | Reject:
-    """A decision as it travels: a grant and a refusal differ in their number of fields."""
-    if len(fields) != len(Grant._fields):
-        return Reject(*fields)
-    grant = Grant(*fields)
-    return grant._replace(slots=tuple(grant.slots), address=grant.address and Address(*grant.address))
+def decision_of(fields: list[Any]) -> Grant | Reject | None:
+    """A decision again: msgpack knows lists only."""
+    decision = unpacked(tuple(fields))
+    if not isinstance(decision, Grant):
+        return decision
+    return decision._replace(slots=tuple(decision.slots), address=decision.address and Address(*decision.address))
 
 
 class LeaseLink:
@@ -46,7 +47,7 @@ class LeaseLink:
 
     def __init__(self) -> None:
         self._connection: Connection | None = None
-        self._asked: dict[str, asyncio.Future[Grant | Reject]] = {}
+        self._asked: dict[str, asyncio.Future[Grant | Reject | None]] = {}
 
     @property
     def is_open(self) -> bool:

@@ -71,7 +71,7 @@ class Restart(NamedTuple):
 
 
 class Drain(NamedTuple):
-    """No new request will come, and a successor was chosen: a process for it may be started while the last ones run."""
+    """No new request will come; what runs goes on."""
 
 
 class Unload(NamedTuple):

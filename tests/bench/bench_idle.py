@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -25,23 +24,11 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from app.cli.supervisor import descendants
+from tests.bench.processes import cpu_s, memory_mib
 from tests.pool import fake, free_port
 
-TICK_S = 1 / os.sysconf("SC_CLK_TCK")
-#: What the start leaves behind, such as processes started ahead, is over by then, in seconds.
+#: What the start leaves behind is over by then, in seconds.
 SETTLE_S = 15.0
-
-
-def cpu_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) * TICK_S
-
-
-def memory_mib(pid: int) -> float:
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) / 1024
-    return 0.0
 
 
 def name_of(pid: int) -> str:

@@ -28,6 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from app.cli.supervisor import adopt_orphans, descendants
+from tests.bench.processes import cpu_s
 from tests.pool import fake, free_port, local_serve, running_pool
 
 ENGINE_S = 0.010
@@ -40,7 +41,6 @@ UNARY_ONE_BY_ONE = 100
 UNARY_CLIENTS = 32
 UNARY_S = 4.0
 SETTLE_S = 30
-TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass
@@ -73,8 +73,7 @@ class Contender:
         own = set() if self.root == os.getpid() else {self.root}
         for pid in own | set(descendants(self.root)) - self.others:
             with contextlib.suppress(OSError):
-                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-                used[pid] = (int(fields[11]) + int(fields[12])) * TICK_S
+                used[pid] = cpu_s(pid)
         return used
 
 

@@ -26,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from app.cli.supervisor import adopt_orphans, descendants
+from tests.bench.processes import memory_mib
 from tests.pool import Pool, fake, local_serve, running_pool, smollm2
 
 SLOTS, CONTEXT = 8, 1024
@@ -76,14 +77,13 @@ class Held:
 
 
 def held() -> Held:
-    memory, descriptors = 0, 0
+    memory, descriptors = 0.0, 0
     pids = descendants(os.getpid())
     for pid in pids:
         with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-            memory += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+            memory += memory_mib(pid)
             descriptors += len(os.listdir(f"/proc/{pid}/fd"))
-    return Held(round(memory / 1024, 1), len(pids), descriptors)
+    return Held(round(memory, 1), len(pids), descriptors)
 
 
 def first_token_s(pool: Pool, model: str) -> float:
