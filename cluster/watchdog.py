@@ -12,6 +12,8 @@ from cluster.ledger.specs import PoolSpec
 
 #: What is left to Serve for starting and stopping processes, in seconds, beyond the longest load.
 SLACK_S = 5.0
+#: The states in which something was told to end, and what.
+ENDING = {"STOPPING": "a replica", "UNLOADING": "the engine of a replica"}
 
 
 def limit_s(spec: PoolSpec) -> float:
@@ -35,8 +37,9 @@ def stalled(snapshot: Snapshot, moved_at: float, now: float, limit_s: float) -> 
     who = f"{count} request(s) wait for {', '.join(sorted(waiting))}"
     for replica in snapshot.replicas:
         age = now - replica.since
-        if replica.state == "STOPPING" and age > limit_s:
-            return f"{who}; a replica of {replica.model} was told to stop {age:.0f} s ago and has not ended"
+        if replica.state in ENDING and age > limit_s:
+            what = ENDING[replica.state]
+            return f"{who}; {what} of {replica.model} was told to stop {age:.0f} s ago and has not ended"
     still = now - max(moved_at, since)
     if not snapshot.leases and still > limit_s:
         return f"{who}; nothing has moved for {still:.0f} s"

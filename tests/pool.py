@@ -44,16 +44,17 @@ def local_serve(gpus: int = 1, direct: bool = True) -> Iterator[int]:
 
     port = free_port()
     proxy_port = free_port() if direct else port
-    os.environ.update(OWN_RAY_FLAGS | (direct_ingress_flags(port) if direct else {}))
-    ray.init(
-        address="local",
-        num_cpus=4,
-        num_gpus=gpus,
-        include_dashboard=False,
-        namespace="serve",
-        log_to_driver=False,
-        _temp_dir=home,
-    )
+    # Ray's processes inherit the flags; this one keeps none, or the tests after these would run under them.
+    with _environment(OWN_RAY_FLAGS | (direct_ingress_flags(port) if direct else {})):
+        ray.init(
+            address="local",
+            num_cpus=4,
+            num_gpus=gpus,
+            include_dashboard=False,
+            namespace="serve",
+            log_to_driver=False,
+            _temp_dir=home,
+        )
     api.serve_start(http_options={"host": "127.0.0.1", "port": proxy_port}, proxy_location="EveryNode")
     try:
         yield port
@@ -63,6 +64,17 @@ def local_serve(gpus: int = 1, direct: bool = True) -> Iterator[int]:
         serve.shutdown()
         ray.shutdown()
         shutil.rmtree(home, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import hashlib
 import os
 import signal
@@ -125,7 +126,7 @@ def test_load_and_unload_by_hand(pool: Pool, admin: Admin):
     assert [row["id"] for row in admin.http.get("/admin/models").json()["models"]] == ["plain"]
     stopped = admin.http.post("/admin/models/plain/stop")
     assert (stopped.status_code, stopped.json()) == (200, {"status": "stopped", "model": "plain"})
-    assert not any(row["model"] == "plain" for row in pool.ledger()["replicas"])
+    assert pool.ledger()["models"]["plain"]["state"] == "unloaded"
     assert admin.unload("plain").status_code == 200
     background = admin.http.post("/admin/models/load", json={"id": "plain", "path": "x"})
     assert (background.status_code, background.json()["status"]) == (202, "loading")
@@ -162,8 +163,7 @@ def test_a_failed_load_leaves_nothing_and_may_be_tried_again(pool: Pool, admin: 
         answer = admin.load("alone-broken")
         assert (answer.status_code, answer.json()["detail"]["code"]) == (500, "model_load_failed")
         ledger = pool.ledger()
-        assert not any(row["model"] == "alone-broken" for row in ledger["replicas"])
-        assert ledger["models"]["alone-broken"]["desired"] == 0
+        assert not any(row["devices"] for row in ledger["replicas"] if row["model"] == "alone-broken")
         row = admin.rows()["alone-broken"]
         assert row["runtime_state"] == "failed"
         assert "as configured" in row["last_error"]
@@ -227,10 +227,10 @@ def test_the_least_recently_used_makes_room_but_not_for_what_can_never_fit(pool:
     admin.clear()
     for model in ("plain", "small", "by-hand"):
         admin.load(model)
-    before = [row["replica"] for row in pool.ledger()["replicas"]]
+    before = loaded_replicas(pool)
     for refused in (ask(pool, "giant"), admin.load("giant")):
         assert (refused.status_code, refused.json()["error"]["code"]) == (400, "MEMORY_BUDGET_EXCEEDED")
-    assert [row["replica"] for row in pool.ledger()["replicas"]] == before
+    assert loaded_replicas(pool) == before
     assert text_of(ask(pool, "plain")) == words("plain", 3)
     assert text_of(ask(pool, "guest")) == words("guest", 3)
     assert sorted(admin.loaded()) == ["by-hand", "guest", "plain"]
@@ -304,16 +304,23 @@ async def test_a_process_that_does_not_stop_turns_the_pool_red(pool: Pool, admin
             answer = await asyncio.to_thread(httpx.get, f"{pool.url}/ready", timeout=10)
             reason = answer.json().get("reason", "")
         assert answer.status_code == 503
-        assert reason.startswith("1 request(s) wait for lonely; a replica of big was told to stop")
+        assert reason.startswith("1 request(s) wait for lonely; ")
+        assert "a replica of big was told to stop" in reason
     finally:
-        os.kill(process, signal.SIGCONT)
+        # One that hangs beside its engine is ended by the pool itself, sooner or later.
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGCONT)
     assert text_of(await waiting) == words("lonely", 3)
     assert (await asyncio.to_thread(httpx.get, f"{pool.url}/ready")).status_code == 200
+
+
+def loaded_replicas(pool: Pool) -> list[str]:
+    return [row["replica"] for row in pool.ledger()["replicas"] if row["state"] == "READY"]
 
 
 def pid_of(pool: Pool, model: str) -> int:
     import ray
 
-    replica = next(row for row in pool.ledger()["replicas"] if row["model"] == model)
+    replica = next(row for row in pool.ledger()["replicas"] if row["model"] == model and row["state"] == "READY")
     actor = ray.get_actor(f"SERVE_REPLICA::slotpool#{model}#{replica['replica']}", namespace="serve")
     return int(ray._private.state.actors(actor._actor_id.hex())["Pid"])

@@ -53,6 +53,18 @@ def test_a_process_that_does_not_end_is_named(ledger: Ledger):
     assert stalled(ledger.snapshot(), 40.0, 40.1, LIMIT_S) is None
 
 
+def test_an_engine_that_does_not_end_is_named():
+    spec = replace(SPEC, max_asleep=None)
+    ledger = Ledger(spec, epoch="e", now=0.0)
+    ledger.decide(RequestArrived("r", "h", "a", 2, 9e9), 0.0)
+    ledger.decide(ReplicaStarted("a", "u", "n"), 0.0)
+    ledger.decide(ReplicaReady("u"), 0.5)
+    ledger.decide(RequestCancelled("r"), 0.9)
+    ledger.decide(RequestArrived("s", "h", "b", 2, 9e9), 1.0)
+    reason = stalled(ledger.snapshot(), 30.0, 1.1 + LIMIT_S, LIMIT_S)
+    assert reason == "1 request(s) wait for b; the engine of a replica of a was told to stop 30 s ago and has not ended"
+
+
 def test_silence_is_a_fault_only_from_the_last_move_on():
     """A scheduler that forgets a waiter; here the books of one are made up, since ours does not."""
     models = {"a": ModelRow(queued=2, waiting_since=10.0), "b": ModelRow()}
