@@ -164,7 +164,7 @@ def _row(config: PoolConfig, name: str, states: dict[str, ModelRow]) -> dict[str
         "execution_mode": "gpu" if model.num_gpus else "cpu",
         "backend": model.backend,
         "format": model.format,
-        "status": states.get(name, NOTHING).state,
+        "status": states.get(name, NOTHING).status,
         "aliases": list(model.aliases),
         "capabilities": capabilities(model),
         "context_length": model.context_length,

@@ -12,6 +12,7 @@ from cluster.ledger.books import engine_moves, stops
 from cluster.ledger.books.placement import Node
 from cluster.ledger.books.records import Claim, Model, Replica
 from cluster.ledger.books.shapes import Place
+from cluster.ledger.events import PrefetchModel
 from cluster.ledger.rules import autoscale, claims, eviction, policy, sleepers
 from cluster.ledger.rules.policy import Tier
 from cluster.ledger.states import ReplicaState
@@ -131,6 +132,16 @@ def _prepare(pool: Pool, model: Model, claim: Claim, now: float) -> None:
             pool.place(model, Place(place.node, (), model.asleep_shape), now, for_engine=False)
         else:
             seats[place.node] -= 1
+    _prefetch(pool, model, claim)
+
+
+def _prefetch(pool: Pool, model: Model, claim: Claim) -> None:
+    """Have the files of a model read while its victims drain: once for these waiters on each node."""
+    for name in dict.fromkeys(place.node for place in claim.places):
+        reader = sleepers.reader_on(pool.book.node(name), model)
+        if reader is not None and model.prefetched.get(name) != claim.began:
+            model.prefetched[name] = claim.began
+            pool.out.append(PrefetchModel(model.name, reader))
 
 
 def _why_swapped(model: Model, plans: list[policy.Plan], bound: bool) -> str:

@@ -69,6 +69,7 @@ class ModelRow:
     """One model. `state` is its best replica's in the admin route's words; `loading` is an operator's load under way.
 
     `memory_mib` is what a replica was measured to take, `memory_estimated_mib` what the configuration says of it.
+    `asleep` is how many of its replicas are kept without a loaded engine.
     """
 
     state: str = "unloaded"
@@ -87,6 +88,12 @@ class ModelRow:
     pinned: bool = False
     backoff_until: float | None = None
     loading: bool = False
+    asleep: int = 0
+
+    @property
+    def status(self) -> str:
+        """Its state in the words of `/v1/models`, where an unloaded model whose replica is kept sleeps."""
+        return "sleeping" if self.state == "unloaded" and self.asleep else self.state
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +236,7 @@ def _model(model: Model, now: Brief) -> ModelRow:
         pinned=model.is_pinned,
         backoff_until=model.backoff_until if model.failures else None,
         loading=model.order is not None,
+        asleep=sum(1 for each in model.in_state(ReplicaState.ASLEEP) if not each.is_placed),
     )
 
 

@@ -23,6 +23,7 @@ from cluster.ledger.events import (
     LoadEngine,
     LoadRefused,
     LoadRequested,
+    PrefetchModel,
     Quiesce,
     Reject,
     Reopen,
@@ -240,6 +241,11 @@ class Outside:
         assert self.stays, f"{command}, though it ends with its engine"
         assert not seen.leases, f"{command} of {seen}, which is in use"
         seen.state = UNLOADING
+
+    def _prefetchmodel(self, command: PrefetchModel) -> None:
+        seen = self.seen[command.replica]
+        assert seen.has_engine or seen.state is ASLEEP, f"{command} of {seen}, which has another order"
+        assert self.waiting(command.model) or self.ordered, f"{command} for nobody"
 
     def _endreplica(self, command: EndReplica) -> None:
         assert self.seen[command.replica].state is UNLOADING, f"{command} of one that does nothing wrong"

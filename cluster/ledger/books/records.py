@@ -242,6 +242,7 @@ class Model:
         "peak_since",
         "pending_rank",
         "placed",
+        "prefetched",
         "queue",
         "refusing",
         "removed",
@@ -268,6 +269,8 @@ class Model:
         self.desired_sent = 0
         self.resend = False
         self.claim: Claim | None = None
+        # by node, for whose sake its files were read last: when that claim began
+        self.prefetched: dict[str, float] = {}
         self.order: Order | None = None
         self.removed = self.unloading = self.held_down = False
         # failures and back-off

@@ -66,6 +66,19 @@ def seat_on(model: Model, node: str) -> Replica | None:
     return min(here, key=lambda each: each.state is STARTING, default=None)
 
 
+def reader_on(node: Node, model: Model) -> str | None:
+    """Whose process on a node can have the files of a model read: one of its own, at best. None if there is no need.
+
+    Not one that has still to fetch another order, which this one would replace.
+    """
+    here = [each for each in node.replicas if each.uid and not each.suspected]
+    if any(each.model is model and each.has_engine for each in here):
+        return None
+    able = [each for each in here if each.has_engine or (each.state is ASLEEP and not each.is_placed)]
+    best = min(able, key=lambda each: (each.model is not model, each.claim is not None, each.serial), default=None)
+    return None if best is None else best.uid
+
+
 def superfluous(pool: Pool, model: Model) -> list[Replica]:
     """The sleepers that their own model has no use for any more."""
     asleep = [each for each in model.in_state(ASLEEP) if not each.is_placed]

@@ -59,7 +59,7 @@ def word(command: Command) -> str:
         case WakeEngine():
             return f"wake {command.replica} {','.join(map(str, command.devices))}"
         case PrefetchModel():
-            return f"prefetch {command.replica}"
+            return f"prefetch {command.model} {command.replica}"
         case EndReplica():
             return f"end {command.replica}"
         case RestartEngine():
@@ -88,6 +88,8 @@ class Desk:
         self.grants: dict[str, Grant] = {}
         # orders to load go with every start, so they are kept here, out of what a test compares
         self.loads: list[LoadEngine] = []
+        # and so are those to read a model's files ahead, which go with every claim
+        self.prefetches: list[PrefetchModel] = []
         self.ledger = Ledger(self.spec, epoch="e1", now=0.0, recovering_until=recovering_until, configured=configured)
 
     def tell(self, *events: Event) -> list[str]:
@@ -98,7 +100,8 @@ class Desk:
             self.ledger.check()
         self.grants |= {each.request: each for each in self.out if isinstance(each, Grant)}
         self.loads += [each for each in self.out if isinstance(each, LoadEngine)]
-        self.out = [each for each in self.out if not isinstance(each, LoadEngine)]
+        self.prefetches += [each for each in self.out if isinstance(each, PrefetchModel)]
+        self.out = [each for each in self.out if not isinstance(each, LoadEngine | PrefetchModel)]
         return [word(each) for each in self.out]
 
     def at(self, now: float) -> list[str]:

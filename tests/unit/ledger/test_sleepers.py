@@ -42,6 +42,11 @@ def test_a_swap_takes_one_decision_for_each_step() -> None:
     assert [(each.replica, each.devices) for each in desk.loads] == [("v", (0,))]
     assert desk.tell(ReplicaReady("v")) == ["grant b1 v"]
     assert desk.ledger.desired == {"a": 1, "b": 1}, "Serve heard nothing of all this"
+    rows = desk.ledger.snapshot().models
+    assert {name: (row.state, row.status) for name, row in rows.items()} == {
+        "a": ("unloaded", "sleeping"),
+        "b": ("loaded", "loaded"),
+    }
 
 
 def test_the_last_release_ends_the_engine() -> None:
