@@ -13,7 +13,7 @@ from cluster.ledger.books.placement import Node
 from cluster.ledger.books.records import Claim, Model, Replica
 from cluster.ledger.books.shapes import Place
 from cluster.ledger.events import PrefetchModel
-from cluster.ledger.rules import autoscale, claims, eviction, policy, sleepers
+from cluster.ledger.rules import autoscale, claims, crowd, eviction, policy, sleepers
 from cluster.ledger.rules.policy import Tier
 from cluster.ledger.states import ReplicaState
 from cluster.ledger.transitions import SwapBegun
@@ -345,7 +345,7 @@ def _is_growth(model: Model) -> bool:
 
 def _is_due(pool: Pool, model: Model, now: float) -> bool:
     """Its waiters' bound has come so near that somebody must drain, whatever it costs."""
-    return not _is_growth(model) and now >= policy.bound_at(pool, model)
+    return not _is_growth(model) and now >= crowd.due_at(pool, model, now)
 
 
 def _search(
@@ -400,4 +400,4 @@ def _look_later(pool: Pool, model: Model, now: float, bound: bool) -> None:
     pause = max(RETRY_S, LOOK_COST_S * pool.pending_count)
     model.look_at = now + pause
     if not bound and model.queue.count:
-        model.look_at = max(now + 0.01, min(model.look_at, policy.bound_at(pool, model)))
+        model.look_at = max(now + 0.01, min(model.look_at, crowd.due_at(pool, model, now)))

@@ -13,7 +13,7 @@ import pytest
 from cluster.ledger import placing
 from cluster.ledger.books import queue
 from cluster.ledger.ledger import Ledger
-from cluster.ledger.rules import policy
+from cluster.ledger.rules import crowd, policy
 from cluster.ledger.specs import ModelSpec, NodeSpec, PoolSpec
 from tests.sim.promises import Judge
 from tests.sim.world import World
@@ -106,6 +106,26 @@ def test_the_impatient_are_served() -> None:
         impatience(seed)
 
 
+def visit(seed: int) -> None:
+    """A flood on one model, and five visitors at once, each to a model of his own: the bound of each is kept."""
+    rng = random.Random(seed)
+    models = {name: ModelSpec(name, slots=8, num_gpus=1.0, idle_timeout_s=0.0) for name in "ABCDEF"}
+    spec = PoolSpec(models=models, nodes={"n": NodeSpec("n", gpus=1)}, bound_s=(30.0, 60.0, 120.0))
+    world = World(spec, lambda now: Ledger(spec, epoch="e1", now=now), seed=seed, load_s=rng.uniform(4.0, 6.0))
+    for index in range(200):
+        world.at(1.2 * index + rng.random(), lambda: world.submit("A", rng.uniform(3.0, 6.0)))
+    for name in "BCDEF":
+        world.at(100.0 + rng.random(), lambda m=name: world.submit(m, rng.uniform(1.0, 4.0)))
+    world.run()
+    waits = {each.model: each.wait_s or 0.0 for each in world.requests.values() if each.model != "A"}
+    assert max(waits.values()) <= 60.0, f"five visitors waited {waits}; seed {seed}"
+
+
+def test_five_visitors_have_a_turn_each_within_their_bound() -> None:
+    for seed in range(5):
+        visit(seed)
+
+
 Bug = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -129,11 +149,17 @@ def deadlines_are_no_bounds(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(queue.WaitQueue, "first_deadline", lambda self: queue.INFINITY)
 
 
+def each_bound_stands_alone(patch: pytest.MonkeyPatch) -> None:
+    """Of several who wait, only the first has his place in time: nobody counts those who come before."""
+    patch.setattr(crowd, "due_at", lambda pool, model, now: policy.bound_at(pool, model))
+
+
 BUGS = {
     claims_are_vows: test_the_policy_keeps_its_promises,
     a_lower_class_keeps_its_promise: test_the_policy_keeps_its_promises,
     swaps_after_every_batch: test_a_burst_is_got_over,
     deadlines_are_no_bounds: test_the_impatient_are_served,
+    each_bound_stands_alone: test_five_visitors_have_a_turn_each_within_their_bound,
 }
 
 

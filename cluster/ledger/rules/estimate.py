@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cluster.ledger.books.queue import INFINITY
-from cluster.ledger.rules import policy
+from cluster.ledger.rules import crowd, policy
 from cluster.ledger.states import ReplicaState
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def wait_s(pool: Pool, model: Model, priority: int, now: float) -> float:
     rivals = [each for each in pool.best_pending(MAX_SEEN) if each is not model and not each.serving]
     line = line_s(model, ahead)
     if rivals:
-        line += _cuts(pool, model, line, now) * sum(_stay_s(pool, each, now) for each in rivals)
+        line += _cuts(pool, model, line, now) * sum(crowd.stay_s(pool, each, now) for each in rivals)
     return place_s(pool, model, rank, [each for each in rivals if each.place_rank < rank], now) + line
 
 
@@ -70,17 +70,6 @@ def _cuts(pool: Pool, model: Model, line: float, now: float) -> int:
     return 0 if line <= max(0.0, left_s) else 1 + int((line - max(0.0, left_s)) / max(1.0, turn_s))
 
 
-def _stay_s(pool: Pool, model: Model, now: float) -> float:
-    """How long a model that gets a place takes it away from others: its swap, and its work."""
-    return policy.swap_cost(pool, model) + _work_s(pool, model, now)
-
-
-def _work_s(pool: Pool, model: Model, now: float) -> float:
-    """How long a model that has a place keeps it while others wait: until it is idle, or for its turn."""
-    turn_s = pool.spec.turn_swaps * policy.swap_cost(pool, model)
-    return min(policy.busy_time(model, now), max(turn_s, model.service_s))
-
-
 def place_s(pool: Pool, model: Model, rank: float, before: list[Model], now: float) -> float:
     """How long it takes until a replica of the model is ready, and those who stand before it have had a place."""
     if model.counts[READY]:
@@ -92,12 +81,12 @@ def place_s(pool: Pool, model: Model, rank: float, before: list[Model], now: flo
         return max((gone_s(pool, each, now) for each in model.claim.victims), default=0.0) + load_s
     if not model.placed and pool.book.find(model.shape) is not None and policy.has_capacity(pool, model):
         return load_s
-    due_s = max(0.0, policy.bound_at(pool, model) - now)
+    due_s = max(0.0, crowd.due_at(pool, model, now) - now)
     if due_s == INFINITY:
         due_s = policy.bound_s(pool, model, 1 + int((rank - now) / max(1e-9, pool.spec.ageing_s)))
     seen = [each for _, each in zip(range(MAX_SEEN), pool.replicas.values(), strict=False)]
     freed = [_freed_s(pool, each, model, due_s, now) for each in seen if each.is_placed and not each.model.spec.pinned]
-    queued = sum(_stay_s(pool, each, now) for each in before if each.claim is None) / max(1, len(freed))
+    queued = sum(crowd.stay_s(pool, each, now) for each in before if each.claim is None) / max(1, len(freed))
     return min(freed, default=due_s) + queued + load_s
 
 
@@ -106,10 +95,10 @@ def _freed_s(pool: Pool, replica: Replica, model: Model, due_s: float, now: floa
     owner = replica.model
     if replica.is_rising:
         loaded_s = max(0.0, replica.wanted_at + policy.load_time(pool, owner) - now)
-        return loaded_s + _work_s(pool, owner, now) + pool.stop_s
+        return loaded_s + crowd.work_s(pool, owner, now) + pool.stop_s
     if replica.state is not READY:
         other = None if replica.claim is None else replica.claim.model
-        return gone_s(pool, replica, now) + (0.0 if other is None or other is model else _stay_s(pool, other, now))
+        return gone_s(pool, replica, now) + (0.0 if other is None or other is model else crowd.stay_s(pool, other, now))
     if not replica.leases and not owner.queue.count:
         return pool.stop_s
     turn_s = max(0.0, policy.turn_end(pool, replica) - now)
