@@ -116,7 +116,9 @@ async def watch(pool: Pool, done: asyncio.Event) -> list[dict[str, Any]]:
         except Exception:
             continue
         # One without a name is only asked for: Serve may still hold the GPU with a replica that it revived by itself.
-        resident = sum(1 for row in snapshot["replicas"] if row["model"] != "steady" and row["replica"])
+        # One that sleeps has no device.
+        holders = [row for row in snapshot["replicas"] if row["devices"] and row["replica"]]
+        resident = sum(1 for row in holders if row["model"] != "steady")
         if any(row["leases"] > row["slots"] for row in snapshot["replicas"]) or resident > 1:
             wrong.append(snapshot)
     return wrong
