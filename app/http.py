@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from app.answers import error_response
 from app.auth import ApiKeyMiddleware, route_path
 from app.routes import admin, admin_models, events, openai, service
-from app.routes.openai import request_id_of
+from app.streams import request_id_of
 from cluster import errors
 from deployments.gateway import Gateway
 

@@ -69,7 +69,7 @@ from cluster.orders import Address, AsleepState, Drain, EngineState, Order, Pref
 from cluster.owned_config import OwnedConfiguration
 from cluster.parked import Answer, Packed, ParkedCalls, packed
 from cluster.request import Request
-from cluster.waiting import Signal
+from cluster.waiting import Place, Signal
 
 logger = logging.getLogger("slotpool.ledger")
 
@@ -177,9 +177,18 @@ class LedgerActor:
         home = await asyncio.to_thread(home_of, effects.raylet_pid())
         return await self._leases.address_for(node, here, home.folder, effects.open_host)
 
-    async def waiting(self, request: str) -> tuple[str, int | str] | None:
-        """Where a request waits: ("queued", position), ("loading", model), or None when it does not wait."""
-        return self._ledger.queue_position(request)
+    async def waiting(self, request: str) -> Place | None:
+        """Where a request waits; None when it does not."""
+        place = self._ledger.queue_position(request)
+        if place is None:
+            return None
+        state, where = place
+        return Place(state, where, self._load_progress(str(where)) if state == "loading" else None)
+
+    def _load_progress(self, model: str) -> float | None:
+        """How far the replica of a model has come that will be loaded first; None where none has said."""
+        known = self._attached.progress.items()
+        return max((fraction for replica, fraction in known if self._ledger.model_of(replica) == model), default=None)
 
     # --- replicas -----------------------------------------------------------------------------------------------
 

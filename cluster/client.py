@@ -26,6 +26,7 @@ from cluster.metrics import Outcome
 from cluster.orders import Order
 from cluster.parked import unpacked
 from cluster.request import Request
+from cluster.waiting import Place
 
 logger = logging.getLogger("slotpool.client")
 
@@ -217,8 +218,8 @@ class LedgerClient:
                 await asyncio.sleep(FAULT_PAUSE_S)
             await asyncio.sleep(RETRY_S)
 
-    async def waiting(self, request: str) -> tuple[str, int | str] | None:
-        """Where a request waits: ("queued", position), ("loading", model) or None."""
+    async def waiting(self, request: str) -> Place | None:
+        """Where a request waits; None when it does not, or the ledger does not answer."""
         try:
             return await _within(ANSWER_S, self._actor.waiting.remote(request))  # type: ignore[no-any-return]
         except (RayActorError, TimeoutError):

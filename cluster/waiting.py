@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Place(NamedTuple):
+    """Where a request waits: `queued` at a position (from 1), or `loading` a model, `progress` of it (0.0 to 1.0)."""
+
+    state: str
+    where: int | str
+    progress: float | None = None
 
 
 class Signal:

@@ -29,7 +29,8 @@ from cluster.request import Request
 from deployments.engines.protocol import Call
 from deployments.leased_call import LeasedCall, ServeWay, Way
 from deployments.link import Leased, Links
-from deployments.sse import DONE, comment, error_event
+from deployments.run_info import RunInfo
+from deployments.sse import DONE, comment, error_event, is_comment
 
 if TYPE_CHECKING:
     from deployments.engines.openai_upstream import Upstreams
@@ -72,26 +73,30 @@ class Gateway:
         for each in self.on_configuration:
             each(configuration)
 
-    async def stream(self, request: Request, body: dict[str, Any]) -> AsyncGenerator[bytes, None]:
+    async def stream(
+        self, request: Request, body: dict[str, Any], info: RunInfo | None = None
+    ) -> AsyncGenerator[bytes, None]:
         """The answer of the engine to a request and its body: SSE events for a streaming body, one body otherwise.
 
         Waiting streams yield a comment every few seconds. Raises a `PoolError` for anything that goes wrong before the
-        first byte; later failures of a stream are an error event. Closing the generator frees the slot.
+        first byte, comments included; later failures of a stream are an error event. Closing the generator frees the
+        slot. `info` learns what becomes of the request.
         """
-        arrived = time.monotonic()
+        info = info or RunInfo()
         streams = bool(body.get("stream"))
-        started = ended = False
+        begun = started = ended = False
         for attempt in range(RETRIES + 1):
             whole = bytearray()
             try:
-                source = self._attempt(request, body, arrived, is_last=attempt == RETRIES)
+                source = self._attempt(request, body, info, is_last=attempt == RETRIES)
                 async with contextlib.aclosing(source) as chunks:
                     async for chunk in chunks:
                         if not streams:
                             # Kept until it is complete: a part of a body cannot be mended by an error behind it.
                             whole += chunk
                             continue
-                        started = started or not chunk.startswith(b":")
+                        begun = True
+                        started = started or not is_comment(chunk)
                         ended = chunk.endswith(DONE)
                         yield chunk
                 if whole:
@@ -106,15 +111,17 @@ class Gateway:
                 failure = error
             if ended:
                 return  # The replica vanished behind its last word: the client has all of it.
-            if started:
-                yield error_event(failure)
-                return
-            raise failure
+            if not begun:
+                raise failure
+            info.failure = failure
+            yield error_event(failure)
+            return
 
     async def _attempt(
-        self, request: Request, body: dict[str, Any], arrived: float, *, is_last: bool
+        self, request: Request, body: dict[str, Any], info: RunInfo, *, is_last: bool
     ) -> AsyncGenerator[bytes, None]:
         """One lease and the call that runs on it. A lease that is lost before the first byte counts as no request."""
+        arrived = info.arrived
         # Each attempt has an id of its own: the lease of a vanished replica may still be in the ledger's books.
         attempt = request._replace(id=uuid.uuid4().hex, timeout_s=self._left(request, arrived))
         waiting = asyncio.ensure_future(self.ledger.acquire(attempt))
@@ -134,7 +141,7 @@ class Gateway:
         call = self._leased_call(request, body, lease, arrived)
         status: int | None = CLIENT_LEFT
         try:
-            async with contextlib.aclosing(self._run(request, body, lease, arrived, call)) as chunks:
+            async with contextlib.aclosing(self._run(request, body, lease, info, call)) as chunks:
                 async for chunk in chunks:
                     yield chunk
             status = call.status
@@ -143,6 +150,7 @@ class Gateway:
             status = None if is_lost else error.status
             raise
         finally:
+            info.report = call.report
             call.end(status)
 
     def _leased_call(self, request: Request, body: dict[str, Any], lease: Grant, arrived: float) -> LeasedCall:
@@ -159,21 +167,21 @@ class Gateway:
         return call
 
     async def _run(
-        self, request: Request, body: dict[str, Any], lease: Grant, arrived: float, run: LeasedCall
+        self, request: Request, body: dict[str, Any], lease: Grant, info: RunInfo, run: LeasedCall
     ) -> AsyncGenerator[bytes, None]:
         # The model that answers may be another than was asked for: a variant, a fallback, a CPU offload.
         if lease.model != request.model:
             body = {**body, "model": lease.model}
-        call = Call(
+        call = info.call = Call(
             path=request.path,
             body=body,
             request_id=request.trace,
             slots=max(1, len(lease.slots)),
             queue_wait_ms=lease.queue_wait_s * 1e3,
             load_wait_ms=lease.load_wait_s * 1e3,
-            pool_elapsed_ms=(time.monotonic() - arrived) * 1e3,
+            pool_elapsed_ms=(time.monotonic() - info.arrived) * 1e3,
         )
-        left_s = self._left(request, arrived)
+        left_s = self._left(request, info.arrived)
         server = self.config.server(lease.replica)
         if server is not None:
             chunks = self._on_server(server, request, call, left_s, run)
@@ -227,10 +235,13 @@ class Gateway:
         return max(0.0, arrived + request.timeout_s - time.monotonic())
 
     async def _where(self, request: str) -> bytes:
-        where = await self.ledger.waiting(request)
-        if where is not None and where[0] == "loading":
-            return comment(f"loading model={where[1]}")
-        return comment(f"queued position={where[1]}" if where else "queued")
+        place = await self.ledger.waiting(request)
+        if place is None:
+            return comment("queued")
+        if place.state == "loading":
+            percent = "" if place.progress is None else f" {place.progress:.0%}"
+            return comment(f"loading model={place.where}{percent}")
+        return comment(f"queued position={place.where}")
 
 
 def outcome(

@@ -16,7 +16,16 @@ from cluster.config import Caller, PoolConfig
 from cluster.request import Request
 from deployments.schemas import CHAT, COMPLETIONS, EXTENSIONS, MAX_SEQUENCES, SCHEMAS, parse_priority
 
-__all__ = ["CHAT", "COMPLETIONS", "is_allowed", "parse_request", "resolve_model", "unknown_model"]
+__all__ = [
+    "CHAT",
+    "COMPLETIONS",
+    "invalid",
+    "is_allowed",
+    "model_of",
+    "parse_request",
+    "resolve_model",
+    "unknown_model",
+]
 
 #: Who calls from inside the cluster.
 TRUSTED = Caller()
@@ -53,6 +62,23 @@ def is_allowed(config: PoolConfig, caller: Caller, model: str) -> bool:
     return not caller.models or model in {config.resolve(name) or name for name in caller.models}
 
 
+def model_of(config: PoolConfig, body: Any, caller: Caller = TRUSTED) -> str:
+    """The id of the model that a body names and its sender may use.
+
+    Raises `InvalidRequest` where it is no object, `ModelRequired`, `ModelNotFound` or `Forbidden`.
+    """
+    if not isinstance(body, dict):
+        raise errors.InvalidRequest("the body must be a JSON object")
+    name = body.get("model")
+    if name is not None and not isinstance(name, str):
+        raise errors.InvalidRequest("model: must be a string", param="model")
+    model = resolve_model(config, name)
+    if not is_allowed(config, caller, model):
+        message = f"the key {caller.principal!r} is not good for the model {model!r}"
+        raise errors.Forbidden(message, param="model", available_models=list(caller.models))
+    return model
+
+
 def parse_request(
     config: PoolConfig,
     path: str,
@@ -68,19 +94,11 @@ def parse_request(
     allow is brought down to what it does (class, stay), or refused (model). Raises `ModelRequired`, `ModelNotFound` or
     `Forbidden`, and then `InvalidRequest` with the field at fault.
     """
-    if not isinstance(body, dict):
-        raise errors.InvalidRequest("the body must be a JSON object")
-    name = body.get("model")
-    if name is not None and not isinstance(name, str):
-        raise errors.InvalidRequest("model: must be a string", param="model")
-    model = resolve_model(config, name)
-    if not is_allowed(config, caller, model):
-        message = f"the key {caller.principal!r} is not good for the model {model!r}"
-        raise errors.Forbidden(message, param="model", available_models=list(caller.models))
+    model = model_of(config, body, caller)
     try:
         checked = SCHEMAS[path].model_validate(body)
     except ValidationError as error:
-        raise _invalid(error) from None
+        raise invalid(error) from None
     if checked.sequences > MAX_SEQUENCES:
         raise errors.InvalidRequest(f"n choices of all prompts are more than {MAX_SEQUENCES}", param="n")
     priority = checked.priority or _header(headers, "x-priority", parse_priority) or 2
@@ -116,7 +134,7 @@ def _seconds(value: str) -> float:
     return seconds
 
 
-def _invalid(error: ValidationError) -> errors.InvalidRequest:
+def invalid(error: ValidationError, status: int = 400) -> errors.InvalidRequest:
     """The first mistake, in OpenAI's terms: `messages.0.role`, without the union members that Pydantic names."""
     mistakes = [(_field(item["loc"]), item) for item in error.errors(include_url=False, include_input=False)]
     field, first = mistakes[0]
@@ -124,7 +142,7 @@ def _invalid(error: ValidationError) -> errors.InvalidRequest:
     same = [item for other, item in mistakes if other[: len(field)] == field]
     told = next((item for item in same if not item["type"].endswith("_type")), first)
     message = told["msg"].removeprefix("Value error, ")
-    return errors.InvalidRequest(f"{field or 'body'}: {message}", param=field or None)
+    return errors.InvalidRequest(f"{field or 'body'}: {message}", param=field or None, status=status)
 
 
 def _field(location: tuple[int | str, ...]) -> str:

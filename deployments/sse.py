@@ -14,6 +14,11 @@ def comment(text: str) -> bytes:
     return f": {text}\n\n".encode()
 
 
+def is_comment(chunk: bytes) -> bool:
+    """Whether a part of a stream is one comment and nothing else."""
+    return chunk.startswith(b":") and chunk.find(b"\n\n") == len(chunk) - 2
+
+
 def error_event(error: PoolError) -> bytes:
     """The end of a stream that has failed after its status was sent. Every OpenAI client raises on it."""
     return b"data: " + json.dumps(error.body(), separators=(",", ":")).encode() + b"\n\n"

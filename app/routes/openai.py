@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import uuid
+import json
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from app.auth import caller_of
 from app.body import read_json
 from app.routes.admin_rows import NOTHING
+from app.streams import Rhythm, Stream, request_id_of
 from cluster.config import ModelConfig, PoolConfig
 from cluster.ledger.snapshot import ModelRow, Snapshot
 from deployments.engines.registry import capabilities
 from deployments.gateway import Gateway
 from deployments.requests import CHAT, COMPLETIONS, is_allowed, parse_request, resolve_model, unknown_model
+from deployments.sse import is_comment
 
 router = APIRouter(tags=["openai"])
 
@@ -61,31 +64,32 @@ async def infer(request: Request, path: str) -> Response:
     except BaseException:
         await chunks.aclose()
         raise
+    if is_comment(first):
+        # It waits: from here on a generator looks at every chunk, which a stream that begins at once need not pay for.
+        event = empty_event(path, wanted.trace, wanted.model)
+        return Stream(first + event, chunks, rest=with_events(chunks, event))
     return Stream(first, chunks)
 
 
-class Stream(StreamingResponse):
-    """The rest of a stream whose first chunk is there already."""
-
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None]) -> None:
-        super().__init__(rest, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-        self._first = first
-        self._rest = rest
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Plain ASGI: Serve cancels this call when the client has left, so no task need listen for that. Closed here
-        # and not in a generator around it, which would never run if the client left before its first turn.
-        async with contextlib.aclosing(self._rest):
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": self._first, "more_body": True})
-            async for chunk in self._rest:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+async def with_events(chunks: AsyncGenerator[bytes, None], event: bytes) -> AsyncGenerator[bytes, None]:
+    """The rest of a stream that has begun with a sign of life and an empty event: from time to time another."""
+    rhythm = Rhythm()
+    async for chunk in chunks:
+        yield chunk + event if is_comment(chunk) and rhythm.is_due() else chunk
 
 
-def request_id_of(request: Request) -> str:
-    """The request's id. Serve makes one where the client sent none, and puts it on every answer itself."""
-    return request.headers.get("x-request-id") or uuid.uuid4().hex
+def empty_event(path: str, request_id: str, model: str) -> bytes:
+    """A chunk that says nothing. Agents count parsed events and not comments, and give up where none comes."""
+    is_chat = path == CHAT
+    said: dict[str, Any] = {"delta": {}} if is_chat else {"text": ""}
+    event = {
+        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{request_id}",
+        "object": "chat.completion.chunk" if is_chat else "text_completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [{"index": 0, **said, "logprobs": None, "finish_reason": None}],
+    }
+    return b"data: " + json.dumps(event).encode() + b"\n\n"
 
 
 @router.get("/v1/models")

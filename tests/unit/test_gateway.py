@@ -11,6 +11,7 @@ import pytest
 from cluster.errors import PoolError, ReplicaGone
 from cluster.request import Request
 from deployments.gateway import Gateway
+from deployments.run_info import RunInfo
 from deployments.sse import DONE
 
 GONE = ReplicaGone("the replica of m went away", retry_after=1)
@@ -25,7 +26,7 @@ class Scripted(Gateway):
         self.attempts = iter(attempts)
 
     async def _attempt(
-        self, request: Request, body: dict[str, Any], arrived: float, **_: Any
+        self, request: Request, body: dict[str, Any], info: RunInfo, **_: Any
     ) -> AsyncGenerator[bytes, None]:
         for step in next(self.attempts):
             if isinstance(step, PoolError):

@@ -1,0 +1,147 @@
+"""Runs the families that stand on the chat stream: one way from a family's body through the pool to its answer.
+
+Whatever is wrong before the first sign of life has its true status; from then on it is the family's error event. The
+stream of the gateway is closed at the end, however that comes, which frees the slot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any
+
+from fastapi import Request, Response
+
+from app.auth import caller_of
+from app.body import read_json
+from app.streams import Rhythm, Stream, request_id_of
+from app.wire.adapter import Adapter
+from cluster import errors
+from deployments.gateway import Gateway
+from deployments.requests import model_of, parse_request
+from deployments.run_info import RunInfo
+from deployments.sse import is_comment
+
+logger = logging.getLogger("slotpool.http")
+
+#: Called when all of an answer has been rendered, and before the client gets the last of it.
+OnEnd = Callable[[], Awaitable[None]]
+
+
+async def read_body(request: Request) -> dict[str, Any]:
+    """The request's JSON object. Whatever else is wrong with it, a model that the sender cannot use is said first."""
+    gateway: Gateway = request.app.state.gateway
+    body: dict[str, Any] = await read_json(request, gateway.config.max_body_mb)
+    model_of(gateway.config, body, caller_of(request))
+    return body
+
+
+async def answer(request: Request, adapter: Adapter, on_end: OnEnd | None = None) -> Response:
+    """Run the adapter's chat through the pool, and answer in its family's way."""
+    gateway: Gateway = request.app.state.gateway
+    wanted, chat = parse_request(
+        gateway.config,
+        adapter.path,
+        adapter.chat,
+        request_id=request_id_of(request),
+        headers=request.headers,
+        caller=caller_of(request),
+    )
+    headers = {}
+    if adapter.ignored:
+        headers["X-Slotpool-Ignored"] = ", ".join(adapter.ignored)
+        logger.info("request %s to %s: %s ignored", wanted.trace, wanted.model, headers["X-Slotpool-Ignored"])
+    info = RunInfo()
+    chunks = gateway.stream(wanted, chat, info)
+    if not chat.get("stream"):
+        async with contextlib.aclosing(chunks):
+            completion = parsed(b"".join([chunk async for chunk in chunks]))
+        body = adapter.whole(completion, info)
+        if on_end is not None:
+            await on_end()
+        content = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode()
+        return Response(content, headers=headers, media_type="application/json")
+    rest = events(adapter, chunks, info, on_end)
+    try:
+        first = await anext(rest)
+    except BaseException:
+        await rest.aclose()
+        raise
+    return Stream(first, rest, media_type=adapter.media_type, headers=headers)
+
+
+async def events(
+    adapter: Adapter, chunks: AsyncGenerator[bytes, None], info: RunInfo, on_end: OnEnd | None = None
+) -> AsyncGenerator[bytes, None]:
+    """The family's stream, one item for each that came. Raises a `PoolError` for a failure before the first."""
+    opening = b""
+    rhythm: Rhythm | None = None
+    has_begun = False
+    cut = b""
+    async with contextlib.aclosing(chunks):
+        async for chunk in chunks:
+            if not has_begun:
+                opening, has_begun = adapter.begin(), True
+            if is_comment(chunk):
+                counts = rhythm is None or rhythm.is_due()
+                rhythm = rhythm or Rhythm()
+                yield opening + adapter.waiting(chunk, counts=counts)
+                opening = b""
+                continue
+            # A very large event comes in parts.
+            whole, end, cut = (cut + chunk).rpartition(b"\n\n")
+            rendered, error = _rendered(adapter, whole + end, info)
+            if opening or rendered:
+                yield opening + rendered
+                opening = b""
+            if error is not None:
+                break
+        else:
+            error = None
+        # Whoever failed, or left out the end, holds no slot any longer.
+    opening = opening if has_begun else adapter.begin()
+    last = adapter.failed(error) if error is not None else adapter.end(info)
+    if on_end is not None:
+        await on_end()
+    yield opening + last
+
+
+def _rendered(adapter: Adapter, stream: bytes, info: RunInfo) -> tuple[bytes, errors.PoolError | None]:
+    """What a part of the chat stream is in the family's words, and the error that ends it."""
+    rendered: list[bytes] = []
+    for event in stream.split(b"\n\n"):
+        data = event.partition(b"data:")[2].strip()
+        if not data or data == b"[DONE]":
+            continue
+        try:
+            chunk = parsed(data)
+        except errors.PoolError as error:
+            return b"".join(rendered), error
+        if "error" in chunk:
+            return b"".join(rendered), info.failure or _error_of(chunk["error"])
+        rendered.append(adapter.feed(chunk))
+    return b"".join(rendered), None
+
+
+def parsed(data: bytes) -> dict[str, Any]:
+    """The object that an engine sent. Raises `BackendUnavailable` where it is none."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise errors.BackendUnavailable(
+            "the engine's answer cannot be understood", status=502, code="upstream_response_parse_failure"
+        )
+    return value
+
+
+def _error_of(said: Any) -> errors.PoolError:
+    """The error that a server sent in its stream, in its own words."""
+    error = said if isinstance(said, dict) else {"message": said}
+    code = error.get("code")
+    return errors.BackendUnavailable(
+        str(error.get("message")), status=502, code=code if isinstance(code, str) else "upstream_server_error"
+    )
