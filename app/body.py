@@ -37,6 +37,11 @@ class _PythonDecoder(json.JSONDecoder):
 
 async def read_json(request: Request, max_mb: float) -> Any:
     """The JSON body. Raises `RequestTooLarge` as soon as it is known to be, `InvalidRequest` when it is not JSON."""
+    return await parse(await read_body(request, max_mb))
+
+
+async def read_body(request: Request, max_mb: float) -> bytearray:
+    """The body as it is. Raises `RequestTooLarge` as soon as it is known to be."""
     limit = int(max_mb * 2**20)
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
@@ -46,6 +51,11 @@ async def read_json(request: Request, max_mb: float) -> Any:
         body += part
         if len(body) > limit:
             raise errors.RequestTooLarge(f"the body is larger than {max_mb:g} MiB")
+    return body
+
+
+async def parse(body: bytearray) -> Any:
+    """The value of a whole JSON text, without stopping the event loop. Raises `InvalidRequest`."""
     if len(body) <= INLINE_BYTES:
         return parse_json(body)
     return await asyncio.get_running_loop().run_in_executor(_threads, parse_json, body)

@@ -10,11 +10,15 @@ import logging
 from importlib.metadata import version
 
 from fastapi import FastAPI, Request, Response
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from app.answers import error_response
 from app.auth import ApiKeyMiddleware, route_path
+from app.openapi import document
 from app.routes import admin, admin_models, events, openai, service
+from app.routes.proxy import Proxy
 from app.streams import request_id_of
 from cluster import errors
 from deployments.gateway import Gateway
@@ -24,7 +28,8 @@ logger = logging.getLogger("slotpool.http")
 
 def build_http(gateway: Gateway) -> FastAPI:
     """The ASGI application of one ingress process."""
-    app = FastAPI(title="Slotpool", version=version("slotpool"), redoc_url=None)
+    # The interactive page's scripts come from here, so that it works without the internet.
+    app: FastAPI = FastAPIOffline(title="Slotpool", version=version("slotpool"), redoc_url=None)
     app.state.gateway = gateway
     app.router.routes[:0] = openai.inference_routes
     app.include_router(service.router)
@@ -35,6 +40,8 @@ def build_http(gateway: Gateway) -> FastAPI:
         app.include_router(events.router, prefix=prefix)
     app.include_router(admin.list_router, prefix="/v1/admin")
     app.include_router(admin.short_router, prefix="/admin")
+    app.openapi = document(app, openai.operations)  # type: ignore[method-assign]
+    app.router.routes.append(Route("/{path:path}", Proxy(tuple(app.router.routes)), include_in_schema=False))
     app.add_exception_handler(errors.PoolError, _pool_error)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _bug)

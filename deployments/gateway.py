@@ -13,6 +13,7 @@ import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ray.exceptions import RayError
@@ -26,7 +27,7 @@ from cluster.ledger.events import Grant
 from cluster.metrics import Outcome, family
 from cluster.orders import Address
 from cluster.request import Request
-from deployments.engines.protocol import Call
+from deployments.engines.protocol import Call, Reply
 from deployments.leased_call import LeasedCall, ServeWay, Way
 from deployments.link import Leased, Links
 from deployments.run_info import RunInfo
@@ -83,12 +84,13 @@ class Gateway:
         slot. `info` learns what becomes of the request.
         """
         info = info or RunInfo()
-        streams = bool(body.get("stream"))
+        call = Call(request.path, body, request.trace)
+        streams = call.stream
         begun = started = ended = False
         for attempt in range(RETRIES + 1):
             whole = bytearray()
             try:
-                source = self._attempt(request, body, info, is_last=attempt == RETRIES)
+                source = self._attempt(request, call, info, is_last=attempt == RETRIES)
                 async with contextlib.aclosing(source) as chunks:
                     async for chunk in chunks:
                         if not streams:
@@ -117,8 +119,28 @@ class Gateway:
             yield error_event(failure)
             return
 
+    async def pass_through(self, request: Request, call: Call) -> tuple[bytes, Reply]:
+        """The first part of the engine's own answer, whatever its status, and the rest, whose chunks must be closed.
+
+        Raises a `PoolError` for anything that goes wrong before the first byte; the chunks raise what does later.
+        """
+        info = RunInfo()
+        for attempt in range(RETRIES + 1):
+            chunks = self._attempt(request, call, info, is_last=attempt == RETRIES)
+            try:
+                first = await anext(chunks, b"")
+                return first, Reply(info.status, info.headers, chunks)
+            except errors.ReplicaGone:
+                if attempt == RETRIES:
+                    raise
+                await asyncio.sleep(RETRY_PAUSE_S)
+            except BaseException:
+                await chunks.aclose()
+                raise
+        raise AssertionError("the last attempt returns or raises")
+
     async def _attempt(
-        self, request: Request, body: dict[str, Any], info: RunInfo, *, is_last: bool
+        self, request: Request, call: Call, info: RunInfo, *, is_last: bool
     ) -> AsyncGenerator[bytes, None]:
         """One lease and the call that runs on it. A lease that is lost before the first byte counts as no request."""
         arrived = info.arrived
@@ -128,7 +150,7 @@ class Gateway:
         lease = None
         try:
             while True:
-                done, _ = await asyncio.wait([waiting], timeout=KEEP_ALIVE_S if body.get("stream") else None)
+                done, _ = await asyncio.wait([waiting], timeout=KEEP_ALIVE_S if call.stream else None)
                 if done:
                     break
                 yield await self._where(attempt.id)
@@ -138,44 +160,45 @@ class Gateway:
                 # Granted in the very moment in which the client left.
                 with contextlib.suppress(errors.PoolError, RayError, asyncio.CancelledError):
                     self.ledger.release(waiting.result())
-        call = self._leased_call(request, body, lease, arrived)
+        run = self._leased_call(request, call, lease, arrived)
         status: int | None = CLIENT_LEFT
         try:
-            async with contextlib.aclosing(self._run(request, body, lease, info, call)) as chunks:
+            async with contextlib.aclosing(self._run(request, call, lease, info, run)) as chunks:
                 async for chunk in chunks:
+                    info.status, info.headers = run.status, run.headers
                     yield chunk
-            status = call.status
+            status = info.status = run.status
+            info.headers = run.headers
         except errors.PoolError as error:
-            is_lost = isinstance(error, errors.ReplicaGone) and call.first_at is None and not is_last
+            is_lost = isinstance(error, errors.ReplicaGone) and run.first_at is None and not is_last
             status = None if is_lost else error.status
             raise
         finally:
-            info.report = call.report
-            call.end(status)
+            info.report = run.report
+            run.end(status)
 
-    def _leased_call(self, request: Request, body: dict[str, Any], lease: Grant, arrived: float) -> LeasedCall:
+    def _leased_call(self, request: Request, call: Call, lease: Grant, arrived: float) -> LeasedCall:
         def release(status: int | None) -> None:
-            is_stream = bool(body.get("stream"))
-            ended = None if status is None else outcome(request, lease, call, status, arrived, is_stream=is_stream)
+            ended = None if status is None else outcome(request, lease, run, status, arrived, is_stream=call.stream)
             self.ledger.release(lease, ended)
 
         def suspect() -> None:
             if self.config.server(lease.replica) is None:
                 self.ledger.tell("replica_suspected", lease.replica)
 
-        call = LeasedCall(self._left(request, arrived), release, suspect)
-        return call
+        run = LeasedCall(self._left(request, arrived), release, suspect)
+        return run
 
     async def _run(
-        self, request: Request, body: dict[str, Any], lease: Grant, info: RunInfo, run: LeasedCall
+        self, request: Request, call: Call, lease: Grant, info: RunInfo, run: LeasedCall
     ) -> AsyncGenerator[bytes, None]:
+        body = call.body
         # The model that answers may be another than was asked for: a variant, a fallback, a CPU offload.
-        if lease.model != request.model:
+        if lease.model != request.model and isinstance(body, dict):
             body = {**body, "model": lease.model}
-        call = info.call = Call(
-            path=request.path,
+        call = info.call = replace(
+            call,
             body=body,
-            request_id=request.trace,
             slots=max(1, len(lease.slots)),
             queue_wait_ms=lease.queue_wait_s * 1e3,
             load_wait_ms=lease.load_wait_s * 1e3,

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from cluster import errors
 from cluster.config import Caller, PoolConfig
 from cluster.request import Request
-from deployments.schemas import CHAT, COMPLETIONS, EXTENSIONS, MAX_SEQUENCES, SCHEMAS, parse_priority
+from deployments.schemas import CHAT, COMPLETIONS, EXTENSIONS, MAX_SEQUENCES, SCHEMAS, PoolRequest, parse_priority
 
 __all__ = [
     "CHAT",
@@ -101,9 +101,36 @@ def parse_request(
         raise invalid(error) from None
     if checked.sequences > MAX_SEQUENCES:
         raise errors.InvalidRequest(f"n choices of all prompts are more than {MAX_SEQUENCES}", param="n")
+    request = _request(config, path, model, checked, request_id, headers, caller)
+    return request, {"model": model, **{key: value for key, value in body.items() if key not in EXTENSIONS}}
+
+
+def parse_raw(
+    config: PoolConfig,
+    path: str,
+    model: str | None,
+    *,
+    request_id: str,
+    headers: Mapping[str, str] | None = None,
+    caller: Caller = TRUSTED,
+) -> Request:
+    """The request for a path that goes to its engine unread. Raises as `parse_request` does."""
+    name = model_of(config, {"model": model}, caller)
+    return _request(config, path, name, PoolRequest(), request_id, headers, caller)
+
+
+def _request(
+    config: PoolConfig,
+    path: str,
+    model: str,
+    checked: PoolRequest,
+    request_id: str,
+    headers: Mapping[str, str] | None,
+    caller: Caller,
+) -> Request:
     priority = checked.priority or _header(headers, "x-priority", parse_priority) or 2
     longest_s = config.request_timeout_s(model)
-    request = Request(
+    return Request(
         id=request_id,
         model=model,
         path=path,
@@ -114,7 +141,6 @@ def parse_request(
         principal=caller.principal,
         trace=request_id,
     )
-    return request, {"model": model, **{key: value for key, value in body.items() if key not in EXTENSIONS}}
 
 
 def _header(headers: Mapping[str, str] | None, name: str, parse: Any) -> Any:

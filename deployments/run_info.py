@@ -15,13 +15,16 @@ from deployments.engines.protocol import Call, Report
 class RunInfo:
     """Filled in by the gateway while the request runs: the call that was made, and its report once that has ended.
 
-    `failure` is the error that a stream ended with after something of it had been sent.
+    `failure` is the error that a stream ended with after something of it had been sent. `status` and `headers` are the
+    engine's own, once something of its answer is there.
     """
 
     arrived: float = field(default_factory=time.monotonic)
     call: Call | None = None
     report: Report = field(default_factory=Report)
     failure: PoolError | None = None
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
 
     @property
     def model(self) -> str | None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 
 PRIORITIES = {"high": 1, "medium": 2, "low": 3, "1": 1, "2": 2, "3": 3}
 #: The pool's own fields, which no engine sees.
@@ -48,10 +49,29 @@ class StreamOptions(Part):
     include_usage: bool | None = None
 
 
-class InferenceRequest(Part):
-    """What chat and completions share. `top_k` 0 and -1 both mean that it is off."""
+class PoolRequest(Part):
+    """What every request to a model has: the model, and the pool's own fields."""
 
     model: str | None = None
+    priority: int | None = None
+    keep_alive: Annotated[float, Field(ge=-1)] | None = None
+    allow_remote: bool | None = None
+    timeout_s: Annotated[float, Field(gt=0)] | None = None
+
+    @field_validator("priority", mode="before")
+    @classmethod
+    def _class_of(cls, value: Any) -> int | None:
+        return None if value is None else parse_priority(value)
+
+    @property
+    def sequences(self) -> int:
+        """How many sequences an engine runs for the body."""
+        return 1
+
+
+class InferenceRequest(PoolRequest):
+    """What chat and completions share. `top_k` 0 and -1 both mean that it is off."""
+
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -72,15 +92,6 @@ class InferenceRequest(Part):
     response_format: dict[str, Any] | None = None
     grammar: str | None = None
     ignore_eos: bool | None = None
-    priority: int | None = None
-    keep_alive: Annotated[float, Field(ge=-1)] | None = None
-    allow_remote: bool | None = None
-    timeout_s: Annotated[float, Field(gt=0)] | None = None
-
-    @field_validator("priority", mode="before")
-    @classmethod
-    def _class_of(cls, value: Any) -> int | None:
-        return None if value is None else parse_priority(value)
 
     @field_validator("response_format")
     @classmethod
@@ -147,7 +158,54 @@ class CompletionRequest(InferenceRequest):
         return len(self.prompt) if is_list else 1
 
 
-SCHEMAS: dict[str, type[InferenceRequest]] = {CHAT: ChatRequest, COMPLETIONS: CompletionRequest}
+Prompts = (
+    Annotated[str, Field(min_length=1)]
+    | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Tokens
+    | Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
+)
+
+
+class EmbeddingRequest(PoolRequest):
+    input: Prompts
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    user: str | None = None
+
+    @property
+    def sequences(self) -> int:
+        is_list = isinstance(self.input, list) and not isinstance(self.input[0], int)
+        return len(self.input) if is_list else 1
+
+
+class TokenizeRequest(PoolRequest):
+    """Text, or a chat as its model would see it; llama-server calls the text `content`, vLLM `prompt`."""
+
+    content: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    add_special: bool | None = None
+    with_pieces: bool | None = None
+
+    @model_validator(mode="after")
+    def _one_text(self) -> TokenizeRequest:
+        if sum(each is not None for each in (self.content, self.prompt, self.messages)) != 1:
+            raise ValueError("exactly one of content, prompt and messages is needed")
+        return self
+
+
+class DetokenizeRequest(PoolRequest):
+    tokens: list[TokenId]
+
+
+SCHEMAS: dict[str, type[PoolRequest]] = {
+    CHAT: ChatRequest,
+    COMPLETIONS: CompletionRequest,
+    EMBEDDINGS: EmbeddingRequest,
+    TOKENIZE: TokenizeRequest,
+    DETOKENIZE: DetokenizeRequest,
+}
 
 
 def parse_priority(value: Any) -> int:

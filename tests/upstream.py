@@ -41,6 +41,7 @@ class Upstream:
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.port = 0
+        self.release = threading.Event()
 
     @property
     def url(self) -> str:
@@ -84,6 +85,9 @@ class Upstream:
         if scope["path"] == "/v1/models":
             await self._manifest(send)
             return
+        if scope["path"].startswith("/echo"):
+            await self._echo(scope, body, send)
+            return
         request = json.loads(body)
         self.bodies.append(request)
         work = asyncio.create_task(self._answer(request, send))
@@ -111,6 +115,17 @@ class Upstream:
             await _reply(
                 send, 200, {"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]}
             )
+
+    async def _echo(self, scope: dict[str, Any], body: bytes, send: Any) -> None:
+        """What has come, as headers of status 418, and the body in two parts; the second one waits for `release`."""
+        told = {"method": scope["method"], "path": scope["path"], "query": scope["query_string"].decode()}
+        told |= {f"header-{name.decode()}": value.decode() for name, value in scope["headers"]}
+        headers = [(f"x-seen-{name}".encode(), value.encode()) for name, value in told.items()]
+        await send({"type": "http.response.start", "status": 418, "headers": [(b"content-type", b"image/x"), *headers]})
+        await send({"type": "http.response.body", "body": body[:1], "more_body": True})
+        while not self.release.is_set():
+            await asyncio.sleep(0.01)
+        await send({"type": "http.response.body", "body": body[1:]})
 
     async def _answer(self, request: dict[str, Any], send: Any) -> None:
         model = request["model"]

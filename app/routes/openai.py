@@ -1,4 +1,4 @@
-"""The OpenAI family: chat completions, completions and the list of models."""
+"""The OpenAI family: chat completions, completions, embeddings, tokens, and the list of models."""
 
 from __future__ import annotations
 
@@ -15,13 +15,26 @@ from starlette.types import Receive, Scope, Send
 
 from app.auth import caller_of
 from app.body import read_json
+from app.openapi import Operation
 from app.routes.admin_rows import NOTHING
 from app.streams import Rhythm, Stream, request_id_of
 from cluster.config import ModelConfig, PoolConfig
 from cluster.ledger.snapshot import ModelRow, Snapshot
 from deployments.engines.registry import capabilities
 from deployments.gateway import Gateway
-from deployments.requests import CHAT, COMPLETIONS, is_allowed, parse_request, resolve_model, unknown_model
+from deployments.requests import is_allowed, parse_request, resolve_model, unknown_model
+from deployments.schemas import (
+    CHAT,
+    COMPLETIONS,
+    DETOKENIZE,
+    EMBEDDINGS,
+    TOKENIZE,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    EmbeddingRequest,
+    TokenizeRequest,
+)
 from deployments.sse import is_comment
 
 router = APIRouter(tags=["openai"])
@@ -40,7 +53,15 @@ class Inference:
         await response(scope, receive, send)
 
 
-inference_routes = [Route(path, Inference(path), methods=["POST"]) for path in (CHAT, COMPLETIONS)]
+EVENTS = "text/event-stream"
+operations = (
+    Operation(CHAT, "openai", "Chat completion", ChatRequest, EVENTS),
+    Operation(COMPLETIONS, "openai", "Completion", CompletionRequest, EVENTS),
+    Operation(EMBEDDINGS, "openai", "Embeddings", EmbeddingRequest),
+    Operation(TOKENIZE, "openai", "A text, or a chat, as tokens", TokenizeRequest),
+    Operation(DETOKENIZE, "openai", "Tokens as text", DetokenizeRequest),
+)
+inference_routes = [Route(each.path, Inference(each.path), methods=["POST"]) for each in operations]
 
 
 async def infer(request: Request, path: str) -> Response:

@@ -2,28 +2,36 @@
 
 It emits `ID:0 ID:1 ID:2 …`, one word a token, so that a test can see from the text alone which model answered and
 that nothing is missing. Each choice of each prompt is a sequence that says the same; as many run at a time as the call
-has slots. Two raw paths tell what a call met: `GET /fake/environment` (the process's id and its
-devices) and `POST /fake/echo` (the body as it came).
+has slots. A word is a token in prompts, too, whose id is its checksum, and an embedding is drawn from its input's. Two
+raw paths tell what a call met: `GET /fake/environment` (the process's id and its devices) and `POST /fake/echo` (the
+body as it came).
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
+import random
+import struct
 import time
+import zlib
 from collections.abc import AsyncGenerator
 from typing import Any
 
 from cluster.config import FakeFaults
 from cluster.errors import BackendUnavailable, InvalidRequest, ModelUnavailable, RateLimited
-from deployments.engines.protocol import EVENT_STREAM, JSON, Call, EngineInfo, Kept, Progress, Reply, Report
+from deployments.engines.protocol import EVENT_STREAM, JSON, Call, EngineInfo, Kept, Progress, Reply, Report, once
 from deployments.sse import DONE
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 ENVIRONMENT, ECHO = "/fake/environment", "/fake/echo"
 #: Environment variables that `GET /fake/environment` shows; never all of them, since some hold keys.
 SHOWN = ("CUDA_VISIBLE_DEVICES",)
+PATHS = frozenset({CHAT, COMPLETIONS, EMBEDDINGS, TOKENIZE, DETOKENIZE})
+EMBEDDING_SIZE = 8
 _LOAD_STEPS = 10
 
 
@@ -45,20 +53,24 @@ class FakeEngine:
         progress(1.0)
 
     def info(self) -> EngineInfo:
-        return EngineInfo(paths=frozenset({CHAT, COMPLETIONS}), format="fake")
+        return EngineInfo(paths=PATHS, format="fake")
 
     async def call(self, call: Call) -> Reply:
         if (call.method, call.path) == ("GET", ENVIRONMENT):
             shown = {"pid": os.getpid(), **{name: os.environ.get(name) for name in SHOWN}}
-            return Reply(200, dict(JSON), _once(json.dumps(shown).encode()))
+            return Reply(200, dict(JSON), once(json.dumps(shown).encode()))
         if (call.method, call.path) == ("POST", ECHO):
             body = call.body if isinstance(call.body, bytes) else json.dumps(call.body).encode()
             kind = call.headers.get("content-type", "application/octet-stream")
-            return Reply(200, {"content-type": kind}, _once(body))
-        if call.path not in (CHAT, COMPLETIONS):
+            return Reply(200, {"content-type": kind}, once(body))
+        if call.path not in PATHS:
             raise InvalidRequest(f"this model does not serve {call.path}")
         if self._faults.fault == "rate_limited":
             raise RateLimited(f"{self._id} is rate limited, as configured", retry_after=1)
+        if call.path in (TOKENIZE, DETOKENIZE):
+            return Reply(200, dict(JSON), once(json.dumps(_tokens(call)).encode()))
+        if call.path == EMBEDDINGS:
+            return Reply(200, dict(JSON), once(json.dumps(_embeddings(call)).encode()))
         report = Report(prompt_tokens=_prompts(call.json), cached_tokens=0, output_tokens=0)
         chunks = self._answer(call, report)
         return Reply(200, dict(EVENT_STREAM if call.stream else JSON), chunks, report)
@@ -178,5 +190,28 @@ def _turns(call: Call) -> list[range]:
     return [range(first, min(first + call.slots, total)) for first in range(0, total, call.slots)]
 
 
-async def _once(body: bytes) -> AsyncGenerator[bytes, None]:
-    yield body
+def _tokens(call: Call) -> dict[str, Any]:
+    if call.path == DETOKENIZE:
+        text = " ".join(map(str, call.json["tokens"]))
+        return {"content": text, "prompt": text}
+    body = call.json
+    texts = [body.get("content") or body.get("prompt") or ""]
+    texts += [str(message.get("content") or "") for message in body.get("messages") or ()]
+    tokens = [zlib.crc32(word.encode()) for text in texts for word in text.split()]
+    return {"tokens": tokens, "count": len(tokens), "max_model_len": None}
+
+
+def _embeddings(call: Call) -> dict[str, Any]:
+    given = call.json["input"]
+    if isinstance(given, str) or isinstance(given[0], int):
+        given = [given]
+    in_base64 = call.json.get("encoding_format") == "base64"
+    data = []
+    for index, one in enumerate(given):
+        drawn = random.Random(json.dumps(one))
+        vector = [drawn.gauss(0.0, 1.0) for _ in range(EMBEDDING_SIZE)]
+        packed = base64.b64encode(struct.pack(f"<{EMBEDDING_SIZE}f", *vector)).decode()
+        data.append({"object": "embedding", "index": index, "embedding": packed if in_base64 else vector})
+    tokens = sum(len(one.split()) if isinstance(one, str) else len(one) for one in given)
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": data, "model": call.json.get("model"), "usage": usage}

@@ -28,6 +28,18 @@ from deployments.engines.upstream_bytes import EventSplitter, Unreadable, UsageR
 CONNECT_S = 5.0
 #: How much of a refusal's body is read, and how much of its message is passed on, in characters.
 MAX_REFUSAL, MAX_MESSAGE = 65_536, 500
+#: Headers that are about one connection, and not passed on with a raw answer.
+UNPASSED = {
+    "connection",
+    "keep-alive",
+    "transfer-encoding",
+    "content-length",
+    "upgrade",
+    "trailer",
+    "te",
+    "date",
+    "server",
+}
 #: An answer's headers; the HTTP library itself bounds their bytes, at 100 KiB together.
 MAX_HEADERS = 100
 
@@ -50,21 +62,32 @@ class Upstreams:
         upstream errors of CONTRACT section 6 for what it refuses; the chunks raise them, too.
         """
         report = Report()
-        chunks = self._answer(server, call, keep_alive_s, asyncio.get_running_loop().time() + timeout_s, report)
+        head: dict[str, Any] = {"status": 200, "headers": dict(EVENT_STREAM if call.stream else JSON)}
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        chunks = self._answer(server, call, keep_alive_s, deadline, report, head)
         # The first item only says that the server has accepted. From here on closing the chunks ends the request.
         await anext(chunks)
-        return Reply(200, dict(EVENT_STREAM if call.stream else JSON), chunks, report)
+        return Reply(head["status"], head["headers"], chunks, report)
 
     async def _answer(
-        self, server: ServerEntry, call: Call, keep_alive_s: float, deadline: float, report: Report
+        self,
+        server: ServerEntry,
+        call: Call,
+        keep_alive_s: float,
+        deadline: float,
+        report: Report,
+        head: dict[str, Any],
     ) -> AsyncGenerator[bytes, None]:
-        """An empty item once the server has accepted, and then its answer."""
+        """An empty item once the server has accepted, and then its answer; that of a raw call has its own `head`."""
         started = time.perf_counter()
         key = _key(server)
+        is_raw = isinstance(call.body, bytes)
         request = self._client.build_request(
-            "POST",
-            base_url(server.url) + call.path,
-            content=json.dumps({**call.json, **hold_fields(server.server_type, keep_alive_s)}).encode(),
+            call.method,
+            base_url(server.url) + call.path + (f"?{call.query}" if call.query else ""),
+            content=call.body
+            if isinstance(call.body, bytes)
+            else json.dumps({**call.body, **hold_fields(server.server_type, keep_alive_s)}).encode(),
             headers=_headers(call, key),
         )
         usage = UsageReader()
@@ -74,8 +97,14 @@ class Upstreams:
             try:
                 async with asyncio.timeout_at(deadline):
                     await _check_head(server, call, answer, key)
+                if is_raw:
+                    passed = {name: value for name, value in answer.headers.items() if name not in UNPASSED}
+                    head |= {"status": answer.status_code, "headers": passed}
                 yield b""
-                parts = _stream(answer, deadline, usage) if call.stream else _whole(answer, deadline, usage)
+                if is_raw:
+                    parts = _timed(answer, deadline)
+                else:
+                    parts = _stream(answer, deadline, usage) if call.stream else _whole(answer, deadline, usage)
                 async with contextlib.aclosing(parts):
                     async for part in parts:
                         if report.ttft_ms is None and call.stream:
@@ -112,21 +141,24 @@ def _key(server: ServerEntry) -> str | None:
 
 
 def _headers(call: Call, key: str | None) -> dict[str, str]:
-    headers = {
-        "Content-Type": "application/json",
-        "Accept": "text/event-stream" if call.stream else "application/json",
-        # The bytes are passed on as they come, so they must not be compressed.
-        "Accept-Encoding": "identity",
-        "X-Request-Id": call.request_id,
-    }
+    headers = dict(call.headers)
+    if not isinstance(call.body, bytes):
+        kind = "text/event-stream" if call.stream else "application/json"
+        headers = {"content-type": "application/json", "accept": kind}
+    # The bytes are passed on as they come, so they must not be compressed.
+    headers |= {"accept-encoding": "identity", "x-request-id": call.request_id}
     if key is not None:
-        headers["Authorization"] = f"Bearer {key}"
+        headers["authorization"] = f"Bearer {key}"
     return headers
 
 
 async def _check_head(server: ServerEntry, call: Call, answer: httpx.Response, key: str | None) -> None:
-    """Raise what a refusal means, or `Unreadable` where the head announces something that was not asked for."""
-    if answer.status_code != 200:
+    """Raise what a refusal means, or `Unreadable` where the head announces something that was not asked for.
+
+    A raw call gets whatever the server says, but for what is between the pool and its server.
+    """
+    is_raw = isinstance(call.body, bytes)
+    if answer.status_code != 200 and (not is_raw or answer.status_code in (401, 403)):
         raise await _refusal(server, answer, key)
     if len(answer.headers.raw) > MAX_HEADERS:
         raise Unreadable(f"it sent more than {MAX_HEADERS} headers")

@@ -154,3 +154,8 @@ class Sleeper(Protocol):
 
     async def wake(self, progress: Progress) -> None:
         """Be as after `load`, on the same devices. Raises `ModelUnavailable`; the process is then ended."""
+
+
+async def once(body: bytes) -> AsyncGenerator[bytes, None]:
+    """The chunks of an answer that is there already."""
+    yield body

@@ -16,7 +16,8 @@ from deployments.engines.protocol import Engine
 
 M = TypeVar("M", bound=ModelConfig)
 
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+#: What every engine that runs in the pool's own processes serves.
+PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,11 @@ def backend_of(model: ModelConfig) -> Backend[Any]:
 
 
 def capabilities(model: ModelConfig) -> list[str]:
-    """What clients may ask of a model, in words: `chat`, `completions`."""
-    return sorted(path.removeprefix("/v1/").removesuffix("/completions") for path in backend_of(model).paths)
+    """What clients may ask of a model, in words: `chat`, `completions`, `embeddings`, …"""
+    return sorted(
+        path.removeprefix("/v1").removesuffix("/completions").strip("/") or "completions"
+        for path in backend_of(model).paths
+    )
 
 
 def build_engine(model_id: str, model: ModelConfig, path: str) -> Engine:
@@ -96,7 +100,7 @@ def _estimate_llama_cpp(model: LlamaCppModel, path: Path) -> int | None:
 
 
 BACKENDS: tuple[Backend[Any], ...] = (
-    Backend(LlamaCppModel, _build_llama_cpp, _estimate_llama_cpp, frozenset({CHAT, COMPLETIONS})),
-    Backend(FakeModel, _build_fake, _estimate_nothing, frozenset({CHAT, COMPLETIONS}), raw=True, sleeps=True),
+    Backend(LlamaCppModel, _build_llama_cpp, _estimate_llama_cpp, PATHS),
+    Backend(FakeModel, _build_fake, _estimate_nothing, PATHS, raw=True, sleeps=True),
 )
 _BY_CONFIG = {backend.config: backend for backend in BACKENDS}

@@ -77,8 +77,8 @@ def test_a_large_body_arrives_whole(pool: Pool):
 
 def test_what_other_servers_answer_too(pool: Pool):
     with pool.http() as client:
-        assert client.get("/nothing-here").status_code == 404
-        assert client.get("/nothing-here").json()["error"]["code"] == "NOT_FOUND"
+        assert client.get("/admin/nothing-here").status_code == 404
+        assert client.get("/admin/nothing-here").json()["error"]["code"] == "NOT_FOUND"
         assert client.get("/-/healthz").status_code == 200
         answer = client.post("/v1/chat/completions", json=chat("quick"), headers={"X-Request-Id": "mine"})
         assert answer.headers.get_list("x-request-id") == ["mine"]

@@ -22,14 +22,22 @@ from cluster.errors import BackendUnavailable, ModelUnavailable
 from deployments.engines.chat.template import ChatTemplate, choose_template
 from deployments.engines.chat.utf8 import TextAssembler
 from deployments.engines.llama_cpp.answer import Answer
+from deployments.engines.llama_cpp.embeddings import EmbeddingAnswer, tokens_body
 from deployments.engines.llama_cpp.generation import Generation, Job, Mailbox
 from deployments.engines.llama_cpp.load_meter import LoadMeter
 from deployments.engines.llama_cpp.loop import DecodeLoop
 from deployments.engines.llama_cpp.memory import DEFAULT_BATCH
-from deployments.engines.llama_cpp.prepare import PATHS, Prepared, Preparer
+from deployments.engines.llama_cpp.prepare import (
+    DETOKENIZE_PATH,
+    EMBEDDINGS_PATH,
+    PATHS,
+    TOKENIZE_PATH,
+    Prepared,
+    Preparer,
+)
 from deployments.engines.llama_cpp.runtime import FLASH_ATTENTION, KV_TYPES, Runtime, RuntimeOptions, load_library
 from deployments.engines.llama_cpp.sampling import Grammar
-from deployments.engines.protocol import EVENT_STREAM, JSON, Call, EngineInfo, Progress, Reply
+from deployments.engines.protocol import EVENT_STREAM, JSON, Call, EngineInfo, Progress, Reply, once
 
 #: Prompt tokens that one step may evaluate beside the running streams: bounded, so that a long prompt does not stall
 #: them; larger chunks gain little on a CPU (docs/measurements.md). 63 and not 64, because ggml's flash attention
@@ -89,7 +97,7 @@ class LlamaCppEngine:
         self._memory_mib: int | None = None
         self._loop: DecodeLoop | None = None
         self._preparer: Preparer | None = None
-        self._preparing: set[asyncio.Future[Prepared]] = set()
+        self._preparing: set[asyncio.Future[Any]] = set()
 
     async def load(self, progress: Progress) -> None:
         """Load the model in a thread. Raises `ModelUnavailable` and leaves nothing behind."""
@@ -123,10 +131,12 @@ class LlamaCppEngine:
         return EngineInfo(context_length=runtime.n_ctx, paths=PATHS, format="gguf", memory_mib=self._memory_mib)
 
     async def call(self, call: Call) -> Reply:
-        answer = Answer(call, self._model_id)
         loop = self._loop
         if loop is None:
             raise BackendUnavailable("the model is not loaded")
+        if call.path in (TOKENIZE_PATH, DETOKENIZE_PATH):
+            return await self._tokens(call)
+        answer = EmbeddingAnswer(call, self._model_id) if call.path == EMBEDDINGS_PATH else Answer(call, self._model_id)
         job = Job(Mailbox(loop.wake), max(1, call.slots))
         answer.begin(await self._prepare(call, job), list(job.pending), job.mailbox)
         if loop.stopping:
@@ -145,6 +155,15 @@ class LlamaCppEngine:
             await asyncio.wait(self._preparing)
         if runtime is not None:
             await asyncio.to_thread(runtime.close)
+
+    async def _tokens(self, call: Call) -> Reply:
+        """What a text is in tokens, or the reverse. In a thread, since a large text takes its time."""
+        preparer = self._preparer
+        assert preparer is not None, "a loop has a preparer"
+        work = asyncio.ensure_future(asyncio.to_thread(tokens_body, preparer, call))
+        self._preparing.add(work)
+        work.add_done_callback(self._preparing.discard)
+        return Reply(200, dict(JSON), once(await asyncio.shield(work)))
 
     async def _prepare(self, call: Call, job: Job) -> Prepared:
         """Check the call and give the job its sequences."""
@@ -188,9 +207,11 @@ def _load_and_measure(options: RuntimeOptions, progress: Progress) -> tuple[Runt
     return runtime, floor if grown is None else grown if partly else max(grown, floor)
 
 
-async def _run(loop: DecodeLoop, answer: Answer, job: Job, *, stream: bool) -> AsyncGenerator[bytes, None]:
+async def _run(
+    loop: DecodeLoop, answer: Answer | EmbeddingAnswer, job: Job, *, stream: bool
+) -> AsyncGenerator[bytes, None]:
     """The answer's bytes. The decode loop hears of it with the first one that is asked for, and of its end."""
-    chunks = answer.stream() if stream else answer.whole()
+    chunks = answer.stream() if stream and isinstance(answer, Answer) else answer.whole()
     try:
         loop.submit(job)
         async for chunk in chunks:
@@ -225,6 +246,7 @@ def _generations(prepared: Prepared, runtime: Runtime, job: Job) -> list[Generat
                     assembler=TextAssembler(options.stops),
                     top_logprobs=options.top_logprobs,
                     prompt_logprobs=prepared.echo and options.top_logprobs is not None,
+                    embeds=prepared.embeds,
                     ignore_eos=options.ignore_eos,
                     special=bool(prepared.plan.tools),
                     first_piece=runtime.piece(prompt[0], special=True),
@@ -238,7 +260,7 @@ def _is_large(body: dict[str, Any]) -> bool:
     if body.get("response_format") or body.get("tools") or body.get("grammar"):
         return True
     room = INLINE_CHARACTERS
-    texts: list[Any] = [body.get("prompt"), body.get("messages")]
+    texts: list[Any] = [body.get("prompt"), body.get("messages"), body.get("input")]
     while texts and room >= 0:
         value = texts.pop()
         if isinstance(value, str):

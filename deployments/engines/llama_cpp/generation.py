@@ -7,6 +7,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from cluster.errors import PoolError
 from deployments.engines.chat.logprobs import TokenLogprob
 from deployments.engines.chat.request import Sampling
@@ -26,6 +29,8 @@ class Delta:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: str | None = None
     error: PoolError | None = None
+    #: The sum of the hidden states of all tokens of the prompt, where that is what was asked for.
+    embedding: npt.NDArray[np.float32] | None = None
 
 
 class Mailbox:
@@ -98,6 +103,8 @@ class Generation:
     top_logprobs: int | None = None
     #: Report the log-probabilities of the prompt's own tokens too (`echo` with `logprobs`).
     prompt_logprobs: bool = False
+    #: Nothing is generated: the prompt's hidden states are what is wanted.
+    embeds: bool = False
     ignore_eos: bool = False
     #: Render control tokens as text: a tool call may be written with them.
     special: bool = False
@@ -115,6 +122,12 @@ class Generation:
     first_token_at: float = 0.0
     ended_at: float = 0.0
     pending_logprobs: list[TokenLogprob] = field(default_factory=list)
+    hidden: npt.NDArray[np.float32] | None = None
+
+    @property
+    def needs_all_outputs(self) -> bool:
+        """Whether every token of the prompt must be evaluated, and have its output."""
+        return self.prompt_logprobs or self.embeds
 
     @property
     def is_behind(self) -> bool:

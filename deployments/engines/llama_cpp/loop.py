@@ -155,7 +155,12 @@ class DecodeLoop:
         self._add_prompts(rows)
         if not self._runtime.batched:
             return
+        embeds = any(slot.generation is not None and slot.generation.embeds for slot, _ in rows)
+        if embeds:
+            self._runtime.want_embeddings(True)
         code = self._runtime.decode()
+        if embeds:
+            self._runtime.want_embeddings(False)
         self.steps += 1
         if code != 0:
             log.error("llama_decode failed with code %d", code)
@@ -197,6 +202,8 @@ class DecodeLoop:
 
     def _start(self, generation: Generation) -> bool:
         """Make the sampler, which is many times the size of the rest. False where that is refused."""
+        if generation.embeds:
+            return True
         try:
             generation.sampler = Sampler(self._runtime, generation.sampling, generation.grammar, generation.prompt)
         except PoolError as error:
@@ -214,7 +221,7 @@ class DecodeLoop:
             slot.cached = list(donor.cached)
             own = _common_prefix(slot.cached, prompt)
         # At least one token is evaluated again, since its scores choose the first new one.
-        keep = 0 if generation.prompt_logprobs else min(own, len(prompt) - 1)
+        keep = 0 if generation.needs_all_outputs else min(own, len(prompt) - 1)
         if not self._runtime.keep_prefix(slot.number, keep):
             keep = 0
         slot.cached = prompt[:keep]
@@ -246,7 +253,7 @@ class DecodeLoop:
             generation = slot.generation
             assert generation is not None
             start = len(slot.cached)
-            wanted = generation.prompt_logprobs
+            wanted = generation.needs_all_outputs
             chunk = generation.prompt[start : start + (min(room, outputs) if wanted else room)]
             if not chunk:
                 continue
@@ -266,9 +273,16 @@ class DecodeLoop:
             generation.evaluated += len(row)
             if generation.prompt_logprobs:
                 self._note_prompt_logprobs(slot, generation, row)
+            if generation.embeds:
+                self._note_hidden(generation, row)
             if len(slot.cached) < len(generation.prompt):
                 return
             self._prefilling.remove(slot)
+        if generation.embeds:
+            generation.ended_at = time.perf_counter()
+            self._say(generation, Delta(generation.index, finish="stop", embedding=generation.hidden))
+            self._release(slot)
+            return
         if generation.limit <= 0:
             self._finish(slot, generation, "", "length")
             return
@@ -305,6 +319,10 @@ class DecodeLoop:
             if following < len(generation.prompt):
                 token = generation.prompt[following]
                 self._note_logprobs(generation, self._runtime.logits(index), token)
+
+    def _note_hidden(self, generation: Generation, row: range) -> None:
+        total = self._runtime.embeddings(row).sum(axis=0)
+        generation.hidden = total if generation.hidden is None else generation.hidden + total
 
     def _note_logprobs(self, generation: Generation, logits: Logits, token: int) -> None:
         logprob, top = top_logprobs(logits, token, generation.top_logprobs or 0)

@@ -21,7 +21,9 @@ from deployments.engines.protocol import Call
 
 CHAT_PATH = "/v1/chat/completions"
 COMPLETIONS_PATH = "/v1/completions"
-PATHS = frozenset({CHAT_PATH, COMPLETIONS_PATH})
+EMBEDDINGS_PATH = "/v1/embeddings"
+TOKENIZE_PATH, DETOKENIZE_PATH = "/tokenize", "/detokenize"
+PATHS = frozenset({CHAT_PATH, COMPLETIONS_PATH, EMBEDDINGS_PATH, TOKENIZE_PATH, DETOKENIZE_PATH})
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,8 @@ class Prepared:
     plan: ToolPlan = field(default_factory=ToolPlan)
     grammar: str | None = None
     echo: bool = False
+    #: Only the prompts' embeddings are wanted.
+    embeds: bool = False
 
     @property
     def prompt_tokens(self) -> int:
@@ -50,17 +54,56 @@ class Preparer:
         self._runtime = runtime
         self._template = template
 
+    @property
+    def context_length(self) -> int:
+        """Tokens of one sequence, prompt and answer together."""
+        return self._runtime.n_ctx
+
     def prepare(self, call: Call) -> Prepared:
         """Raises `InvalidRequest` and its subclasses; touches no engine state. The body has passed its schema."""
         if call.path == CHAT_PATH:
             return self._chat(call.json)
         if call.path == COMPLETIONS_PATH:
             return self._completion(call.json)
+        if call.path == EMBEDDINGS_PATH:
+            return self._embeddings(call.json)
         raise InvalidRequest(f"this model does not serve {call.path}")
 
-    def _chat(self, body: Mapping[str, Any]) -> Prepared:
-        options = chat_options(body)
-        plan = tool_plan(body)
+    def tokens(self, body: Mapping[str, Any]) -> list[int]:
+        """The tokens of a text, or of a chat as the model would see it. Raises `InvalidRequest`."""
+        if body.get("messages") is not None:
+            return self._chat_tokens(body, tool_plan(body))
+        text = body["prompt"] if body.get("content") is None else body["content"]
+        special = body.get("add_special")
+        # llama-server adds none by default, vLLM does; so the name of the text decides.
+        add_special = body.get("content") is None if special is None else special
+        return self._runtime.tokenize(text, add_special=add_special, parse_special=True)
+
+    def text(self, tokens: list[int]) -> str:
+        """The text of some tokens. Raises `InvalidRequest`."""
+        self._check_tokens(tokens, "tokens")
+        return self._text(tokens)
+
+    def piece(self, token: int) -> str:
+        """The text of one token."""
+        return self._text([token])
+
+    def _embeddings(self, body: Mapping[str, Any]) -> Prepared:
+        given = body["input"]
+        if isinstance(given, str) or isinstance(given[0], int):
+            given = [given]
+        if body.get("dimensions") not in (None, self._runtime.embedding_size):
+            raise UnsupportedParameter("this model's embeddings have one size", param="dimensions")
+        prompts = [self._tokens(one, "input") for one in given]
+        for prompt in prompts:
+            if len(prompt) > self._runtime.n_ctx:
+                raise ContextLengthExceeded(
+                    f"this model's context is {self._runtime.n_ctx} tokens; the input has {len(prompt)}", param="input"
+                )
+        nothing = [0] * len(prompts)
+        return Prepared(False, completion_options({}), prompts, nothing, [""] * len(prompts), embeds=True)
+
+    def _chat_tokens(self, body: Mapping[str, Any], plan: ToolPlan) -> list[int]:
         if self._template is None:
             raise InvalidRequest(
                 "this model has no chat template: use /v1/completions, or configure prompt_format", param="messages"
@@ -70,7 +113,12 @@ class Preparer:
         # A template that writes the BOS token itself must not get a second one.
         bos = self._runtime.bos_text()
         starts = bool(bos) and text.startswith(bos)
-        prompt = self._runtime.tokenize(text, add_special=not starts, parse_special=True)
+        return self._runtime.tokenize(text, add_special=not starts, parse_special=True)
+
+    def _chat(self, body: Mapping[str, Any]) -> Prepared:
+        options = chat_options(body)
+        plan = tool_plan(body)
+        prompt = self._chat_tokens(body, plan)
         return Prepared(
             chat=True,
             options=options,
@@ -116,13 +164,16 @@ class Preparer:
             raise UnsupportedParameter("this model does not reason", param="reasoning_effort")
         return variables
 
-    def _tokens(self, prompt: str | list[int]) -> list[int]:
+    def _tokens(self, prompt: str | list[int], param: str = "prompt") -> list[int]:
         if isinstance(prompt, str):
             tokens = self._runtime.tokenize(prompt, add_special=True, parse_special=True)
             return tokens or [self._runtime.start_token()]
-        if max(prompt) >= self._runtime.vocab_size:
-            raise InvalidRequest(f"token ids must be below {self._runtime.vocab_size}", param="prompt")
+        self._check_tokens(prompt, param)
         return list(prompt)
+
+    def _check_tokens(self, tokens: list[int], param: str) -> None:
+        if max(tokens, default=0) >= self._runtime.vocab_size:
+            raise InvalidRequest(f"token ids must be below {self._runtime.vocab_size}", param=param)
 
     def _echoes(self, given: list[str | list[int]], prompts: list[list[int]]) -> list[str]:
         return [one if isinstance(one, str) else self._text(tokens) for one, tokens in zip(given, prompts, strict=True)]

@@ -56,6 +56,7 @@ class Runtime:
         self._vocab = lib.llama_model_get_vocab(model)
         self._pieces: dict[tuple[int, bool], bytes] = {}
         self.vocab_size = int(lib.llama_vocab_n_tokens(self._vocab))
+        self.embedding_size = int(lib.llama_model_n_embd(model))
         self.n_ctx_train = int(lib.llama_model_n_ctx_train(model))
         self.n_ctx = self._context_per_slot(options)
         self.n_batch = max(options.n_batch, options.slots)
@@ -197,6 +198,15 @@ class Runtime:
         """A view of the scores of one row of the last batch, valid until the next decode."""
         pointer = self._lib.llama_get_logits_ith(self._context, row)
         return np.ctypeslib.as_array(pointer, (self.vocab_size,))
+
+    def want_embeddings(self, wanted: bool) -> None:
+        """Whether the next decodes also give each output's embedding."""
+        self._lib.llama_set_embeddings(self._context, wanted)
+
+    def embeddings(self, rows: range) -> Logits:
+        """A copy of the hidden states of some rows of the last batch, one row each."""
+        pointers = [self._lib.llama_get_embeddings_ith(self._context, row) for row in rows]
+        return np.stack([np.ctypeslib.as_array(pointer, (self.embedding_size,)) for pointer in pointers])
 
     @property
     def native(self) -> tuple[Any, Any]:

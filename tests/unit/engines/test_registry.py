@@ -23,7 +23,7 @@ def test_an_engine_is_built_from_its_models_configuration() -> None:
     assert registry.estimate_mib(model, Path("/nowhere")) is None
     gguf = ModelConfig.model_validate({"backend": "gguf", "model_path": "/nowhere.gguf"})
     assert registry.backend_of(gguf).names[0] == "llama_cpp"
-    assert registry.capabilities(gguf) == ["chat", "completions"]
+    assert registry.capabilities(gguf) == ["chat", "completions", "detokenize", "embeddings", "tokenize"]
     assert "/v1/chat/completions" in registry.backend_of(gguf).paths
 
 
