@@ -70,7 +70,11 @@ class PoolRequest(Part):
 
 
 class InferenceRequest(PoolRequest):
-    """What chat and completions share. `top_k` 0 and -1 both mean that it is off."""
+    """What chat and completions share. `top_k` 0 and -1 both mean that it is off.
+
+    With `clamp_max_tokens` the tokens that are asked for are a bound, and no reason to refuse a prompt that leaves
+    less room: the families whose clients always send a large one ask for it.
+    """
 
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -92,6 +96,7 @@ class InferenceRequest(PoolRequest):
     response_format: dict[str, Any] | None = None
     grammar: str | None = None
     ignore_eos: bool | None = None
+    clamp_max_tokens: bool | None = None
 
     @field_validator("response_format")
     @classmethod
@@ -125,6 +130,7 @@ class ChatRequest(InferenceRequest):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     enable_thinking: bool | None = None
+    continue_final_message: bool | None = None
     reasoning_effort: str | None = None
     reasoning: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -86,12 +86,16 @@ def chat_options(body: Mapping[str, Any]) -> GenerationOptions:
 
 
 def completion_options(body: Mapping[str, Any]) -> GenerationOptions:
-    """Translate a completions body; `max_tokens` defaults to 16 there, and `logprobs` is a number."""
+    """Translate a completions body; `max_tokens` defaults to 16 there, and `logprobs` is a number.
+
+    With `clamp_max_tokens` the default is what fits, as in chat.
+    """
     n = body.get("n") or 1
     if (body.get("best_of") or n) != n:
         raise UnsupportedParameter("best_of other than n is not supported", param="best_of")
     tokens = body.get("max_tokens")
-    return _options(body, 16 if tokens is None else tokens, body.get("logprobs"))
+    default = None if body.get("clamp_max_tokens") else 16
+    return _options(body, default if tokens is None else tokens, body.get("logprobs"))
 
 
 def _options(body: Mapping[str, Any], max_tokens: int | None, top_logprobs: int | None) -> GenerationOptions:

@@ -6,6 +6,7 @@ templates are written for: trimmed blocks, `tojson`, `raise_exception`, `strftim
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -70,20 +71,28 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
         variables: Mapping[str, Any] | None = None,
+        *,
+        continues: bool = False,
     ) -> str:
-        """The prompt for an answer to `messages`. Raises `InvalidRequest` when the template refuses them."""
+        """The prompt for an answer to `messages`. Raises `InvalidRequest` when the template refuses them.
+
+        With `continues` the answer goes on where the last message ends, if that is the assistant's text.
+        """
+        last = messages[-1] if continues else {}
+        if last.get("role") == "assistant" and not last.get("tool_calls"):
+            return self.render(messages[:-1], tools, variables) + message_text(last.get("content"))
         plain = [_plain_message(message, structured=self.knows_tools) for message in messages]
         if tools and not self.knows_tools:
             plain = _with_system_text(plain, describe_tools(tools))
         try:
             return self._render(plain, tools, variables or {})
         except jinja2.TemplateError as error:
-            # Some models know no system role; its text then goes where they were trained to expect it.
-            if plain and plain[0]["role"] == "system":
-                try:
-                    return self._render(_without_system(plain), tools, variables or {})
-                except jinja2.TemplateError:
-                    pass
+            # Some models know no system role, others one at the beginning only; its text then goes where they were
+            # trained to expect it.
+            for start in (1, 0):
+                if any(message["role"] == "system" for message in plain[start:]):
+                    with contextlib.suppress(jinja2.TemplateError):
+                        return self._render(_without_system(plain, start), tools, variables or {})
             raise InvalidRequest(
                 f"the model's chat template refuses these messages: {error}", param="messages"
             ) from error
@@ -173,11 +182,19 @@ def _with_system_text(messages: list[dict[str, Any]], text: str) -> list[dict[st
     return [{"role": "system", "content": text}, *messages]
 
 
-def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    system, rest = messages[0], messages[1:]
-    if rest and rest[0]["role"] == "user":
-        return [{**rest[0], "content": f"{system['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
-    return [{**system, "role": "user"}, *rest]
+def _without_system(messages: list[dict[str, Any]], start: int) -> list[dict[str, Any]]:
+    """System messages from `start` on as the user's, joined with the user's own beside them."""
+    kept = messages[:start]
+    was_system = False
+    for message in messages[start:]:
+        is_system = message["role"] == "system"
+        before = kept[-1] if len(kept) > start else {}
+        if before.get("role") == "user" and (is_system or (was_system and message["role"] == "user")):
+            kept[-1] = {**before, "content": f"{before['content']}\n\n{message['content']}"}
+        else:
+            kept.append({**message, "role": "user"} if is_system else message)
+        was_system = is_system
+    return kept
 
 
 class _Generation(Extension):

@@ -23,6 +23,11 @@ class TextAssembler:
     def stopped(self) -> bool:
         return self._scanner.stopped_by is not None
 
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that has ended the answer, if one has."""
+        return self._scanner.stopped_by
+
     def push(self, piece: bytes) -> str:
         """The text that this token releases; check `stopped` afterwards."""
         return self._scanner.push(self._decode(piece))

@@ -24,6 +24,13 @@ class Choice:
     calls: list[ToolCall] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: str = "stop"
+    #: The stop string that ended it.
+    stop: str | None = None
+
+    @property
+    def end(self) -> dict[str, Any]:
+        """Why it ended: `finish_reason`, and vLLM's `stop_reason` where a stop string did it."""
+        return _end(self.finish, self.stop)
 
 
 class Writer(Protocol):
@@ -31,7 +38,7 @@ class Writer(Protocol):
 
     def delta(self, index: int, text: str, logprobs: Sequence[TokenLogprob] | None) -> bytes: ...
 
-    def finish(self, index: int, reason: str, last: Mapping[str, Any]) -> bytes: ...
+    def finish(self, index: int, reason: str, last: Mapping[str, Any], stop: str | None = None) -> bytes: ...
 
     def usage(self, usage: Mapping[str, Any], last: Mapping[str, Any]) -> bytes: ...
 
@@ -49,6 +56,10 @@ def usage_object(prompt: int, completion: int, cached: int) -> dict[str, Any]:
 
 def dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _end(reason: str, stop: str | None) -> dict[str, Any]:
+    return {"finish_reason": reason} if stop is None else {"finish_reason": reason, "stop_reason": stop}
 
 
 class _Envelope:
@@ -101,10 +112,10 @@ class ChatWriter(_Envelope):
             f'{self._role(index)}{self._start}{{"index":{index},"delta":{content},"logprobs":null{self._text_tail}'
         ).encode()
 
-    def finish(self, index: int, reason: str, last: Mapping[str, Any]) -> bytes:
+    def finish(self, index: int, reason: str, last: Mapping[str, Any], stop: str | None = None) -> bytes:
+        end = dumps(_end(reason, stop))[1:]
         return (
-            f'{self._role(index)}{self._start}{{"index":{index},"delta":{{}},"logprobs":null,"finish_reason":"{reason}"}}]'
-            f"{self._chunk_tail(last)}"
+            f'{self._role(index)}{self._start}{{"index":{index},"delta":{{}},"logprobs":null,{end}]{self._chunk_tail(last)}'
         ).encode()
 
     def usage(self, usage: Mapping[str, Any], last: Mapping[str, Any]) -> bytes:
@@ -123,7 +134,7 @@ class ChatWriter(_Envelope):
                 for c in choice.calls
             ]
         scores = chat_logprobs(choice.logprobs) if self._with_logprobs else None
-        return {"index": index, "message": message, "logprobs": scores, "finish_reason": choice.finish}
+        return {"index": index, "message": message, "logprobs": scores, **choice.end}
 
     def _role(self, index: int) -> str:
         """The chunk that opens a choice; empty when it was opened before."""
@@ -150,11 +161,9 @@ class CompletionWriter(_Envelope):
         content = json.dumps(text, ensure_ascii=False)
         return f'{self._start}{{"index":{index},"text":{content},"logprobs":{scores}{self._text_tail}'.encode()
 
-    def finish(self, index: int, reason: str, last: Mapping[str, Any]) -> bytes:
-        return (
-            f'{self._start}{{"index":{index},"text":"","logprobs":null,"finish_reason":"{reason}"}}]'
-            f"{self._chunk_tail(last)}"
-        ).encode()
+    def finish(self, index: int, reason: str, last: Mapping[str, Any], stop: str | None = None) -> bytes:
+        end = dumps(_end(reason, stop))[1:]
+        return f'{self._start}{{"index":{index},"text":"","logprobs":null,{end}]{self._chunk_tail(last)}'.encode()
 
     def usage(self, usage: Mapping[str, Any], last: Mapping[str, Any]) -> bytes:
         return f"{self._start}],{dumps({'usage': usage, **last})[1:]}\n\n".encode()
@@ -165,7 +174,7 @@ class CompletionWriter(_Envelope):
                 "index": index,
                 "text": choice.text,
                 "logprobs": completion_logprobs(choice.logprobs, 0) if self._with_logprobs else None,
-                "finish_reason": choice.finish,
+                **choice.end,
             }
             for index, choice in enumerate(choices)
         ]

@@ -66,7 +66,7 @@ class Answer:
                     if running == 0:
                         self.update_report()
                     last = self._last() if running == 0 and not include_usage else {}
-                    parts.append(self._writer.finish(delta.index, self._reason(delta), last))
+                    parts.append(self._writer.finish(delta.index, self._reason(delta), last, delta.stop))
             if running == 0:
                 if include_usage:
                     parts.append(self._writer.usage(self._usage(), self._last()))
@@ -90,7 +90,7 @@ class Answer:
                 choice.logprobs.extend(delta.logprobs)
                 if delta.finish is not None:
                     running -= 1
-                    choice.finish = self._reason(delta)
+                    choice.finish, choice.stop = self._reason(delta), delta.stop
                     if delta.index in self._parsers:
                         choice.calls = self._parsers[delta.index].calls
         self.update_report()
@@ -173,5 +173,6 @@ def _merged(deltas: Sequence[Delta]) -> list[Delta]:
             known.text += delta.text
             known.logprobs.extend(delta.logprobs)
             known.finish = known.finish or delta.finish
+            known.stop = known.stop or delta.stop
             known.error = known.error or delta.error
     return list(merged.values())

@@ -22,12 +22,16 @@ MAX_UNREAD = 256
 
 @dataclass(slots=True)
 class Delta:
-    """What one sequence has to say after a step. `finish` ("stop" or "length") or `error` is on the last one."""
+    """What one sequence has to say after a step. `finish` ("stop" or "length") or `error` is on the last one.
+
+    `stop` is the stop string that ended it, if one did.
+    """
 
     index: int
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: str | None = None
+    stop: str | None = None
     error: PoolError | None = None
     #: The sum of the hidden states of all tokens of the prompt, where that is what was asked for.
     embedding: npt.NDArray[np.float32] | None = None

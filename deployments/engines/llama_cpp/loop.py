@@ -334,7 +334,7 @@ class DecodeLoop:
 
     def _finish(self, slot: Slot, generation: Generation, text: str, finish: str) -> None:
         generation.ended_at = time.perf_counter()
-        self._say(generation, Delta(generation.index, text, finish=finish))
+        self._say(generation, Delta(generation.index, text, finish=finish, stop=generation.assembler.stopped_by))
         self._release(slot)
 
     def _fail(self, slots: Sequence[Slot], message: str) -> None:

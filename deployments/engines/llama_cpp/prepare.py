@@ -109,7 +109,8 @@ class Preparer:
                 "this model has no chat template: use /v1/completions, or configure prompt_format", param="messages"
             )
         shown = plan.tools if plan.mode != "none" else ()
-        text = self._template.render(body["messages"], shown, self._template_variables(body))
+        continues = bool(body.get("continue_final_message"))
+        text = self._template.render(body["messages"], shown, self._template_variables(body), continues=continues)
         # A template that writes the BOS token itself must not get a second one.
         bos = self._runtime.bos_text()
         starts = bool(bos) and text.startswith(bos)
@@ -123,7 +124,7 @@ class Preparer:
             chat=True,
             options=options,
             prompts=[prompt],
-            limits=[self._limit(prompt, options, explicit=options.max_tokens is not None)],
+            limits=[self._limit(prompt, options, explicit=_is_explicit(body))],
             echoes=[""],
             plan=plan,
             grammar=self._grammar(body, options, plan),
@@ -135,7 +136,7 @@ class Preparer:
         if isinstance(given, str) or isinstance(given[0], int):
             given = [given]
         prompts = [self._tokens(one) for one in given]
-        explicit = body.get("max_tokens") is not None
+        explicit = _is_explicit(body)
         echo = bool(body.get("echo"))
         return Prepared(
             chat=False,
@@ -212,6 +213,12 @@ class Preparer:
         if form.kind == "json_schema":
             return _compiled(form.schema or {}, "response_format")
         return None
+
+
+def _is_explicit(body: Mapping[str, Any]) -> bool:
+    """Whether the client counts on all the tokens that it asks for; else they are a bound, and what fits will do."""
+    asked = body.get("max_completion_tokens") is not None or body.get("max_tokens") is not None
+    return asked and not body.get("clamp_max_tokens")
 
 
 def _compiled(schema: Mapping[str, Any], param: str) -> str:

@@ -281,6 +281,19 @@ async def test_without_max_tokens_the_context_is_the_limit(engine: LlamaCppEngin
     assert answer["choices"][0]["finish_reason"] == "length"
 
 
+async def test_clamped_max_tokens_are_a_bound_and_no_reason_to_refuse(engine: LlamaCppEngine) -> None:
+    answer = await body(engine, ask("word " * 960, max_tokens=32_000, clamp_max_tokens=True, ignore_eos=True))
+    assert answer["usage"]["total_tokens"] == 1024
+    prompt = {"prompt": "word " * 1000, "temperature": 0, "clamp_max_tokens": True, "ignore_eos": True}
+    assert (await body(engine, prompt, COMPLETIONS))["usage"]["total_tokens"] == 1024
+
+
+async def test_an_answer_goes_on_where_the_assistants_text_ends(engine: LlamaCppEngine) -> None:
+    said = [{"role": "user", "content": "Count from 1 to 9."}, {"role": "assistant", "content": "1, 2, 3, 4, "}]
+    fields = {"messages": said, "temperature": 0, "max_tokens": 6, "continue_final_message": True}
+    assert (await body(engine, fields))["choices"][0]["message"]["content"].startswith("5, 6")
+
+
 @pytest.mark.parametrize("topic", ["a king", "your neighbour", "Ada"])
 async def test_json_schema_answers_validate(engine: LlamaCppEngine, topic: str) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
@@ -383,9 +396,11 @@ async def test_stop_strings_cut_and_never_leak(engine: LlamaCppEngine) -> None:
     stop = f"{middle[1:]} {whole.split()[5][:2]}"
     expected = whole[: whole.index(stop)]
     choice = (await body(engine, ask(SEA, stop=[stop, "never"])))["choices"][0]
-    assert (choice["message"]["content"], choice["finish_reason"]) == (expected, "stop")
+    assert (choice["message"]["content"], choice["finish_reason"], choice["stop_reason"]) == (expected, "stop", stop)
     chunks = await events(engine, ask(SEA, stop=stop))
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == expected
+    assert [chunk["choices"][0].get("stop_reason") for chunk in chunks][-1] == stop
+    assert "stop_reason" not in (await body(engine, ask(SEA, stop="never")))["choices"][0]
 
 
 async def test_a_seed_reproduces_and_another_differs(engine: LlamaCppEngine) -> None:

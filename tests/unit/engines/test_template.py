@@ -41,6 +41,26 @@ def test_a_system_text_goes_to_the_user_where_the_model_knows_no_system_role() -
     assert prompt.startswith("<start_of_turn>user\nBe brief.\n\nHi<end_of_turn>")
 
 
+def test_a_later_system_text_is_the_users_where_the_template_takes_only_the_first() -> None:
+    template = ChatTemplate(
+        "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('late') }}{% endif %}"
+        "[{{ m.role }}: {{ m.content }}]{% endfor %}"
+    )
+    system, late = {"role": "system", "content": "S"}, {"role": "system", "content": "L"}
+    answer = {"role": "assistant", "content": "A"}
+    assert template.render([system, USER, late, answer]) == "[system: S][user: Hi\n\nL][assistant: A]"
+    assert template.render([system, USER, answer, late, USER]) == "[system: S][user: Hi][assistant: A][user: L\n\nHi]"
+    assert template.render([system, USER, answer, late]) == "[system: S][user: Hi][assistant: A][user: L]"
+
+
+def test_an_answer_continues_the_assistants_text_but_not_its_calls() -> None:
+    template = ChatTemplate("{% for m in messages %}[{{ m.content }}]{% endfor %}>")
+    text = {"role": "assistant", "content": [{"type": "text", "text": "{"}]}
+    assert template.render([USER, text], continues=True) == "[Hi]>{"
+    assert template.render([USER, text]) == "[Hi][{]>"
+    assert template.render([USER], continues=True) == "[Hi]>"
+
+
 def test_raise_exception_is_a_refusal_with_the_templates_own_words() -> None:
     template = ChatTemplate("{{ raise_exception('roles must alternate') }}")
     with pytest.raises(InvalidRequest, match="roles must alternate"):

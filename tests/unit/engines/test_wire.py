@@ -99,6 +99,14 @@ def test_completion_stream_and_body() -> None:
     assert body.choices[0].text == "Heé\n"
 
 
+def test_the_stop_string_that_ended_an_answer_is_named() -> None:
+    for writer in (ChatWriter("r1", "m"), CompletionWriter("r1", "m")):
+        (*_, last) = events(writer.finish(0, "stop", {"metrics": {}}, 'END"'))
+        assert (last["choices"][0]["finish_reason"], last["choices"][0]["stop_reason"]) == ("stop", 'END"')
+        body = json.loads(writer.body([Choice("x", stop="END")], USAGE, {}))
+        assert body["choices"][0]["stop_reason"] == "END"
+
+
 def test_metrics_nest_and_say_null_for_the_unknown() -> None:
     call = Call("/v1/chat/completions", {}, "r", queue_wait_ms=5, load_wait_ms=7, pool_elapsed_ms=20)
     report = Report(10, 0, 40, ttft_ms=300.0, total_ms=1000.0, tokenize_ms=10.0, queue_ms=90.0, backend_ms=800.0)
