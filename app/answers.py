@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from fastapi import Response
 
+from app.wire.messages import errors as messages
+from app.wire.ollama import errors as ollama
 from cluster import errors
 
 #: What the clients of `detail: {code, model, message}` call the pool's codes; any other is written in lower case.
@@ -18,18 +20,6 @@ DETAIL_CODES = {
 }
 #: Where a model is in no state to do what was asked, those families answer 409 and not 503.
 CONFLICTS = {"model_not_loaded", "model_loading", "model_unloading", "model_failed"}
-
-#: Anthropic's name for each status; its clients go by it.
-ANTHROPIC_TYPES = {
-    401: "authentication_error",
-    402: "billing_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-}
 
 #: The longest that anybody refused for load is told to stay away, in seconds: some clients obey to the letter.
 MAX_RETRY_AFTER_S = 20
@@ -48,21 +38,15 @@ def _detailed(error: errors.PoolError, model: str | None) -> dict[str, Any]:
     return {**error.body(), "detail": detail if model is None else {**detail, "model": model}}
 
 
-def _anthropic(error: errors.PoolError, model: str | None) -> dict[str, Any]:
-    status = 503 if isinstance(error, errors.QueueFull) else error.status
-    kind = ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {**error.body()["error"], "type": kind}}
-
-
-def _ollama(error: errors.PoolError, model: str | None) -> dict[str, Any]:
-    return {"error": error.message, "code": error.code}
-
-
 class Family(NamedTuple):
-    """How a family says that something went wrong. `overload` is the status for who was refused for load."""
+    """How a family says that something went wrong. `overload` is the status for who was refused for load.
+
+    With `names_request` the body and a header `request-id` carry the request's id.
+    """
 
     body: Body
     overload: int = 429
+    names_request: bool = False
 
 
 OPENAI = Family(_openai)
@@ -72,9 +56,9 @@ FAMILIES = (
     ("/v1/admin/", Family(_detailed)),
     ("/admin/", Family(_detailed)),
     ("/v1/responses", Family(_openai, overload=503)),
-    ("/v1/messages", Family(_anthropic, overload=503)),
+    ("/v1/messages", Family(messages.error_body, overload=503, names_request=True)),
     ("/api/v1/", OPENAI),
-    ("/api/", Family(_ollama)),
+    ("/api/", Family(ollama.error_body)),
 )
 
 
@@ -83,7 +67,9 @@ def family_of(path: str) -> Family:
     return next((family for prefix, family in FAMILIES if path.startswith(prefix)), OPENAI)
 
 
-def error_response(error: errors.PoolError, *, path: str = "", model: str | None = None) -> Response:
+def error_response(
+    error: errors.PoolError, *, path: str = "", model: str | None = None, request_id: str | None = None
+) -> Response:
     """The family's body with the true status, and `Retry-After` in whole seconds on 429 and 503.
 
     Who was refused for load learns from `X-Queue-Position` where he would have stood.
@@ -96,6 +82,8 @@ def error_response(error: errors.PoolError, *, path: str = "", model: str | None
     if status == 503 and "detail" in body and body["detail"]["code"] in CONFLICTS:
         status = 409
     headers = {}
+    if family.names_request and request_id is not None:
+        body["request_id"] = headers["request-id"] = request_id
     if status in (429, 503):
         longest = None if isinstance(error, errors.RateLimited) else MAX_RETRY_AFTER_S
         wait_s = max(1, round(error.retry_after or 1))

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.answers import error_response
 from app.loopback import is_loopback
+from app.streams import request_id_of
 from cluster import errors
 from cluster.config import Caller, PoolConfig, find_key
 from deployments.gateway import Gateway
@@ -47,7 +48,8 @@ class ApiKeyMiddleware:
         try:
             caller = admit(self._gateway.config, scope)
         except errors.PoolError as refusal:
-            await error_response(refusal, path=route_path(scope))(scope, receive, send)
+            request_id = request_id_of(HTTPConnection(scope))
+            await error_response(refusal, path=route_path(scope), request_id=request_id)(scope, receive, send)
             return
         scope["state"] = {**scope.get("state", {}), "caller": caller}
         await self._app(scope, receive, send)
@@ -77,7 +79,7 @@ def admit(config: PoolConfig, scope: Scope) -> Caller:
             if guarded:
                 raise errors.Forbidden("this route needs an admin key")
             return Caller.of(key, is_admin=False)
-        if path in OPEN_PATHS:
+        if path in OPEN_PATHS or (scope["method"], path) == ("HEAD", "/"):
             return Caller(may_pin=False)
         if guarded or config.api_keys:
             kind = "admin" if guarded else "API"

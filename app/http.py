@@ -17,7 +17,7 @@ from starlette.routing import Route
 from app.answers import error_response
 from app.auth import ApiKeyMiddleware, route_path
 from app.openapi import document
-from app.routes import admin, admin_models, events, openai, service
+from app.routes import admin, admin_models, events, messages, openai, service
 from app.routes.proxy import Proxy
 from app.streams import request_id_of
 from cluster import errors
@@ -34,6 +34,7 @@ def build_http(gateway: Gateway) -> FastAPI:
     app.router.routes[:0] = openai.inference_routes
     app.include_router(service.router)
     app.include_router(openai.router)
+    app.include_router(messages.router)
     for prefix in ("/v1/admin", "/admin"):
         app.include_router(admin.router, prefix=prefix)
         app.include_router(admin_models.router, prefix=prefix)
@@ -50,20 +51,22 @@ def build_http(gateway: Gateway) -> FastAPI:
 
 
 async def _pool_error(request: Request, error: errors.PoolError) -> Response:
-    return error_response(error, path=route_path(request.scope), model=request.path_params.get("model"))
+    return _answer(request, error, request.path_params.get("model"))
+
+
+def _answer(request: Request, error: errors.PoolError, model: str | None = None) -> Response:
+    return error_response(error, path=route_path(request.scope), model=model, request_id=request_id_of(request))
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
     known: dict[int, str] = {404: "NOT_FOUND", 405: "METHOD_NOT_ALLOWED"}
     message = f"{request.method} {request.url.path}: {error.detail}"
     code = known.get(error.status_code, "INVALID_REQUEST")
-    return error_response(
-        errors.InvalidRequest(message, status=error.status_code, code=code), path=route_path(request.scope)
-    )
+    return _answer(request, errors.InvalidRequest(message, status=error.status_code, code=code))
 
 
 async def _bug(request: Request, error: Exception) -> Response:
     request_id = request_id_of(request)
     logger.error("request %s failed", request_id, exc_info=error)
     failure = errors.PoolError(f"internal error; its id is {request_id}", id=request_id)
-    return error_response(failure, path=route_path(request.scope))
+    return _answer(request, failure)

@@ -8,8 +8,8 @@ import uuid
 from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
-from fastapi import Request
 from fastapi.responses import StreamingResponse
+from starlette.requests import HTTPConnection
 from starlette.types import Receive, Scope, Send
 
 #: A stream that waits has an event that clients parse at its first sign of life and then this often, in seconds.
@@ -64,6 +64,6 @@ class Rhythm:
         return True
 
 
-def request_id_of(request: Request) -> str:
+def request_id_of(request: HTTPConnection) -> str:
     """The request's id. Serve makes one where the client sent none, and puts it on every answer itself."""
     return request.headers.get("x-request-id") or uuid.uuid4().hex
