@@ -13,7 +13,8 @@ class ModelSpec:
     """One model as the ledger sees it. `slots` is the concurrency of one replica; 0 in `idle_timeout_s` means never.
 
     `group` names models that are placed with an eye on each other: with `group_share` False (the default) no two
-    models of the group stand on one device, with True a replica only goes where another of the group already is.
+    models of the group stand on one device, with True a replica only goes where another of the group already is, or,
+    being the first, where all of the group may go.
     `devices` are the only ones that it may stand on: "0" (of any node), "node/1", "GPU-uuid" or "node/GPU-uuid"; empty
     means any. A node is named as in `NodeSpec.name` or one of its `hosts`.
     `revision` is any text that changes whenever the engine's own configuration did: replicas of an older revision

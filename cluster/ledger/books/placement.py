@@ -187,6 +187,8 @@ class Book:
         self.version = 0
         # a replica stays when its engine ends, so what is to end is chosen here, and not by Serve
         self.keeps_replicas = False
+        # what the models of each sharing group are bound to, as far as they are
+        self.bonds: dict[str, set[tuple[str, ...]]] = {}
         self._full: dict[Shape, int] = {}
         self._possible: dict[tuple[Shape, int], bool] = {}
         self._serial = 0
@@ -251,24 +253,33 @@ class Book:
         return best[2]
 
     def hosts(self, shape: Shape) -> set[tuple[str, int]] | None:
-        """The devices that a shape is bound to: by its model, and where a sharing group stands. None if it is not."""
-        if not shape.only:
-            return self._shared(shape)
-        named = {(node.name, index) for node in self.nodes.values() for index in named_devices(node.spec, shape.only)}
-        shared = self._shared(shape)
-        return named if shared is None else named & shared
+        """The devices that a shape is bound to: by its model, and by its sharing group. None if it may go anywhere.
 
-    def _shared(self, shape: Shape) -> set[tuple[str, int]] | None:
-        """The devices where a sharing group already stands; None if it may go anywhere."""
+        A group goes where all of its models may, if some are bound to devices: whichever is loaded first leaves the
+        others a way to join it. Models that are bound apart can never meet; then each goes its own way.
+        """
+        named = self._named(shape.only) if shape.only else None
         if shape.group is None or not shape.share:
-            return None
-        found = {
+            return named
+        shared = self._shared(shape)
+        bonds = [self._named(each) for each in self.bonds.get(shape.group, ())]
+        home = set.intersection(*bonds) if bonds else set()
+        if len(home) >= max(1, shape.devices):
+            return shared & home or home
+        return named if named is not None else shared or None
+
+    def _named(self, devices: tuple[str, ...]) -> set[tuple[str, int]]:
+        """All devices that a model's `devices` name."""
+        return {(node.name, index) for node in self.nodes.values() for index in named_devices(node.spec, devices)}
+
+    def _shared(self, shape: Shape) -> set[tuple[str, int]]:
+        """The devices where a sharing group already stands."""
+        return {
             (node.name, index)
             for node in self.nodes.values()
             for index, tenants in enumerate(node.tenants)
             if any(each.place.shape.group == shape.group and each.place.shape.model != shape.model for each in tenants)
         }
-        return found or None
 
     def force(self, node: str, shape: Shape) -> Place:
         """A place for a process that exists, whether there is room or not; where it fits if it does."""

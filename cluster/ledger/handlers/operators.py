@@ -11,6 +11,7 @@ from cluster.ledger.events import ConfigChanged, LoadRefused, LoadRequested, Unl
 from cluster.ledger.handlers import server_events
 from cluster.ledger.handlers.requests import refuse_or_reroute
 from cluster.ledger.rules import policy
+from cluster.ledger.specs import PoolSpec
 from cluster.ledger.states import ReplicaState
 
 log = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ def config_changed(pool: Pool, event: ConfigChanged, now: float) -> None:
     """Take a new configuration; only what changed drains, and nothing that runs is cut."""
     pool.spec = event.spec
     pool.book.keeps_replicas = event.spec.max_asleep != 0
+    pool.book.bonds = _bonds(event.spec)
     # A capacity that was lowered is reached again as models come and go, never by cutting.
     pool.capacity_was = len(pool.resident)
     for name, model in list(pool.models.items()):
@@ -39,6 +41,15 @@ def config_changed(pool: Pool, event: ConfigChanged, now: float) -> None:
     for model in pool.models.values():
         pool.touched[model] = None
     pool.book.version += 1
+
+
+def _bonds(spec: PoolSpec) -> dict[str, set[tuple[str, ...]]]:
+    """What the models of each sharing group are bound to."""
+    bonds: dict[str, set[tuple[str, ...]]] = {}
+    for model in spec.models.values():
+        if model.group is not None and model.group_share and model.devices and model.num_gpus:
+            bonds.setdefault(model.group, set()).add(model.devices)
+    return bonds
 
 
 def _remove(pool: Pool, model: Model, now: float) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from cluster.ledger.books.placement import Book
 from cluster.ledger.books.shapes import shape_of
 from cluster.ledger.events import ConfigChanged, NodesChanged, RequestCancelled
@@ -151,6 +153,30 @@ def test_group_that_shares_waits_for_its_device() -> None:
     # X stands on A's device; only there B may go, though another device is empty.
     assert desk.arrive("b1", "B") == ["quiesce X#1", "desire X 0"]
     assert desk.gone("X#1") == ["desire B 1"]
+
+
+@pytest.mark.parametrize("floor", [0, 1])
+@pytest.mark.parametrize("max_asleep", [0, None])
+def test_group_that_shares_meets_where_the_one_that_is_bound_may_go(floor: int, max_asleep: int | None) -> None:
+    half = {"num_gpus": 0.5, "group": "g", "group_share": True}
+    main, draft = model("M", min_replicas=floor, **half), model("D", devices=("1",), min_replicas=floor, **half)
+    desk = Desk(main, draft, gpus=2, max_asleep=max_asleep)
+    desk.arrive("m1", "M")
+    desk.arrive("d1", "D")
+    said = desk.boot("M", "M#1") + desk.boot("D", "D#1")
+    assert [each for each in said if each.startswith("grant")] == ["grant m1 M#1", "grant d1 D#1"]
+    assert desk.devices("M#1") == desk.devices("D#1") == (1,)
+    assert desk.at(100.0) == [], "nobody is loaded again"
+
+
+def test_group_that_cannot_meet_is_placed_all_the_same() -> None:
+    share = {"group": "g", "group_share": True}
+    apart = model("A", devices=("0",), **share), model("B", devices=("1",), **share)
+    desk = Desk(*apart, model("C", num_gpus=2.0, **share), gpus=2)
+    desk.warm("A", "A#1")
+    desk.warm("B", "B#1")
+    assert (desk.devices("A#1"), desk.devices("B#1")) == ((0,), (1,))
+    assert desk.arrive("c1", "C") == ["quiesce B#1", "quiesce A#1", "desire B 0", "desire A 0"]
 
 
 def test_node_that_shrinks_is_excused() -> None:
