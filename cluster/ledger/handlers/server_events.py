@@ -153,7 +153,10 @@ def holder_announced(pool: Pool, event: HolderAnnounced, now: float) -> None:
 
 
 def lease_reannounced(pool: Pool, event: LeaseReannounced, now: float) -> None:
-    """A stream of the epoch before still runs on a server, whose manifest need not have been read yet."""
+    """A stream of the epoch before still runs on a server, whose manifest need not have been read yet.
+
+    It is held also where the server may take fewer now: a stream that nobody counts is cut by the next swap.
+    """
     server = pool.servers.known.get(event.replica)
     if server is None:
         holders.lease_reannounced(pool, event, now)
@@ -162,9 +165,8 @@ def lease_reannounced(pool: Pool, event: LeaseReannounced, now: float) -> None:
     if ended or event.request in pool.servers.leases or event.holder in pool.dead_holders:
         log.info("re-announced lease %s ignored: known already, of nobody, or ended", event.request)
         return
-    swaps = server.spec.just_in_time and server.current not in (None, event.model)
-    if swaps or server.is_busy:
-        log.warning("re-announced lease %s ignored: %r cannot hold it", event.request, server)
+    if server.spec.just_in_time and server.current not in (None, event.model):
+        log.warning("re-announced lease %s ignored: %r runs another model", event.request, server)
         return
     waiter = pool.waiters.get(event.request)
     if waiter is not None:
@@ -176,3 +178,4 @@ def lease_reannounced(pool: Pool, event: LeaseReannounced, now: float) -> None:
     pool.generation = max(pool.generation, event.generation)
     lease = ServerLease(event.request, event.holder, event.model, server, event.generation, now, (0.0, 0.0))
     server_moves.hold(pool, lease)
+    server.allowed = max(server.allowed, len(server.leases))

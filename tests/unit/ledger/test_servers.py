@@ -255,8 +255,8 @@ def test_a_model_that_left_the_configuration_while_a_server_was_down_comes_back_
 # --- a restart of the ledger ----------------------------------------------------------------------------------------
 
 
-def reborn(**pool: object) -> Desk:
-    desk = Desk(ServerSpec(ONE, 2), **pool)
+def reborn(slots: int = 2, **pool: object) -> Desk:
+    desk = Desk(ServerSpec(ONE, slots), **pool)
     desk.ledger = Ledger(desk.spec, epoch="e2", now=0.0, recovering_until=2.0)
     return desk
 
@@ -276,11 +276,25 @@ def test_a_new_life_adopts_what_runs_before_it_grants():
     out = desk.post(LeaseReleased("old", 7), after=1.0)
     assert granted(out) == {"r1": ONE}
     assert desk.held["r1"].generation > 7
-    # Its announcement comes a second time, and a third lease would not fit.
+    # Its announcement comes a second time. One that is late is a stream all the same, and counts beside the others.
     desk.post(LeaseReannounced("old", "h", "a", ONE, 7))
     desk.ask("r2", "b")
     desk.post(LeaseReannounced("late", "h", "b", ONE, 9))
-    assert desk.server().active_requests == 2
+    assert desk.server().active_requests == 3
+    assert granted(desk.ask("r3", "b")) == {}
+    desk.post(LeaseReannounced("other", "h", "a", ONE, 10))
+    assert desk.server().active_requests == 3, "it was cut when the model was swapped"
+
+
+def test_a_new_life_with_a_lower_limit_counts_all_that_still_runs():
+    desk = reborn(slots=1)
+    desk.post(LeaseReannounced("old1", "h", "a", ONE, 7))
+    desk.post(LeaseReannounced("old2", "h", "a", ONE, 8))
+    desk.hear(ONE, "a b")
+    desk.ask("r1", "b")
+    assert granted(desk.post(Ticked(), after=2.0)) == {}
+    assert granted(desk.post(LeaseReleased("old1", 7), after=1.0)) == {}, "the second stream still runs on a"
+    assert granted(desk.post(LeaseReleased("old2", 8), after=1.0)) == {"r1": ONE}
 
 
 def test_a_reannounced_lease_ends_its_own_wait_and_needs_a_living_holder():
