@@ -211,7 +211,7 @@ def _may_reopen(pool: Pool, replica: Replica, count: int = 1) -> bool:
     model = replica.model
     if not replica.has_engine or model.removed or model.unloading or model.serving + count > model.spec.max_replicas:
         return False
-    return replica.revision == model.revision and not is_on_lost_node(pool, replica)
+    return not stops.is_outdated(pool.book, replica)
 
 
 def is_on_lost_node(pool: Pool, replica: Replica) -> bool:

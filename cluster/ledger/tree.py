@@ -173,8 +173,7 @@ def _trim(pool: Pool, model: Model, now: float) -> None:
         return
     to_drain = list(model.placed_replicas())
     if not (model.removed or model.unloading):
-        revision = model.revision
-        to_drain = [each for each in to_drain if each.revision != revision or placing.is_on_lost_node(pool, each)]
+        to_drain = [each for each in to_drain if stops.is_outdated(pool.book, each)]
         stays = model.serving - sum(1 for each in to_drain if each.state in (STARTING, LOADING, READY))
         for _ in range(stays - model.spec.max_replicas):
             # As Serve does it: what has no process yet goes first, then the newest.

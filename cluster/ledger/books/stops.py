@@ -68,6 +68,11 @@ def certain(book: Book, model: Model, more: Iterable[Replica] = ()) -> list[Repl
     return [each for each in reversed(model.replicas) if each in sure]
 
 
+def is_outdated(book: Book, replica: Replica) -> bool:
+    """It may not serve any longer, whoever waits: its model's configuration has changed, or its node is gone."""
+    return replica.revision != replica.model.revision or not book.nodes[replica.place.node].present
+
+
 def certain_starts(book: Book, model: Model, wanted: Iterable[Replica]) -> list[Replica]:
     """Those of the wanted that do not serve yet and can be taken back: Serve stops them, and none that stays.
 

@@ -40,13 +40,30 @@ def missing(pool: Pool, model: Model, now: float) -> int:
 def room_for_more(pool: Pool, model: Model) -> int:
     """How many more replicas of a model may load now, if there is a place for them."""
     # Nothing is loaded beside one that makes room for another model, or it would take that room at once.
-    if model.counts[DRAINING] or model.counts[UNLOADING]:
+    if (model.counts[DRAINING] or model.counts[UNLOADING]) and _makes_room(pool, model):
         return 0
     room = model.spec.max_replicas - model.serving
     if pool.keeps_replicas:
         return min(room, sleepers.seats(pool, model))
     # Nothing is started beside one that stops: see rule 1 in `states.py`.
     return 0 if model.leaving else room
+
+
+def _makes_room(pool: Pool, model: Model) -> bool:
+    """A replica of the model drains, or its engine ends, for others, or has drained and cannot be stopped yet.
+
+    One that only must not serve any longer keeps nobody waiting: its streams may last for hours.
+    """
+    for replica in model.replicas:
+        if replica.state in (DRAINING, UNLOADING):
+            if replica.claim is not None and replica.claim.model is not model:
+                return True
+            if not stops.is_outdated(pool.book, replica):
+                return True
+            # Serve would stop the new one first. So there is one such at most, however often a configuration changes.
+            if not (pool.keeps_replicas or replica.leases):
+                return True
+    return False
 
 
 def grows_at(pool: Pool, model: Model) -> float:

@@ -32,8 +32,13 @@ def spare(model: Model) -> Iterator[Replica]:
 
 
 def most(pool: Pool, model: Model) -> int:
-    """How many processes there may be of a model: as many as load at once, and one for each node to load on."""
-    return max(model.spec.max_replicas, sum(1 for node in pool.book.nodes.values() if node.present))
+    """How many processes there may be of a model: as many as load at once, and one for each node to load on.
+
+    What drains since it may not serve any longer is not of these.
+    """
+    draining = model.in_state(ReplicaState.DRAINING) if model.counts[ReplicaState.DRAINING] else ()
+    outdated = sum(1 for each in draining if stops.is_outdated(pool.book, each))
+    return outdated + max(model.spec.max_replicas, sum(1 for node in pool.book.nodes.values() if node.present))
 
 
 def startable(pool: Pool, model: Model) -> int:

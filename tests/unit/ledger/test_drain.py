@@ -237,8 +237,9 @@ def test_node_that_leaves_is_drained() -> None:
     desk.arrive("a1", "A")
     desk.boot("A", "A#1", "m")
     assert desk.tell(NodesChanged({"n": NodeSpec("n", gpus=1)})) == ["quiesce A#1"]
-    assert desk.arrive("a2", "A") == []
-    assert desk.release("a1") == ["desire A 0"]
+    assert desk.arrive("a2", "A") == ["desire A 2"], "nobody waits for a node that is lost"
+    assert desk.boot("A", "A#2", "n") == ["grant a2 A#2"]
+    assert desk.release("a1") == [], "Serve may stop the other one first"
     assert desk.gone("A#1") == ["desire A 1"]
     assert list(desk.ledger._pool.book.nodes) == ["n"]
 
