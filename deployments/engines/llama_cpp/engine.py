@@ -16,7 +16,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.errors import BackendUnavailable, ModelUnavailable
 from deployments.engines.chat.template import ChatTemplate, choose_template
@@ -46,6 +46,14 @@ CPU_PREFILL_CHUNK = 63
 GPU_PREFILL_CHUNK = 512
 #: A request with more characters than this is prepared in a thread, since tokenizing it would hold up the event loop.
 INLINE_CHARACTERS = 20_000
+
+
+class Loaded(NamedTuple):
+    """What a load gives; `memory_mib` is what it was seen to take."""
+
+    runtime: Runtime
+    template: ChatTemplate | None
+    memory_mib: int
 
 
 class LlamaCppEngine:
@@ -105,17 +113,12 @@ class LlamaCppEngine:
         # evaluated something, and when all of them are more than the cores, none of them waits awake any more at the
         # hundreds of barriers of a step, which then takes three times as long (docs/measurements.md).
         thread = ThreadPoolExecutor(1)
-        loading = asyncio.get_running_loop().run_in_executor(thread, _load_and_measure, self._options, progress)
+        loading = asyncio.get_running_loop().run_in_executor(thread, self._load, progress)
         thread.shutdown(wait=False)
         try:
-            runtime, memory_mib = await asyncio.shield(loading)
+            runtime, template, memory_mib = await asyncio.shield(loading)
         except asyncio.CancelledError:
             loading.add_done_callback(_close_loaded)
-            raise
-        try:
-            template = self._make_template(runtime)
-        except ModelUnavailable:
-            runtime.close()
             raise
         chunk = self._prefill_chunk or (GPU_PREFILL_CHUNK if runtime.offloads else CPU_PREFILL_CHUNK)
         self._runtime = runtime
@@ -184,27 +187,36 @@ class LlamaCppEngine:
         task.add_done_callback(self._preparing.discard)
         return await asyncio.shield(task)
 
+    def _load(self, progress: Progress) -> Loaded:
+        """Load the model, and see how much memory that took. Blocks; in the thread that evaluates the first token.
+
+        The chat template is compiled while the context is made: most of the former is Python, the latter is the
+        kernel's zeroing of pages.
+        """
+        options = self._options
+        on_gpu = options.n_gpu_layers != 0 and bool(load_library().llama_supports_gpu_offload())
+        meter = LoadMeter(on_gpu=on_gpu)
+        runtime = Runtime.open(options, progress)
+        try:
+            with ThreadPoolExecutor(1) as aside:
+                template = aside.submit(self._make_template, runtime)
+                runtime.start()
+            # Never less than weights and cache: mapped weights that the system has dropped from RAM again will be back.
+            floor = runtime.memory_bytes >> 20
+            # Some layers on the device, some on the host: then what the device holds is less than the whole, and true.
+            partly = runtime.offloads and options.n_gpu_layers > 0
+            grown = meter.grown_mib()
+            memory_mib = floor if grown is None else grown if partly else max(grown, floor)
+            return Loaded(runtime, template.result(), memory_mib)
+        except BaseException:
+            runtime.close()
+            raise
+
     def _make_template(self, runtime: Runtime) -> ChatTemplate | None:
         source = choose_template(self._prompt_format, runtime.metadata("tokenizer.chat_template"))
         if source is None:
             return None
         return ChatTemplate(source, bos_token=runtime.bos_text(), eos_token=runtime.eos_text())
-
-
-def _load_and_measure(options: RuntimeOptions, progress: Progress) -> tuple[Runtime, int]:
-    """The loaded model, and the memory that it was seen to take, in MiB.
-
-    Never less than weights and cache: mapped weights that the system has dropped from RAM again will be back.
-    """
-    meter = LoadMeter(on_gpu=False)
-    if options.n_gpu_layers != 0 and load_library().llama_supports_gpu_offload():
-        meter = LoadMeter(on_gpu=True)
-    runtime = Runtime.load(options, progress)
-    floor = runtime.memory_bytes >> 20
-    # Some layers on the device, some on the host: then what the device holds is less than the whole, and true.
-    partly = runtime.offloads and options.n_gpu_layers > 0
-    grown = meter.grown_mib()
-    return runtime, floor if grown is None else grown if partly else max(grown, floor)
 
 
 async def _run(
@@ -222,10 +234,10 @@ async def _run(
         await chunks.aclose()
 
 
-def _close_loaded(loading: asyncio.Future[tuple[Runtime, int]]) -> None:
+def _close_loaded(loading: asyncio.Future[Loaded]) -> None:
     """Free a model whose load nobody waits for any more."""
     if not loading.cancelled() and loading.exception() is None:
-        loading.result()[0].close()
+        loading.result().runtime.close()
 
 
 def _generations(prepared: Prepared, runtime: Runtime, job: Job) -> list[Generation]:

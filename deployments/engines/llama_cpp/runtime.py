@@ -47,10 +47,11 @@ class RuntimeOptions:
 
 
 class Runtime:
-    """The loaded model. Build it with `Runtime.load`; `close` frees it and may be called more than once."""
+    """The loaded model. Make it with `Runtime.open`, then `start` it; `close` frees it, and may be called twice."""
 
     def __init__(self, lib: Any, model: Any, options: RuntimeOptions) -> None:
         self._lib = lib
+        self._options = options
         self._model = model
         self._context: Any = None
         self._vocab = lib.llama_model_get_vocab(model)
@@ -63,12 +64,14 @@ class Runtime:
         #: Outputs of one llama_decode; bounds the logits buffer (n_outputs x vocabulary x 4 bytes).
         self.max_outputs = min(self.n_batch, options.slots + SPARE_OUTPUTS)
         self.offloads = options.n_gpu_layers != 0 and bool(lib.llama_supports_gpu_offload())
-        self._new_context(options)
         self._batch = _Batch(lib, self.n_batch)
 
     @classmethod
-    def load(cls, options: RuntimeOptions, progress: Callable[[float], None]) -> Runtime:
-        """Load model and context; blocks for as long as that takes. Raises `ModelUnavailable`, leaving nothing."""
+    def open(cls, options: RuntimeOptions, progress: Callable[[float], None]) -> Runtime:
+        """Load weights and vocabulary; blocks for as long as that takes. Raises `ModelUnavailable`, leaving nothing.
+
+        What the model is can be asked then; to evaluate anything, `start` it.
+        """
         lib = load_library()
         if not Path(options.model_path).is_file():
             raise ModelUnavailable(f"the model file {Path(options.model_path).name} does not exist")
@@ -84,16 +87,20 @@ class Runtime:
             model = lib.llama_model_load_from_file(options.model_path.encode(), params)
             if not model:
                 raise ModelUnavailable(f"llama.cpp could not load {Path(options.model_path).name}: {errors.reason()}")
+        try:
+            return cls(lib, model, options)
+        except BaseException:
+            lib.llama_model_free(model)
+            raise
+
+    def start(self) -> None:
+        """Make the context and evaluate a token; blocks. Raises `ModelUnavailable`; then close it."""
+        with _Errors(self._options.model_path) as errors:
             try:
-                runtime = cls(lib, model, options)
-                runtime.warm_up()
-                return runtime
-            except BaseException as error:
-                lib.llama_model_free(model)
-                if isinstance(error, ModelUnavailable):
-                    reason = f"{error.message}: {errors.reason()}"
-                    raise ModelUnavailable(reason) from None
-                raise
+                self._new_context(self._options)
+                self.warm_up()
+            except ModelUnavailable as error:
+                raise ModelUnavailable(f"{error.message}: {errors.reason()}") from None
 
     def close(self) -> None:
         if self._context is not None:
