@@ -139,6 +139,13 @@ class Gateway:
                 raise
         raise AssertionError("the last attempt returns or raises")
 
+    async def touch(self, request: Request) -> None:
+        """Wait for a lease as the request would, and give it back unused: its model is loaded then, and stays as asked.
+
+        Raises the `PoolError` that the ledger decides.
+        """
+        self.ledger.release(await self.ledger.acquire(request._replace(id=uuid.uuid4().hex)))
+
     async def _attempt(
         self, request: Request, call: Call, info: RunInfo, *, is_last: bool
     ) -> AsyncGenerator[bytes, None]:

@@ -19,6 +19,7 @@ from app.body import read_json
 from app.streams import Rhythm, Stream, request_id_of
 from app.wire.adapter import Adapter
 from cluster import errors
+from cluster.request import Request as PoolRequest
 from deployments.gateway import Gateway
 from deployments.requests import model_of, parse_request
 from deployments.run_info import RunInfo
@@ -28,6 +29,8 @@ logger = logging.getLogger("slotpool.http")
 
 #: Called when all of an answer has been rendered, and before the client gets the last of it.
 OnEnd = Callable[[], Awaitable[None]]
+#: Asks a gateway for the answer to a request and its body: something around `Gateway.stream`.
+Source = Callable[[Any, PoolRequest, dict[str, Any], RunInfo], AsyncGenerator[bytes, None]]
 
 
 async def read_body(request: Request) -> dict[str, Any]:
@@ -38,8 +41,10 @@ async def read_body(request: Request) -> dict[str, Any]:
     return body
 
 
-async def answer(request: Request, adapter: Adapter, on_end: OnEnd | None = None) -> Response:
-    """Run the adapter's chat through the pool, and answer in its family's way."""
+async def answer(
+    request: Request, adapter: Adapter, on_end: OnEnd | None = None, source: Source | None = None
+) -> Response:
+    """Run the adapter's chat through the pool, and answer in its family's way. `source` asks it otherwise."""
     gateway: Gateway = request.app.state.gateway
     wanted, chat = parse_request(
         gateway.config,
@@ -54,7 +59,7 @@ async def answer(request: Request, adapter: Adapter, on_end: OnEnd | None = None
         headers["X-Slotpool-Ignored"] = ", ".join(adapter.ignored)
         logger.info("request %s to %s: %s ignored", wanted.trace, wanted.model, headers["X-Slotpool-Ignored"])
     info = RunInfo()
-    chunks = gateway.stream(wanted, chat, info)
+    chunks = gateway.stream(wanted, chat, info) if source is None else source(gateway, wanted, chat, info)
     if not chat.get("stream"):
         async with contextlib.aclosing(chunks):
             completion = parsed(b"".join([chunk async for chunk in chunks]))
