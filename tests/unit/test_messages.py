@@ -16,17 +16,9 @@ from cluster import errors
 from cluster.errors import PoolError
 from deployments.run_info import RunInfo
 from deployments.schemas import TOKENIZE
+from tests.anthropic_events import checked as checked_events
 from tests.unit.scripted import LOADING, QUEUED, Scripted, chunk, events, said
 
-EVENTS: dict[str, Any] = {
-    "message_start": types.RawMessageStartEvent,
-    "message_delta": types.RawMessageDeltaEvent,
-    "message_stop": types.RawMessageStopEvent,
-    "content_block_start": types.RawContentBlockStartEvent,
-    "content_block_delta": types.RawContentBlockDeltaEvent,
-    "content_block_stop": types.RawContentBlockStopEvent,
-    "error": ErrorResponse,
-}
 ASKED = {"model": "m", "max_tokens": 64, "messages": [{"role": "user", "content": "Hi"}]}
 TOOL = {"name": "add", "description": "Adds.", "input_schema": {"type": "object", "properties": {"x": {}}}}
 CALL = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "add", "arguments": ""}}
@@ -45,12 +37,7 @@ async def stream(*script: bytes | PoolError, **fields: Any) -> list[dict[str, An
     async with Scripted(list(script)).http() as http:
         answer = await http.post("/v1/messages", json={**ASKED, "stream": True, **fields})
     assert answer.status_code == 200, answer.text
-    seen = events(answer.text)
-    assert [line[7:] for line in answer.text.split("\n") if line.startswith("event: ")] == [e["type"] for e in seen]
-    for event in seen:
-        if event["type"] != "ping":
-            EVENTS[event["type"]].model_validate(event, strict=True)
-    return seen
+    return checked_events(answer.text)
 
 
 def shape(seen: list[dict[str, Any]]) -> list[str]:
