@@ -20,7 +20,7 @@ from deployments.gateway import Gateway
 #: Routes that answer without a key: probes have none.
 OPEN_PATHS = {"/health", "/ready"}
 #: Everything below these is for operators.
-ADMIN_PATHS = ("/v1/admin", "/admin")
+ADMIN_PATHS = ("/v1/admin", "/admin", "/models/load", "/models/unload")
 #: Methods that change nothing.
 SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
 

@@ -17,7 +17,7 @@ from starlette.routing import Route
 from app.answers import error_response
 from app.auth import ApiKeyMiddleware, route_path
 from app.openapi import document
-from app.routes import admin, admin_models, events, messages, ollama, openai, service
+from app.routes import admin, admin_models, events, llama_router, messages, ollama, openai, service
 from app.routes.proxy import Proxy
 from app.streams import request_id_of
 from cluster import errors
@@ -36,6 +36,7 @@ def build_http(gateway: Gateway) -> FastAPI:
     app.include_router(openai.router)
     app.include_router(messages.router)
     app.include_router(ollama.router)
+    app.include_router(llama_router.router)
     for prefix in ("/v1/admin", "/admin"):
         app.include_router(admin.router, prefix=prefix)
         app.include_router(admin_models.router, prefix=prefix)

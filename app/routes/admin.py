@@ -133,12 +133,12 @@ async def list_resident(request: Request) -> Response:
 @short_router.post("/models/load")
 async def load_in_background(request: Request) -> Response:
     """Begin to load a model, which is registered first if its id is new; `GET /admin/models` tells how it goes."""
-    wanted = await _body(request, LoadById)
+    wanted = await body_of(request, LoadById)
     runtime = runtime_of(request)
     if wanted.path is not None and wanted.id not in runtime.configuration.pool.names.targets:
         path = await asyncio.to_thread(path_of_quant, wanted.path, wanted.quant)
         await runtime.register(wanted.id, {"model_path": path})
-    name = _known(_gateway(request), wanted.id)
+    name = known_model(_gateway(request), wanted.id)
     runtime.load_in_background(name, max(1, runtime.configuration.pool.models[name].min_replicas))
     message = f"the model {name!r} is being loaded"
     answer = {"batch_id": uuid.uuid4().hex, "model_id": name, "status": "loading", "message": message}
@@ -149,7 +149,7 @@ async def load_in_background(request: Request) -> Response:
 async def unload_by_id(request: Request) -> Response:
     """Unload a model and wait for the end of it; 404 if it is not loaded."""
     gateway = _gateway(request)
-    name = _known(gateway, (await _body(request, UnloadById)).id)
+    name = known_model(gateway, (await body_of(request, UnloadById)).id)
     row = (await gateway.ledger.status()).models.get(name)
     if row is None or row.state in ("unloaded", "failed"):
         raise errors.ModelNotFound(f"the model {name!r} is not loaded", code="model_not_loaded")
@@ -159,15 +159,15 @@ async def unload_by_id(request: Request) -> Response:
 
 async def _load(request: Request, model: str) -> tuple[str, int]:
     gateway = _gateway(request)
-    name = _known(gateway, model)
-    options = await _body(request, LoadOptions)
+    name = known_model(gateway, model)
+    options = await body_of(request, LoadOptions)
     replicas = options.replicas or max(1, gateway.config.models[name].min_replicas)
     return name, await gateway.ledger.load(name, replicas, options.overrides() or None)
 
 
 async def _unload(request: Request, model: str) -> str:
     gateway = _gateway(request)
-    name = _known(gateway, model)
+    name = known_model(gateway, model)
     await gateway.ledger.unload(name)
     return name
 
@@ -191,7 +191,7 @@ def _gateway(request: Request) -> Gateway:
     return gateway
 
 
-def _known(gateway: Gateway, model: str) -> str:
+def known_model(gateway: Gateway, model: str) -> str:
     """The id for an id or alias. Raises `ModelNotFound`; also for a public name, which is no one model's."""
     name = gateway.config.resolve(model)
     if name is None or name not in gateway.config.models:
@@ -199,7 +199,7 @@ def _known(gateway: Gateway, model: str) -> str:
     return name
 
 
-async def _body(request: Request, schema: type[Schema]) -> Schema:
+async def body_of(request: Request, schema: type[Schema]) -> Schema:
     """The checked body; none at all counts as an empty object. Raises `InvalidRequest` with status 422."""
     length = request.headers.get("content-length", "0")
     chunked = "transfer-encoding" in request.headers

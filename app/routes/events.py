@@ -7,6 +7,7 @@ goes on exactly behind it, at any ingress: the log is the ledger's. Any other be
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ router = APIRouter(tags=["admin"])
 QUIET_S = 15.0
 #: Pause between two looks for a ledger that is being restarted, in seconds.
 RETRY_S = 0.5
+HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 #: So many may follow at one ingress: each parks a call in the ledger.
 MAX_FOLLOWERS = 200
 
@@ -46,11 +48,32 @@ _followers = _Followers()
 async def events(request: Request, last_event_id: str | None = None) -> Response:
     """Every change of the pool's state from now on, or from the last event that was seen."""
     gateway: Gateway = request.app.state.gateway
+    check_followers()
+    seen = request.headers.get("last-event-id") or last_event_id or ""
+    return StreamingResponse(stream(gateway.ledger, seen), media_type="text/event-stream", headers=HEADERS)
+
+
+def check_followers() -> None:
+    """Raises `RateLimited` where one more would be too many."""
     if _followers.count >= MAX_FOLLOWERS:
         raise errors.RateLimited(f"{MAX_FOLLOWERS} clients follow already", retry_after=10)
-    seen = request.headers.get("last-event-id") or last_event_id or ""
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(stream(gateway.ledger, seen), media_type="text/event-stream", headers=headers)
+
+
+async def follow(ledger: LedgerClient, epoch: str = "", version: int = 0) -> AsyncGenerator[Changes | None, None]:
+    """What happens behind that version, call by call; None while the ledger is being restarted. Endless."""
+    _followers.count += 1
+    try:
+        while True:
+            try:
+                found = await ledger.changes(epoch, version, QUIET_S)
+            except errors.BackendUnavailable:
+                yield None
+                await asyncio.sleep(RETRY_S)
+                continue
+            yield found
+            epoch, version = found.epoch, found.version
+    finally:
+        _followers.count -= 1
 
 
 async def stream(ledger: LedgerClient, last_event_id: str) -> AsyncGenerator[bytes, None]:
@@ -58,16 +81,12 @@ async def stream(ledger: LedgerClient, last_event_id: str) -> AsyncGenerator[byt
 
     Nothing is kept for a client that reads slowly: it asks the log for more when it has read what it got.
     """
-    _followers.count += 1
-    try:
-        epoch, version = seen_by(last_event_id)
-        begins = not last_event_id
-        while True:
-            try:
-                found = await ledger.changes(epoch, version, QUIET_S)
-            except errors.BackendUnavailable:
+    epoch, version = seen_by(last_event_id)
+    begins = not last_event_id
+    async with contextlib.aclosing(follow(ledger, epoch, version)) as steps:
+        async for found in steps:
+            if found is None:
                 yield comment("the scheduler is being restarted")
-                await asyncio.sleep(RETRY_S)
                 continue
             if found.snapshot is not None:
                 if not begins:
@@ -79,9 +98,7 @@ async def stream(ledger: LedgerClient, last_event_id: str) -> AsyncGenerator[byt
                 yield b"".join(_change(found.epoch, change) for change in found.changes)
             else:
                 yield comment("nothing happened")
-            epoch, version, begins = found.epoch, found.version, False
-    finally:
-        _followers.count -= 1
+            epoch, begins = found.epoch, False
 
 
 def seen_by(last_event_id: str) -> tuple[str, int]:

@@ -122,6 +122,27 @@ def test_an_empty_request_loads_and_keep_alive_0_unloads(client: ollama.Client, 
     pool.wait(lambda ledger: ledger["models"]["idle"]["ready"] == 0, 10)
 
 
+def test_llama_servers_router_calls_load_and_unload(pool: Pool):
+    def value(http: httpx.Client) -> str:
+        (status,) = (row["status"]["value"] for row in http.get("/models").json()["data"] if row["id"] == "idle")
+        return str(status)
+
+    with pool.http() as http, pool.http() as follower:
+        assert value(http) == "unloaded"
+        with follower.stream("GET", "/models/sse") as events:
+            lines = events.iter_lines()
+            assert next(lines).startswith(":")
+            assert http.post("/models/load", json={"model": "idle"}).json() == {"success": True}
+            told = (json.loads(line[6:]) for line in lines if line.startswith("data: "))
+            states = (event["data"]["status"] for event in told if event["event"] == "model_status")
+            assert next(state for state in states if state == "loaded")
+        assert value(http) == "loaded"
+        assert http.post("/models/unload", json={"model": "idle"}).json() == {"success": True}
+        assert value(http) == "unloaded"
+        unknown = http.post("/models/load", json={"model": "nope"})
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "MODEL_NOT_FOUND")
+
+
 def test_a_full_queue_sends_nobody_away(client: ollama.Client):
     with ThreadPoolExecutor() as threads:
         answers = list(threads.map(lambda _: client.chat(model="full", messages=HI), range(3)))

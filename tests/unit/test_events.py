@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from app.routes import llama_router
 from app.routes.events import seen_by, stream
 from cluster import errors
 from cluster.changes import ChangeLog, Changes, Watch
@@ -109,3 +110,24 @@ async def test_a_ledger_that_is_restarted_ends_no_stream():
 )
 def test_what_an_id_names(event_id: str, seen: tuple[str, int]):
     assert seen_by(event_id) == seen
+
+
+async def test_the_same_in_llama_servers_words():
+    """What it follows is the pool's one log; a client that may see one model only is told of no other."""
+    pool = Pool()
+    seen: list[Any] = []
+    shown = {"a"}
+    async with contextlib.aclosing(llama_router.stream(pool, shown.__contains__)) as chunks:  # type: ignore[arg-type]
+        async for chunk in chunks:
+            seen += [json.loads(part[6:]) for part in chunk.decode().split("\n\n") if part.startswith("data: ")]
+            if len(seen) >= 3:
+                break
+            if not seen:
+                pool.watch.log.add("load", "b", "b#1", progress=0.2)
+                pool.watch.log.add("model", "a", state="loading", ready=0, last_error=None, removed=False)
+                pool.watch.log.add("load", "a", "a#1", progress=0.5)
+                pool.watch.log.add("model", "a", state="failed", ready=0, last_error="x", removed=False)
+    loading, half, failed = seen
+    assert loading == {"model": "a", "event": "model_status", "data": {"status": "loading"}}
+    assert half["data"]["progress"]["value"] == 0.5
+    assert failed["data"] == {"status": "unloaded", "failed": True, "exit_code": 1}
