@@ -41,12 +41,14 @@ def _detailed(error: errors.PoolError, model: str | None) -> dict[str, Any]:
 class Family(NamedTuple):
     """How a family says that something went wrong. `overload` is the status for who was refused for load.
 
-    With `names_request` the body and a header `request-id` carry the request's id.
+    With `names_request` the body and a header `request-id` carry the request's id. `schema` is the body's name in the
+    OpenAPI document.
     """
 
     body: Body
     overload: int = 429
     names_request: bool = False
+    schema: str = "Error"
 
 
 OPENAI = Family(_openai)
@@ -56,9 +58,9 @@ FAMILIES = (
     ("/v1/admin/", Family(_detailed)),
     ("/admin/", Family(_detailed)),
     ("/v1/responses", Family(_openai, overload=503)),
-    ("/v1/messages", Family(messages.error_body, overload=503, names_request=True)),
+    ("/v1/messages", Family(messages.error_body, overload=503, names_request=True, schema="MessagesError")),
     ("/api/v1/", OPENAI),
-    ("/api/", Family(ollama.error_body)),
+    ("/api/", Family(ollama.error_body, schema="OllamaError")),
 )
 
 

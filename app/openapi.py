@@ -13,6 +13,8 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from app.answers import family_of
+
 REF = "#/components/schemas/{model}"
 ERROR = {
     "type": "object",
@@ -28,6 +30,28 @@ ERROR = {
                 "code": {"type": "string"},
             },
         }
+    },
+}
+#: What clients of Anthropic's and of Ollama's read.
+ERRORS = {
+    "Error": ERROR,
+    "MessagesError": {
+        "type": "object",
+        "required": ["type", "error"],
+        "properties": {
+            "type": {"const": "error"},
+            "error": {
+                "type": "object",
+                "required": ["type", "message"],
+                "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+            },
+            "request_id": {"type": "string"},
+        },
+    },
+    "OllamaError": {
+        "type": "object",
+        "required": ["error"],
+        "properties": {"error": {"type": "string"}, "code": {"type": "string"}},
     },
 }
 
@@ -52,14 +76,14 @@ def document(app: FastAPI, operations: Sequence[Operation]) -> Callable[[], dict
             schemas = made.setdefault("components", {}).setdefault("schemas", {})
             kinds = dict.fromkeys(operation.schema for operation in operations)
             names, definitions = models_json_schema([(kind, "validation") for kind in kinds], ref_template=REF)
-            schemas |= {"Error": ERROR, **definitions.get("$defs", {})}
+            schemas |= {**ERRORS, **definitions.get("$defs", {})}
             for operation in operations:
                 made["paths"].setdefault(operation.path, {})["post"] = _entry(
                     operation, names[operation.schema, "validation"]
                 )
-            for methods in made["paths"].values():
+            for path, methods in made["paths"].items():
                 for entry in methods.values():
-                    _with_errors(entry)
+                    _with_errors(entry, family_of(path).schema)
             app.openapi_schema = made
         return app.openapi_schema
 
@@ -79,9 +103,9 @@ def _entry(operation: Operation, schema: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _with_errors(entry: dict[str, Any]) -> None:
-    """Every route may refuse; all refusals have one shape, so FastAPI's own for 422 does not hold."""
+def _with_errors(entry: dict[str, Any], shape: str) -> None:
+    """Every route may refuse; all refusals of a family have one shape, so FastAPI's own for 422 does not hold."""
     entry["responses"].pop("422", None)
-    error = {"schema": {"$ref": REF.format(model="Error")}}
+    error = {"schema": {"$ref": REF.format(model=shape)}}
     for status, why in (("4XX", "The request is refused"), ("5XX", "The pool or an engine failed")):
         entry["responses"].setdefault(status, {"description": why, "content": {"application/json": error}})

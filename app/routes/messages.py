@@ -12,16 +12,22 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from app.auth import caller_of
+from app.openapi import Operation
 from app.routes.adapted import answer, parsed, read_body
 from app.streams import request_id_of
+from app.wire.adapter import EVENT_STREAM
 from app.wire.messages.adapter import MessagesAdapter
 from app.wire.messages.chat import checked, prompt_of
-from app.wire.messages.schema import Prompt
+from app.wire.messages.schema import MessagesRequest, Prompt
 from deployments.gateway import Gateway
 from deployments.requests import parse_request
 from deployments.schemas import TOKENIZE
 
 router = APIRouter(tags=["messages"])
+operations = (
+    Operation("/v1/messages", "messages", "Answer a conversation", MessagesRequest, EVENT_STREAM),
+    Operation("/v1/messages/count_tokens", "messages", "How many tokens a prompt has", Prompt),
+)
 
 
 @router.post("/v1/messages")

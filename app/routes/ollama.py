@@ -18,14 +18,16 @@ from fastapi.responses import JSONResponse
 from app.auth import caller_of
 from app.body import read_json
 from app.model_files import UNKNOWN, ModelFile, model_file
+from app.openapi import Operation
 from app.routes import ollama_rows as rows
 from app.routes.adapted import answer, parsed
 from app.routes.openai import remote_models
 from app.routes.patience import patient_stream, patiently
 from app.streams import request_id_of
+from app.wire.adapter import NDJSON
 from app.wire.ollama.adapter import OllamaAdapter
 from app.wire.ollama.chat import checked, embeddings_of
-from app.wire.ollama.schema import EmbedRequest
+from app.wire.ollama.schema import ChatRequest, EmbedRequest, GenerateRequest
 from cluster import errors
 from cluster.config import PoolConfig
 from cluster.request import Request as PoolRequest
@@ -35,6 +37,12 @@ from deployments.run_info import RunInfo
 from deployments.schemas import CHAT, EMBEDDINGS
 
 router = APIRouter(tags=["ollama"])
+operations = (
+    Operation("/api/chat", "ollama", "Answer a conversation", ChatRequest, NDJSON),
+    Operation("/api/generate", "ollama", "Answer a prompt", GenerateRequest, NDJSON),
+    Operation("/api/embed", "ollama", "Embeddings of texts", EmbedRequest),
+    Operation("/api/embeddings", "ollama", "Embedding of a text", EmbedRequest),
+)
 
 #: The version of Ollama whose API this is. Clients look at it before they use thinking, tools or Messages.
 API_VERSION = "0.14.0"

@@ -85,9 +85,7 @@ class Upstreams:
         request = self._client.build_request(
             call.method,
             base_url(server.url) + call.path + (f"?{call.query}" if call.query else ""),
-            content=call.body
-            if isinstance(call.body, bytes)
-            else json.dumps({**call.body, **hold_fields(server.server_type, keep_alive_s)}).encode(),
+            content=call.body if isinstance(call.body, bytes) else _content(server, call.body, keep_alive_s),
             headers=_headers(call, key),
         )
         usage = UsageReader()
@@ -126,6 +124,12 @@ class Upstreams:
             ) from None
         except httpx.TransportError:
             raise _gone(f"the connection to the server {server.url} was lost") from None
+
+
+def _content(server: ServerEntry, body: dict[str, Any], keep_alive_s: float) -> bytes:
+    """The body for a server: without what only the pool's own engines know, which strict servers would refuse."""
+    kept = {name: value for name, value in body.items() if name != "clamp_max_tokens"}
+    return json.dumps({**kept, **hold_fields(server.server_type, keep_alive_s)}).encode()
 
 
 def _key(server: ServerEntry) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
@@ -193,6 +194,31 @@ async def test_head_is_answered_for_whoever_asks_whether_there_is_a_server():
         assert (await http.head("/")).status_code == 200
         refused = await http.post("/v1/messages", json=ASKED)
         assert (refused.status_code, refused.json()["error"]["type"]) == (401, "authentication_error")
+
+
+async def test_a_foreign_page_may_not_ask():
+    async with Scripted().http() as http:
+        for path in ("/v1/messages", "/api/chat", "/models/unload"):
+            answer = await http.post(path, json=ASKED, headers={"Origin": "http://evil.example"})
+            assert answer.status_code == 403
+            assert "page" in answer.text
+
+
+async def test_load_and_unload_need_an_operators_key():
+    keys = {name: ["sha256:" + hashlib.sha256(name.encode()).hexdigest()] for name in ("api_keys", "admin_keys")}
+    async with Scripted(args={"models": {"m": {"backend": "fake"}}, **keys}).http() as http:
+        for key, status in (("api_keys", 403), ("x", 401)):
+            answer = await http.post("/models/unload", json={"model": "m"}, headers={"x-api-key": key})
+            assert answer.status_code == status
+
+
+async def test_the_document_has_the_bodies_and_the_errors_of_each_family():
+    async with Scripted().http() as http:
+        paths = (await http.get("/openapi.json")).json()["paths"]
+    for path, shape in (("/v1/messages", "MessagesError"), ("/api/chat", "OllamaError"), ("/models/load", "Error")):
+        entry = paths[path]["post"]
+        assert entry["responses"]["4XX"]["content"]["application/json"]["schema"]["$ref"].endswith(f"/{shape}")
+    assert paths["/api/generate"]["post"]["requestBody"]["content"]["application/json"]["schema"]
 
 
 async def test_tokens_are_counted_by_the_engine():

@@ -52,6 +52,8 @@ async def test_a_body_and_a_stream_go_through(upstream):
     (body,) = await read(upstream, call(temperature=0.5))
     assert json.loads(body)["choices"][0]["message"]["content"] == "m:0 m:1 m:2 m:3 m:4 "
     assert upstream.bodies == [call(temperature=0.5).body]
+    await read(upstream, call(clamp_max_tokens=True))
+    assert "clamp_max_tokens" not in upstream.bodies[1]
     data = b"".join(await read(upstream, call(stream=True)))
     assert words(data) == "m:0 m:1 m:2 m:3 m:4 "
     assert data.endswith(b"data: [DONE]\n\n")
