@@ -85,7 +85,6 @@ def test_a_client_that_leaves_frees_its_slot(pool: Pool, upstream: Upstream):
         ("GET", "/nothing-here?model=nobody", 404, "MODEL_NOT_FOUND"),
         ("GET", "/v1/chat/completions", 405, "METHOD_NOT_ALLOWED"),
         ("GET", "/admin/nothing-here?model=words", 404, "NOT_FOUND"),
-        ("GET", "/api/nothing-here?model=words", 404, "NOT_FOUND"),
         ("POST", "/v1/rerank?model=words", 400, "INVALID_REQUEST"),
     ],
 )
