@@ -51,6 +51,12 @@ class Family(NamedTuple):
     schema: str = "Error"
 
 
+def _allocator(error: errors.PoolError, model: str | None) -> dict[str, Any]:
+    """Its clients look for "queue" or "timeout" in a text."""
+    kinds: dict[type[errors.PoolError], str] = {errors.QueueFull: "queue full: ", errors.BackendTimeout: "timeout: "}
+    return {**error.body(), "detail": kinds.get(type(error), "") + error.message}
+
+
 OPENAI = Family(_openai)
 #: By the path's beginning, the first that fits. Clients of Responses and Messages retry after a 5xx, not after a 429.
 FAMILIES = (
@@ -59,7 +65,7 @@ FAMILIES = (
     ("/admin/", Family(_detailed)),
     ("/v1/responses", Family(_openai, overload=503)),
     ("/v1/messages", Family(messages.error_body, overload=503, names_request=True, schema="MessagesError")),
-    ("/api/v1/", OPENAI),
+    ("/api/v1/", Family(_allocator, overload=503)),
     ("/api/", Family(ollama.error_body, schema="OllamaError")),
 )
 
@@ -81,7 +87,7 @@ def error_response(
     family = family_of(path)
     body = family.body(error, model)
     status = family.overload if isinstance(error, errors.QueueFull) else error.status
-    if status == 503 and "detail" in body and body["detail"]["code"] in CONFLICTS:
+    if status == 503 and family.body is _detailed and body["detail"]["code"] in CONFLICTS:
         status = 409
     headers = {}
     if family.names_request and request_id is not None:

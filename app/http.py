@@ -17,7 +17,18 @@ from starlette.routing import Route
 from app.answers import error_response
 from app.auth import ApiKeyMiddleware, route_path
 from app.openapi import document
-from app.routes import admin, admin_models, events, llama_router, messages, ollama, openai, service
+from app.routes import (
+    admin,
+    admin_models,
+    allocator,
+    events,
+    llama_router,
+    messages,
+    ollama,
+    openai,
+    service,
+    validation,
+)
 from app.routes.proxy import Proxy
 from app.streams import request_id_of
 from cluster import errors
@@ -33,6 +44,8 @@ def build_http(gateway: Gateway) -> FastAPI:
     app.state.gateway = gateway
     app.router.routes[:0] = openai.inference_routes
     app.include_router(service.router)
+    app.include_router(validation.router)
+    app.include_router(allocator.router, prefix="/api/v1")
     app.include_router(openai.router)
     app.include_router(messages.router)
     app.include_router(ollama.router)

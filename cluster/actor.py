@@ -349,6 +349,7 @@ class LedgerActor:
             now=now,
             time=time.time(),
             stalled=watchdog.stalled(snapshot, self._moved_at, now, watchdog.limit_s(self._config.spec)),
+            totals=self._counts.totals(),
         )
 
     async def changes(self, epoch: str, version: int, timeout_s: float = 30.0, limit: int = BATCH) -> Changes:

@@ -39,7 +39,8 @@ def decision_of(fields: list[Any]) -> Grant | Reject | None:
     decision = unpacked(tuple(fields))
     if not isinstance(decision, Grant):
         return decision
-    return decision._replace(slots=tuple(decision.slots), address=decision.address and Address(*decision.address))
+    address = decision.address and Address(*decision.address)
+    return decision._replace(slots=tuple(decision.slots), address=address, devices=tuple(decision.devices))
 
 
 class LeaseLink:

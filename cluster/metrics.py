@@ -155,6 +155,14 @@ class Counts:
         """Requests by model, family, status, class and principal."""
         return {series.labels: series.count for series in self._series.values()}
 
+    def totals(self) -> dict[str, int]:
+        """Requests that ended, and their tokens, over all models."""
+        return {
+            "requests": sum(series.count for series in self._series.values()),
+            "prompt_tokens": sum(model.tokens_in for model in self.models.values()),
+            "output_tokens": sum(model.tokens_out for model in self.models.values()),
+        }
+
     def ended(self, outcome: Outcome) -> None:
         """A request ended."""
         series = self._short_cuts.get(outcome[:5])

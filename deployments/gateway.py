@@ -199,7 +199,7 @@ class Gateway:
     async def _run(
         self, request: Request, call: Call, lease: Grant, info: RunInfo, run: LeasedCall
     ) -> AsyncGenerator[bytes, None]:
-        body = call.body
+        body, info.devices = call.body, lease.devices
         # The model that answers may be another than was asked for: a variant, a fallback, a CPU offload.
         if lease.model != request.model and isinstance(body, dict):
             body = {**body, "model": lease.model}

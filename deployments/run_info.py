@@ -16,7 +16,7 @@ class RunInfo:
     """Filled in by the gateway while the request runs: the call that was made, and its report once that has ended.
 
     `failure` is the error that a stream ended with after something of it had been sent. `status` and `headers` are the
-    engine's own, once something of its answer is there.
+    engine's own, once something of its answer is there, and `devices` those of its node that the engine runs on.
     """
 
     arrived: float = field(default_factory=time.monotonic)
@@ -25,6 +25,7 @@ class RunInfo:
     failure: PoolError | None = None
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
+    devices: tuple[int, ...] = ()
 
     @property
     def model(self) -> str | None:

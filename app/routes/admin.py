@@ -130,6 +130,21 @@ async def list_resident(request: Request) -> Response:
     return JSONResponse({"object": "list", "models": [short_row(gateway.config, name, ledger) for name in names]})
 
 
+@short_router.get("/stats")
+async def stats(request: Request) -> Response:
+    """What the pool has served in the ledger's present life, and what it does now."""
+    ledger = await _gateway(request).ledger.status()
+    return JSONResponse(
+        {
+            "requests_total": ledger.totals["requests"],
+            "tokens_generated_total": ledger.totals["output_tokens"],
+            "prompt_tokens_total": ledger.totals["prompt_tokens"],
+            "active_requests": ledger.leases,
+            "queue_depth": ledger.queued,
+        }
+    )
+
+
 @short_router.post("/models/load")
 async def load_in_background(request: Request) -> Response:
     """Begin to load a model, which is registered first if its id is new; `GET /admin/models` tells how it goes."""

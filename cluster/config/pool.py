@@ -19,6 +19,9 @@ from cluster.config.names import Names, check_references
 from cluster.ledger.specs import ModelSpec, PoolSpec
 from cluster.servers.types import base_url
 
+#: What clients of the allocator expect a request to take at most, in seconds.
+ALLOCATOR_TIMEOUT_S = 30.0
+
 
 class MaxWait(BaseModel):
     """The longest wait for a place, in seconds, that the pool strives for in each priority class.
@@ -150,6 +153,12 @@ class PoolConfig(BaseModel):
         members = [model for model, _ in self.names.variants.get(name, ((name, 1.0),))]
         models = [self.models.get(member) for member in members]
         return max((model and model.request_timeout) or self.request_timeout_seconds for model in models)
+
+    @property
+    def allocator_timeout_s(self) -> float:
+        """The longest that a request of the allocator's family may take, whose clients expect half a minute, in s."""
+        is_set = "request_timeout_seconds" in self.model_fields_set
+        return self.request_timeout_seconds if is_set else ALLOCATOR_TIMEOUT_S
 
     def longest_request_s(self) -> float:
         """The bound on every request's life; Serve's own grace period must lie above it."""

@@ -195,7 +195,7 @@ class Ticked(NamedTuple):
 class Grant(NamedTuple):
     """Slots are leased to `request`. `load_wait_s` is the part of `queue_wait_s + load_wait_s` spent on a load.
 
-    `address` is what the replica's `ReplicaReady` said.
+    `address` is what the replica's `ReplicaReady` said, `devices` those of its node that it was assigned.
     """
 
     request: str
@@ -207,6 +207,7 @@ class Grant(NamedTuple):
     queue_wait_s: float
     load_wait_s: float
     address: Any = None
+    devices: tuple[int, ...] = ()
 
 
 class Reject(NamedTuple):

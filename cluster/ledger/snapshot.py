@@ -116,7 +116,10 @@ class Snapshot:
 
     `overloaded`: somebody waits longer than his class's bound.
 
-    The actor fills in what that clock shows (`now`), the time of day with it (`time`), and why the pool is stuck.
+    `gpus` is how many devices all machines have together.
+
+    The actor fills in what that clock shows (`now`), the time of day with it (`time`), why the pool is stuck, and what
+    it has counted in this life: `totals` has `requests`, `prompt_tokens` and `output_tokens`.
     """
 
     epoch: str
@@ -127,12 +130,14 @@ class Snapshot:
     submitted: int = 0
     finished: int = 0
     rejected: int = 0
+    gpus: int = 0
     replicas: tuple[ReplicaRow, ...] = ()
     models: dict[str, ModelRow] = field(default_factory=dict)
     servers: tuple[ServerRow, ...] = ()
     now: float = 0.0
     time: float = 0.0
     stalled: str | None = None
+    totals: dict[str, int] = field(default_factory=dict)
 
 
 def view(pool: Pool, name: str) -> ModelView | None:
@@ -188,6 +193,7 @@ def take(pool: Pool) -> Snapshot:
         submitted=pool.submitted,
         finished=pool.finished,
         rejected=pool.rejected,
+        gpus=sum(node.spec.gpus for node in pool.book.nodes.values() if node.present),
         replicas=tuple(_replica(replica) for model in pool.models.values() for replica in model.replicas),
         models={name: _model(pool.models[name], now) for name, now in briefs(pool).items()},
         servers=servers(pool),

@@ -1,4 +1,4 @@
-"""Two logical GPUs need a Ray of their own, and a process has one Ray: so the tests of that file run in another one."""
+"""Several logical GPUs need a Ray of their own, and a process has one Ray: so those tests run in other ones."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 
 
 @pytest.mark.timeout(200)
-def test_each_engine_sees_the_devices_that_the_ledger_assigned():
-    file = Path(__file__).with_name("two_devices.py")
+@pytest.mark.parametrize("name", ["two_devices.py", "four_devices.py"])
+def test_engines_run_on_the_devices_that_the_ledger_assigned(name: str):
+    file = Path(__file__).with_name(name)
     # Ray tells the processes that it starts where it is; this one is to have another.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     run = subprocess.run(

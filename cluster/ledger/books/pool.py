@@ -174,6 +174,7 @@ class Pool:
                 queued,
                 loading,
                 replica.address,
+                replica.place.devices,
             )
         )
 

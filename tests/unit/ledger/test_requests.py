@@ -34,7 +34,7 @@ def test_first_request_loads_and_is_granted_when_ready() -> None:
     assert desk.ledger.queue_position("r1") == ("loading", "A")
     desk.now = 3.0
     assert desk.tell(ReplicaReady("A#1")) == ["grant r1 A#1"]
-    assert desk.grants["r1"] == Grant("r1", "h", "A", "A#1", (0,), 1, 0.0, 3.0)
+    assert desk.grants["r1"] == Grant("r1", "h", "A", "A#1", (0,), 1, 0.0, 3.0, devices=(0,))
     assert desk.ledger.queue_position("r1") is None
     assert desk.arrive("r2", "A") == ["grant r2 A#1"]
 
