@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cluster.config import ConfigError
+from cluster.config import ConfigError, service_of
 
 
 def declared_gpus() -> int | None:
@@ -25,7 +25,17 @@ def lay_over(document: dict[str, Any], config: Path | None, port: int | None) ->
     application = dict(applications[0])
     if config is not None:
         application["args"] = {"config": str(config.resolve())}
+    service = service_of(application.get("args"))
     http = {"host": "127.0.0.1", "port": 8000, **(document.get("http_options") or {})}
-    http["host"] = os.environ.get("ROUTER_HOST", http["host"])
-    http["port"] = port or int(os.environ.get("ROUTER_PORT", http["port"]))
-    return {**document, "http_options": http, "applications": [application]}
+    http["host"] = os.environ.get("ROUTER_HOST") or service.host or http["host"]
+    http["port"] = port or _port(os.environ.get("ROUTER_PORT")) or service.port or http["port"]
+    laid = {**document, "http_options": http, "applications": [application]}
+    if service.log_level is not None:
+        laid["logging_config"] = {**(document.get("logging_config") or {}), "log_level": service.log_level.upper()}
+    return laid
+
+
+def _port(value: str | None) -> int | None:
+    if value is None or value.isdecimal():
+        return None if value is None else int(value)
+    raise ConfigError(f"ROUTER_PORT: {value!r} is not a port")

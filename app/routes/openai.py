@@ -185,7 +185,7 @@ def _row(config: PoolConfig, name: str, states: dict[str, ModelRow]) -> dict[str
         "object": "model",
         "created": 0,
         "owned_by": "slotpool",
-        "type": "llm",
+        "type": model.type,
         "execution_mode": "gpu" if model.num_gpus else "cpu",
         "backend": model.backend,
         "format": model.format,

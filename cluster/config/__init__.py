@@ -1,8 +1,9 @@
 """The configuration: one Pydantic schema, and how files and environment variables are laid over it."""
 
 from cluster.config.backends import CacheType, FakeFaults, FakeModel, FlashAttention, LlamaCppKwargs, LlamaCppModel
+from cluster.config.files import ConfigError, read_yaml
 from cluster.config.keys import ANONYMOUS, ApiKey, Caller, find_key
-from cluster.config.load import ConfigError, load_config, read_yaml
+from cluster.config.load import load_config, service_of
 from cluster.config.models import Group, ModelConfig, ServerEntry
 from cluster.config.pool import MaxWait, PoolConfig
 from cluster.config.version import Configuration
@@ -27,4 +28,5 @@ __all__ = [
     "find_key",
     "load_config",
     "read_yaml",
+    "service_of",
 ]

@@ -12,18 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from cluster.config.files import ConfigError, Service, Source, joined, more_sources, read_source
 from cluster.config.keys import ApiKey, hashed
-from cluster.config.models import DEFAULT_BACKEND, Group, ModelConfig, ServerEntry
+from cluster.config.models import Group, ModelConfig, ServerEntry, backend_class
 from cluster.config.pool import PoolConfig
-
-
-class ConfigError(ValueError):
-    """The configuration cannot be used; the message names the file, the path of the key and what is wrong."""
-
 
 #: Environment variables that override a pool-wide key, and the key.
 ENVIRONMENT = {
@@ -44,17 +39,13 @@ OWN_RAY = "SLOTPOOL_OWN_RAY"
 def load_config(args: Mapping[str, Any] | None, environ: Mapping[str, str] = os.environ) -> PoolConfig:
     """Read the configuration from an application's `args`: the keys themselves, or `config: path` alone.
 
-    Values of the environment variables in `ENVIRONMENT` win. Keys in clear are taken from a file only. Raises
-    `ConfigError` with one line per mistake.
+    Files that the environment names are read, too, and values of the environment variables in `ENVIRONMENT` win. Keys
+    in clear are taken from a file only. Raises `ConfigError` with one line per mistake.
     """
-    data = dict(args or {})
-    source = "serve_config.yaml: args"
-    is_file = "config" in data
-    if is_file:
-        path = Path(str(data.pop("config"))).expanduser()
-        if data:
-            raise ConfigError(f"args: 'config' stands alone, but {sorted(data)} stand beside it")
-        data, source = read_yaml(path), path.name
+    first, path = source_of(args, environ)
+    more = list(more_sources(environ, path))
+    data = joined([first, *more])
+    source = " and ".join(each.name for each in (first, *more) if each.keys or not more)
     if environ.get(OWN_RAY) == "1":
         data.setdefault("max_asleep", "auto")
     for variable, key in ENVIRONMENT.items():
@@ -63,10 +54,33 @@ def load_config(args: Mapping[str, Any] | None, environ: Mapping[str, str] = os.
     try:
         for field in ("api_keys", "admin_keys"):
             if field in data:
-                data[field] = hashed(data[field], field, environ, may_be_clear=is_file)
+                data[field] = hashed(
+                    data[field], field, environ, may_be_clear=field not in first.keys or path is not None
+                )
     except ValueError as error:
         raise ConfigError(f"{source}: {error}") from None
     return checked(data, source)
+
+
+def service_of(args: Mapping[str, Any] | None, environ: Mapping[str, str] = os.environ) -> Service:
+    """Where the pool listens by its files; what the environment says is not in it. Raises `ConfigError`."""
+    first, path = source_of(args, environ)
+    found = [each.service for each in (first, *more_sources(environ, path))]
+    host, port, log_level = (
+        next((value for value in values if value is not None), None) for values in zip(*found, strict=True)
+    )
+    return Service(host, port, log_level)
+
+
+def source_of(args: Mapping[str, Any] | None, environ: Mapping[str, str]) -> tuple[Source, Path | None]:
+    """What an application's `args` say themselves, or the file that they name, with its path."""
+    data = dict(args or {})
+    if "config" not in data:
+        return Source("serve_config.yaml: args", data), None
+    path = Path(str(data.pop("config"))).expanduser()
+    if data:
+        raise ConfigError(f"args: 'config' stands alone, but {sorted(data)} stand beside it")
+    return read_source(path, environ), path
 
 
 def checked(data: Mapping[str, Any], source: str) -> PoolConfig:
@@ -81,25 +95,6 @@ def checked(data: Mapping[str, Any], source: str) -> PoolConfig:
 def _without_gpus(config: PoolConfig) -> PoolConfig:
     models = {name: model.model_copy(update={"num_gpus": 0.0, "gpu": ()}) for name, model in config.models.items()}
     return config.model_copy(update={"models": models})
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds one mapping. Raises `ConfigError` when it is missing, broken or something else.
-
-    It is called by its name only: an operator far away hears of it, too, when the file is read again.
-    """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path.name}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        # Not the whole message, which quotes the line: there may be a key in it.
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path.name}: line {mark.line + 1}" if mark else path.name
-        raise ConfigError(f"{where}: not YAML: {getattr(error, 'problem', None) or 'unreadable'}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path.name}: expected a mapping at the top")
-    return data
 
 
 def _explain(source: str, data: Mapping[str, Any], item: Any) -> str:
@@ -133,7 +128,7 @@ def _known_keys(data: Mapping[str, Any], location: list[str]) -> list[str]:
 
 def _class_of(data: Mapping[str, Any], model: str) -> type[ModelConfig]:
     """The configuration class of a model whose keys were refused."""
-    return ModelConfig.backends[data["models"][model].get("backend", DEFAULT_BACKEND)]
+    return backend_class(data["models"][model])
 
 
 def _keys(schema: Any) -> list[str]:

@@ -61,16 +61,19 @@ class ModelConfig(BaseModel):
     `sleep_timeout` is how long a replica without an engine stays, 0 = until its room is needed. `sleep_level` 1 keeps
     the engine's process with its weights in the host's memory, 2 does not, which the pool chooses for all so far.
 
+    `type` is what the model is for, as `/v1/models` tells it.
+
     `gpu` names the only devices that it may stand on: an index, a UUID, either after `node/`, or a list of them.
     `python` is the interpreter of another environment, which runs the engine.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
 
-    #: The subclass of each backend's name.
-    backends: ClassVar[dict[str, type[ModelConfig]]] = {}
+    #: The subclass of each backend's name. Any, since in this class `type` is a key of the configuration.
+    backends: ClassVar[dict[str, Any]] = {}
 
     backend: str = DEFAULT_BACKEND
+    type: Literal["llm", "embedding", "rerank"] = "llm"
     model_path: str | None = None
     aliases: tuple[str, ...] = ()
     prompt_format: str | None = None
@@ -156,7 +159,7 @@ class ModelConfig(BaseModel):
 def backend_class(data: Mapping[str, Any]) -> type[ModelConfig]:
     """The configuration class of the backend that a model's keys name. Raises `ValidationError` for an unknown one."""
     name = data.get("backend", DEFAULT_BACKEND)
-    found = ModelConfig.backends.get(name) if isinstance(name, str) else None
+    found: type[ModelConfig] | None = ModelConfig.backends.get(name) if isinstance(name, str) else None
     if found is None:
         known = list(ModelConfig.backends)
         near = difflib.get_close_matches(str(name), known, n=1)
@@ -177,6 +180,7 @@ def _device(value: Any) -> str:
 #: Keys that tell the ledger what to do with a model and its engine nothing: a change of these drains no replica. A
 #: key that is not listed here does; that is the safe side for one that is forgotten.
 SCHEDULING_KEYS = (
+    "type",
     "aliases",
     "enabled",
     "activation",

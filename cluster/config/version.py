@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from cluster.config.load import ConfigError, checked
+from cluster.config.files import ConfigError
+from cluster.config.load import checked
 from cluster.config.models import ModelConfig
 from cluster.config.names import deployments_collide
 from cluster.config.pool import PoolConfig

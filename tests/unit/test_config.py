@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 
 from app.cli import declared_gpus, lay_over, refuse_strangers_without_keys
 from cluster.config import ConfigError, FakeFaults, FakeModel, LlamaCppModel, ModelConfig, PoolConfig, load_config
+from cluster.config.schema import POOL, schemas
 from cluster.ledger.specs import ServerSpec
 
 FAKE = {"backend": "fake"}
@@ -252,6 +254,7 @@ def test_the_grace_period_covers_the_longest_request():
 
 def test_the_command_line_lies_over_the_file(tmp_path, monkeypatch):
     document = {"applications": [{"name": "slotpool", "args": {"models": {}}}], "http_options": {"port": 1}}
+    (tmp_path / "p.yaml").write_text("models: {}")
     merged = lay_over(document, tmp_path / "p.yaml", 9000)
     assert merged["http_options"] == {"host": "127.0.0.1", "port": 9000}
     assert merged["applications"][0]["args"] == {"config": str(tmp_path / "p.yaml")}
@@ -304,4 +307,5 @@ def test_the_readmes_examples_are_valid():
     for block in blocks:
         config = load_config(yaml.safe_load(block), environ={"SLOTPOOL_KEY": "k"})
         assert config.spec().models or config.servers or config.api_keys
+        jsonschema.validate(yaml.safe_load(block), schemas()[POOL])
     assert len(blocks) == 4
