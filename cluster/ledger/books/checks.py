@@ -101,6 +101,9 @@ def _check_head(pool: Pool, model: Model) -> None:
 
 def _check_node(node: Node, replicas: list[Replica]) -> None:
     assert set(node.replicas) == set(replicas), f"node {node.name} accounts for {set(node.replicas)}, not {replicas}"
+    assert set(node.going) == {each for each in replicas if each.state.is_going}, (
+        f"{node.name}: {set(node.going)} leave"
+    )
     gpu = [UNIT * (index < node.spec.gpus) for index in range(len(node.gpu))]
     cpu, memory = round(node.spec.cpus * UNIT), node.spec.memory_mib
     for replica in replicas:

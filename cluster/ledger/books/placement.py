@@ -22,6 +22,7 @@ class Node:
         "cpu",
         "device_memory",
         "excused",
+        "going",
         "gpu",
         "marked",
         "memory",
@@ -45,6 +46,8 @@ class Node:
         self.cpu = 0
         self.memory = 0
         self.replicas: dict[Replica, None] = {}
+        # those of them whose engine serves no more
+        self.going: dict[Replica, None] = {}
         self.marked: dict[int, Place] = {}
 
     def resize(self, spec: NodeSpec, present: bool) -> None:
@@ -313,6 +316,14 @@ class Book:
         self.excuse(replica.place.node)
         return place is not None
 
+    def note_going(self, replica: Replica) -> None:
+        """Its engine serves no more, or does again."""
+        going = self.node(replica.place.node).going
+        if replica.state.is_going:
+            going[replica] = None
+        else:
+            going.pop(replica, None)
+
     def move(self, replica: Replica, place: Place) -> None:
         """Book a replica on another place than before."""
         self.credit(replica)
@@ -329,6 +340,8 @@ class Book:
         node = self.node(replica.place.node)
         node.take(replica.place, 1)
         node.replicas[replica] = None
+        if replica.state.is_going:
+            node.going[replica] = None
         for index in replica.place.devices:
             node.tenants[index][replica] = None
 
@@ -337,6 +350,7 @@ class Book:
         node = self.node(replica.place.node)
         node.take(replica.place, -1)
         del node.replicas[replica]
+        node.going.pop(replica, None)
         for index in replica.place.devices:
             del node.tenants[index][replica]
         node.excused = node.excused and node.is_over()

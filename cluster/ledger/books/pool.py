@@ -300,6 +300,8 @@ class Pool:
         model.counts[after] += after is not COLD
         replica.state = after
         replica.since = now
+        if (before >= DRAINING) != (after >= DRAINING):
+            self.book.note_going(replica)
         if after is READY:
             model.index_by_use(replica)
             if not replica.leases:

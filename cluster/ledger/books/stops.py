@@ -30,11 +30,24 @@ def may_go_before(book: Book, other: Replica, replica: Replica) -> bool:
 
 def before(book: Book, replica: Replica) -> list[Replica]:
     """All that must leave with this one, for Serve may stop them, and what may go before them, in its stead."""
-    found = [replica]
-    if len(replica.model.replicas) > 1:
-        for later in found:
-            found += [each for each in replica.model.replicas if each not in found and may_go_before(book, each, later)]
-    return found[1:]
+    if len(replica.model.replicas) == 1 or replica.uid is None:
+        return []
+    here = replica.place.node
+    is_head = book.node(here).spec.is_head
+    found: list[Replica] = []
+    rest: list[Replica] = []
+    any_order = False
+    for each in replica.model.replicas:
+        if each is replica:
+            continue
+        if not may_go_before(book, each, replica):
+            rest.append(each)
+            continue
+        found.append(each)
+        there = each.place.node
+        any_order = any_order or (there != here and each.uid is not None and book.node(there).spec.is_head == is_head)
+    # One on another node of the kind may go before this one, and the older ones here before that one.
+    return found + [each for each in rest if each.place.node == here] if any_order else found
 
 
 def with_it(book: Book, replica: Replica) -> list[Replica]:

@@ -6,7 +6,8 @@ victims, cheapest first, until the need fits. It changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from cluster.ledger.books import stops
@@ -43,6 +44,23 @@ class Leaver(NamedTuple):
     model: Model
 
 
+class Standings:
+    """What replicas are as victims for one model at one moment: each is judged once in a search, however often met."""
+
+    __slots__ = ("_known", "bound", "now", "pool", "waiting")
+
+    def __init__(self, pool: Pool, waiting: Model, now: float, bound: bool) -> None:
+        self.pool, self.waiting, self.now, self.bound = pool, waiting, now, bound
+        self._known: dict[Replica, tuple[Tier, float] | None] = {}
+
+    def of(self, replica: Replica) -> tuple[Tier, float] | None:
+        """Its tier and its cost in there; None if it may not be a victim."""
+        known = self._known
+        if replica not in known:
+            known[replica] = policy.standing(self.pool, replica, self.waiting, self.now, self.bound)
+        return known[replica]
+
+
 class Prospect:
     """What a node will have free when all that leaves has left, less what is promised.
 
@@ -57,9 +75,12 @@ class Prospect:
         self.device_memory = list(node.device_memory)
         self.cpu, self.memory = node.cpu, node.memory
         self.gone: dict[Replica, None] = {}
-        for replica in node.replicas:
+        for replica in node.going:
             # DRAINING counts as leaving, too: reopened it would be only for a waiter of its own.
             if gone.get(replica, replica.claim is not None or stops.is_going(book, replica)):
+                self.remove(replica)
+        for replica, leaves in gone.items():
+            if leaves and replica in node.replicas and replica not in self.gone:
                 self.remove(replica)
         for place in node.marked.values():
             self._change(place, -1)
@@ -106,8 +127,9 @@ def find(
 ) -> Plan | None:
     """The least hurtful plan for one replica of a model, on one node, or over those that are looked at."""
     best: Plan | None = None
+    standings = Standings(pool, model, now, bound)
     surplus = _surplus(pool, model, gone)
-    ranked = _evictable(pool, model, now, bound, gone) if surplus > 0 else []
+    ranked = _evictable(standings, gone) if surplus > 0 else []
     if len(ranked) < surplus:
         return None
     for node in sleepers.usable(pool, model, _nodes(pool) if only is None else [only]):
@@ -115,7 +137,7 @@ def find(
             # Each crowd hurts no less than the one before it, and each can clear the node if one can.
             if best is not None and best[:2] <= _hurt(crowd):
                 break
-            plan = clear(pool, node, model, rights, now, bound, gone, crowd)
+            plan = clear(pool, node, standings, rights, gone, crowd)
             if plan is None:
                 break
             if best is None or plan[:2] < best[:2]:
@@ -141,35 +163,37 @@ def _surplus(pool: Pool, model: Model, gone: dict[Replica, bool]) -> int:
     return len(pool.resident) - leaving + promised + 1 - pool.spec.capacity
 
 
-def _evictable(pool: Pool, model: Model, now: float, bound: bool, gone: dict[Replica, bool]) -> list[Leaver]:
+def _evictable(standings: Standings, gone: dict[Replica, bool]) -> list[Leaver]:
     """The models that may leave with all of their replicas, the least hurtful first."""
     ranked = []
-    for index, each in enumerate(pool.resident):
-        if _is_leaving(each, gone):
-            continue
-        standings = [policy.standing(pool, replica, model, now, bound) for replica in each.placed_replicas()]
+    for index, model in enumerate(standings.pool.resident):
         # To lose the last replica is never mere surplus.
-        if any(one is None for one in standings) or (each.floor and not bound):
+        if _is_leaving(model, gone) or (model.floor and not standings.bound):
             continue
-        worst = max(one[0] for one in standings if one is not None)
-        if worst is Tier.SURPLUS:
-            worst = Tier.BUSY
-        # No right is asked for: who has no replica may take a busy one, and none is PROTECTED before the bound.
-        ranked.append(Leaver(worst, sum(one[1] for one in standings if one is not None), index, each))
+        worst, cost = Tier.LEAVING, 0.0
+        for replica in model.placed_replicas():
+            standing = standings.of(replica)
+            if standing is None:
+                break
+            worst, cost = max(worst, standing[0]), cost + standing[1]
+        else:
+            # No right is asked for: who has no replica may take a busy one, and none is PROTECTED before the bound.
+            ranked.append(Leaver(Tier.BUSY if worst is Tier.SURPLUS else worst, cost, index, model))
     ranked.sort(key=lambda one: one[:3])
     return ranked
 
 
-def _crowds(ranked: list[Leaver], surplus: int, node: Node) -> list[list[Leaver]]:
+def _crowds(ranked: list[Leaver], surplus: int, node: Node) -> Iterator[list[Leaver]]:
     """Who may leave together for the number of models' sake: the least hurtful, or one led by a model of this node.
 
     A model that stands here makes room as well: with it one victim may do where the least hurtful would be a second.
     """
     if surplus <= 0:
-        return [[]]
+        yield []
+        return
     here = {replica.model for replica in node.replicas}
-    leaders = [each for index, each in enumerate(ranked) if index == 0 or each.model in here]
-    return [[leader, *[each for each in ranked if each is not leader][: surplus - 1]] for leader in leaders]
+    for leader in (each for index, each in enumerate(ranked) if index == 0 or each.model in here):
+        yield [leader, *[each for each in ranked[:surplus] if each is not leader][: surplus - 1]]
 
 
 def _is_leaving(model: Model, gone: dict[Replica, bool]) -> bool:
@@ -177,17 +201,10 @@ def _is_leaving(model: Model, gone: dict[Replica, bool]) -> bool:
 
 
 def clear(
-    pool: Pool,
-    node: Node,
-    model: Model,
-    rights: Tier,
-    now: float,
-    bound: bool,
-    gone: dict[Replica, bool],
-    crowd: list[Leaver],
+    pool: Pool, node: Node, standings: Standings, rights: Tier, gone: dict[Replica, bool], crowd: list[Leaver]
 ) -> Plan | None:
     """The cheapest victims on one node that make room for a replica of the model."""
-    shape = model.shape
+    shape = standings.waiting.shape
     prospect = Prospect(pool.book, node, gone, pool.book.hosts(shape))
     chosen = [replica for each in crowd for replica in each.model.placed_replicas() if replica not in gone]
     for replica in chosen:
@@ -195,7 +212,7 @@ def clear(
             prospect.remove(replica)
     # Where one of a model's replicas is to serve on though it drains, no other leaves: Serve might pick that one.
     staying = {replica.model for replica, leaves in gone.items() if not leaves}
-    candidates = _candidates(pool, node, model, rights, now, bound, prospect)
+    candidates = _candidates(standings, node, rights, prospect)
     candidates = [each for each in candidates if each.replica.model not in staying]
     if not _clear_devices(prospect, shape, candidates):
         return None
@@ -233,10 +250,14 @@ def _fewest(prospect: Prospect, shape: Shape, candidates: list[Candidate], kept:
     limit = _hurt(kept)
     for each in kept:
         prospect.restore(each.replica)
+    free = set(prospect.devices(shape))
     for candidate in candidates:
         if candidate[:2] <= limit and not candidate.others:
             prospect.remove(candidate.replica)
-            if prospect.fits(shape):
+            # It frees no other devices than its own.
+            freed = [each for each in candidate.replica.place.devices if each not in free]
+            devices = len(free) + sum(1 for each in freed if prospect.device_fits(each, shape))
+            if devices >= shape.devices and prospect.node_fits(shape):
                 return [candidate]
             prospect.restore(candidate.replica)
     for each in kept:
@@ -244,30 +265,30 @@ def _fewest(prospect: Prospect, shape: Shape, candidates: list[Candidate], kept:
     return kept
 
 
-def _candidates(
-    pool: Pool, node: Node, model: Model, rights: Tier, now: float, bound: bool, prospect: Prospect
-) -> list[Candidate]:
+def _candidates(standings: Standings, node: Node, rights: Tier, prospect: Prospect) -> list[Candidate]:
     found: list[Candidate] = []
-    for order, replica in enumerate(sorted(node.replicas, key=lambda each: each.age, reverse=True)):
+    book = standings.pool.book
+    newest_first = sorted(node.replicas, key=attrgetter("started_at", "serial"), reverse=True)
+    for order, replica in enumerate(newest_first):
         if replica in prospect.gone:
             continue
-        others = [
-            each for each in stops.with_it(pool.book, replica) if each.claim is None and each not in prospect.gone
-        ]
-        standing = _standing(pool, [replica, *others], model, now, bound)
+        alone = standings.of(replica)
+        if alone is None or alone[0] > rights:
+            continue
+        others = [each for each in stops.with_it(book, replica) if each.claim is None and each not in prospect.gone]
+        standing = _standing(standings, [replica, *others]) if others else alone
         if standing is not None and standing[0] <= rights:
             found.append(Candidate(*standing, order, replica, tuple(others)))
     found.sort(key=lambda each: each[:3])
     return found
 
 
-def _standing(
-    pool: Pool, together: list[Replica], waiting: Model, now: float, bound: bool
-) -> tuple[Tier, float] | None:
+def _standing(standings: Standings, together: list[Replica]) -> tuple[Tier, float] | None:
     """Replicas of one model that can only leave together, as victims: the worst that happens, and all that it costs."""
+    pool, now, bound = standings.pool, standings.now, standings.bound
     worst, cost = Tier.LEAVING, 0.0
     for replica in together:
-        standing = policy.standing(pool, replica, waiting, now, bound)
+        standing = standings.of(replica)
         if standing is None:
             return None
         worst, cost = max(worst, standing[0]), cost + standing[1]
@@ -292,14 +313,17 @@ def _clear_devices(prospect: Prospect, shape: Shape, candidates: list[Candidate]
     if not shape.gpu:
         return True
     options: list[tuple[Tier, float, int, list[Candidate]]] = []
-    for index in range(len(prospect.gpu)):
+    on_device: list[list[Candidate]] = [[] for _ in prospect.gpu]
+    for candidate in candidates:
+        for index in candidate.replica.place.devices:
+            on_device[index].append(candidate)
+    for index, here in enumerate(on_device):
         removed: list[Candidate] = []
-        for candidate in candidates:
+        for candidate in here:
             if prospect.device_fits(index, shape):
                 break
-            if index in candidate.replica.place.devices:
-                prospect.remove(candidate.replica)
-                removed.append(candidate)
+            prospect.remove(candidate.replica)
+            removed.append(candidate)
         if prospect.device_fits(index, shape):
             options.append((*_hurt(removed), index, removed))
         for candidate in removed:
