@@ -41,7 +41,7 @@ def words(count: int, model: str = "quick") -> str:
 
 def test_chat_and_generate(client: ollama.Client):
     whole = client.chat(model="quick:latest", messages=HI)
-    assert (whole.message.content, whole.done_reason) == (words(8), "stop")
+    assert (whole.message.content, whole.done) == (words(8), True)
     assert whole.total_duration >= whole.eval_duration > 0
     parts = list(client.chat(model="quick", messages=HI, stream=True, options={"num_predict": 3}))
     assert "".join(part.message.content for part in parts) == words(3)
