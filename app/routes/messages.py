@@ -19,6 +19,7 @@ from app.wire.adapter import EVENT_STREAM
 from app.wire.messages.adapter import MessagesAdapter
 from app.wire.messages.chat import checked, prompt_of
 from app.wire.messages.schema import MessagesRequest, Prompt
+from cluster import errors
 from deployments.gateway import Gateway
 from deployments.requests import parse_request
 from deployments.schemas import TOKENIZE
@@ -54,6 +55,9 @@ async def count_tokens(request: Request) -> Response:
     )
     async with contextlib.aclosing(gateway.stream(wanted, prompt)) as chunks:
         counted = parsed(b"".join([chunk async for chunk in chunks]))
+    if not isinstance(counted.get("count"), int):
+        message = f"the server of {wanted.model!r} does not count the tokens of a conversation"
+        raise errors.BackendUnavailable(message, status=501, code="NOT_IMPLEMENTED")
     return JSONResponse({"input_tokens": counted["count"]}, headers={"request-id": wanted.trace})
 
 

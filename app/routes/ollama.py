@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections.abc import Mapping
 from importlib.metadata import version as version_of
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -75,13 +75,13 @@ async def embed(request: Request) -> Response:
     """The embeddings of one or several texts."""
     body = await _body(request)
     started = time.monotonic()
-    info, found = await _embed(request, body)
+    found = await _embed(request, body)
     answered = {
         "model": body.get("model"),
-        "embeddings": [each["embedding"] for each in found["data"]],
+        "embeddings": found.vectors,
         "total_duration": int((time.monotonic() - started) * 1e9),
-        "load_duration": int(info.metrics()["engine_load_wait_ms"] * 1e6),
-        "prompt_eval_count": (found.get("usage") or {}).get("prompt_tokens") or 0,
+        "load_duration": found.load_ns,
+        "prompt_eval_count": found.tokens,
     }
     return JSONResponse(answered)
 
@@ -89,8 +89,7 @@ async def embed(request: Request) -> Response:
 @router.post("/api/embeddings")
 async def embeddings(request: Request) -> Response:
     """The older form of `embed`, for one text."""
-    _, found = await _embed(request, await _body(request))
-    return JSONResponse({"embedding": found["data"][0]["embedding"]})
+    return JSONResponse({"embedding": (await _embed(request, await _body(request))).vectors[0]})
 
 
 @router.get("/api/tags")
@@ -166,7 +165,13 @@ async def _is_resident(gateway: Gateway, model: str) -> bool:
     return row is not None and row.state in ("loaded", "loading")
 
 
-async def _embed(request: Request, body: Mapping[str, Any]) -> tuple[RunInfo, dict[str, Any]]:
+class Embedded(NamedTuple):
+    vectors: list[Any]
+    tokens: int
+    load_ns: int
+
+
+async def _embed(request: Request, body: Mapping[str, Any]) -> Embedded:
     gateway: Gateway = request.app.state.gateway
     asked = checked(EmbedRequest, body)
     if asked.input is None and asked.prompt is None:
@@ -174,7 +179,17 @@ async def _embed(request: Request, body: Mapping[str, Any]) -> tuple[RunInfo, di
     wanted, embedding = _parse(request, EMBEDDINGS, embeddings_of(asked, body))
     info = RunInfo()
     async with contextlib.aclosing(patient_stream(gateway, wanted, embedding, info)) as chunks:
-        return info, parsed(b"".join([chunk async for chunk in chunks]))
+        found = parsed(b"".join([chunk async for chunk in chunks]))
+    try:
+        vectors = [each["embedding"] for each in found["data"]]
+        tokens = found.get("usage", {}).get("prompt_tokens", 0)
+    except (KeyError, TypeError, AttributeError):
+        vectors = []
+    if not vectors:
+        raise errors.BackendUnavailable(
+            "the engine's embeddings cannot be understood", status=502, code="upstream_response_parse_failure"
+        )
+    return Embedded(vectors, tokens, int(info.metrics()["engine_load_wait_ms"] * 1e6))
 
 
 def _parse(request: Request, path: str, body: dict[str, Any]) -> tuple[PoolRequest, dict[str, Any]]:

@@ -226,6 +226,9 @@ async def test_tokens_are_counted_by_the_engine():
     async with gateway.http() as http:
         answer = await http.post("/v1/messages/count_tokens", json={**ASKED, "system": "S", "tools": [TOOL]})
     assert types.MessageTokensCount.model_validate(answer.json(), strict=True).input_tokens == 12
+    async with Scripted([b'{"tokens": []}']).http() as http:
+        uncounted = await http.post("/v1/messages/count_tokens", json=ASKED)
+    assert (uncounted.status_code, uncounted.json()["error"]["type"]) == (501, "api_error")
     ((request, body),) = gateway.requests
     assert request.path == TOKENIZE
     assert [message["role"] for message in body["messages"]] == ["system", "user"]

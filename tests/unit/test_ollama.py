@@ -143,6 +143,8 @@ async def test_embeddings():
     answer = ollama.EmbedResponse(**(await ask(gateway, "/api/embed", input=["x"], keep_alive="1m")).json())
     assert (list(answer.embeddings), answer.prompt_eval_count) == ([[1.0, 2.0]], 4)
     assert (await ask(gateway, "/api/embeddings")).json() == {"embedding": [1.0, 2.0]}
+    for odd in (b"{}", b'{"data": 7}', b'{"data": []}'):
+        assert (await ask(Scripted([odd]), "/api/embed", input="x")).status_code == 502
     (request, body), (_, older) = gateway.requests
     assert (request.path, request.keep_alive_s, body["input"], older["input"]) == (EMBEDDINGS, 60.0, ["x"], "Hi")
 
