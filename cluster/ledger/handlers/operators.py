@@ -80,6 +80,9 @@ def load_requested(pool: Pool, event: LoadRequested, now: float) -> None:
     if refusal is not None:
         pool.out.append(LoadRefused(model.name, *refusal))
         return
+    if not model.placed:
+        # What the last request asked for ended with its stay: `keep_alive: 0` would end this load at once.
+        model.keep_alive_s = None
     model.held_down = False
     model.backoff_until = now
     model.refusing = False

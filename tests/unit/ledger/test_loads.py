@@ -29,6 +29,24 @@ def fail_once(desk: Desk, request: str, replica: str) -> float:
     return pause
 
 
+def test_an_operators_load_outlives_the_keep_alive_of_an_earlier_stay() -> None:
+    desk = Desk(model("A", idle_timeout_s=100.0))
+    desk.arrive("r1", "A", keep_alive=0.0)
+    desk.boot("A", "A#1")
+    assert desk.release("r1") == ["quiesce A#1", "desire A 0"]
+    desk.gone("A#1")
+    desk.tell(LoadRequested("A", 1))
+    assert desk.boot("A", "A#2") == []
+    assert desk.at(99.0) == []
+    assert desk.at(100.0) == ["quiesce A#2", "desire A 0"]
+    desk.gone("A#2")
+    desk.arrive("r2", "A", keep_alive=-1)
+    desk.boot("A", "A#3")
+    desk.release("r2")
+    desk.tell(LoadRequested("A", 1))
+    assert desk.ledger.snapshot().models["A"].pinned is True
+
+
 def test_back_off_doubles_up_to_its_longest() -> None:
     desk = Desk(model("A"), backoff_s=(1.0, 5.0))
     pauses = []
