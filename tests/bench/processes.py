@@ -1,9 +1,13 @@
-"""What a process of this machine has used so far, and holds now, from `/proc`. Raises `OSError` when it is gone."""
+"""What processes of this machine have used so far, and hold now, from `/proc`. Of one: `OSError` when it is gone."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
+
+from app.cli.supervisor import descendants
 
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
@@ -18,3 +22,36 @@ def memory_mib(pid: int) -> float:
     """Its proportional set size (PSS): what processes share counts once in their sum."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a pool's processes hold: memory as the sum of their PSS, and open descriptors."""
+
+    memory_mib: float
+    processes: int
+    descriptors: int
+
+
+def held_by_pool(root: int) -> Held:
+    """What the Ray below the process `root` holds, with its forkservers and engines, which descend from nobody."""
+    pids = pool_processes(root)
+    memory, descriptors = 0.0, 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            memory += memory_mib(pid)
+            descriptors += len(os.listdir(f"/proc/{pid}/fd"))
+    return Held(round(memory, 1), len(pids), descriptors)
+
+
+def pool_processes(root: int) -> list[int]:
+    """The processes below `root`, and those of the forkservers that serve a raylet among them."""
+    found = descendants(root)
+    below = {str(pid).encode() for pid in found}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if b"deployments.nursery" in words and words[words.index(b"--raylet") + 1] in below:
+                nursery = int(folder.name)
+                found += {nursery, *descendants(nursery)} - set(found)
+    return found
