@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 
 from cluster.ledger.ledger import Ledger
-from tests.bench import bench_policy as bench
+from tests.bench.policy.play import play
+from tests.bench.policy.traces import TRACES, Trace, roomy
 from tests.sim.world import Request, World
 
-CONTENDED = [each for each in bench.TRACES if each is not bench.roomy]
+CONTENDED = [each for each in TRACES if each is not roomy]
 
 
 @pytest.mark.parametrize("make", CONTENDED, ids=lambda each: each.__name__)
-def test_half_of_the_estimates_are_within_thirty_percent(make: Callable[[random.Random], bench.Trace]) -> None:
+def test_half_of_the_estimates_are_within_thirty_percent(make: Callable[[random.Random], Trace]) -> None:
     told: list[tuple[float, Request]] = []
 
     class Telling(World):
@@ -33,7 +34,7 @@ def test_half_of_the_estimates_are_within_thirty_percent(make: Callable[[random.
 
     trace = make(random.Random(1))
     spec = trace.spec()
-    bench.simulate(trace, "slotpool", lambda now: Ledger(spec, epoch="e1", now=now), Telling)
+    play(trace, lambda now: Ledger(spec, epoch="e1", now=now), Telling)
     # Within a second of the truth is as good as the truth.
     waits = [(wait_s, each.wait_s) for wait_s, each in told if each.wait_s is not None and each.wait_s >= 1.0]
     assert len(waits) > 50
