@@ -180,3 +180,26 @@ def test_a_llama_model_is_registered_and_loaded_in_one_call(pool: Pool):
         pool.wait(lambda ledger: ledger["models"]["smol"]["state"] == "loaded", 60)
         assert say(pool, "smol", max_tokens=5)
         assert http.delete("/v1/admin/models/smol").status_code == 200
+
+
+def test_a_file_that_gives_a_model_another_amount_of_the_machine_cuts_no_stream(port: int, tmp_path: Path):
+    """Where replicas end with their engines, it moves to another application, and its former one to no replica."""
+    path = tmp_path / "pool.yaml"
+
+    def write(num_gpus: float) -> None:
+        sized = {**fake(tokens_per_s=50, tokens=200), "num_gpus": num_gpus, "max_replicas": 2}
+        path.write_text(yaml.safe_dump({"models": {"sized": sized}, "max_asleep": 0}))
+
+    write(0.2)
+    with running_pool(port, {"config": str(path)}) as pool:
+        stream = Stream(pool, "sized")
+        former = replicas(pool)["sized"]
+        write(0.3)
+        with pool.http() as http:
+            assert http.post("/v1/admin/settings/reload").status_code == 200
+        late = Stream(pool, "sized")
+        assert replicas(pool)["sized"] != former
+        texts = [stream.end(), late.end()]
+        assert texts == ["".join(f"sized:{n} " for n in range(200))] * 2
+        pool.wait(lambda ledger: [row["state"] for row in ledger["replicas"]] == ["READY"])
+        pool.check()
