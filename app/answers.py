@@ -8,16 +8,11 @@ from typing import Any, NamedTuple
 
 from fastapi import Response
 
+from app.wire.detail import detail_of
 from app.wire.messages import errors as messages
 from app.wire.ollama import errors as ollama
 from cluster import errors
 
-#: What the clients of `detail: {code, model, message}` call the pool's codes; any other is written in lower case.
-DETAIL_CODES = {
-    "MODEL_NOT_FOUND": "unknown_model",
-    "MODEL_UNAVAILABLE": "model_failed",
-    "GPU_OVERLOADED": "executor_queue_full",
-}
 #: Where a model is in no state to do what was asked, those families answer 409 and not 503.
 CONFLICTS = {"model_not_loaded", "model_loading", "model_unloading", "model_failed"}
 
@@ -34,8 +29,7 @@ def _openai(error: errors.PoolError, model: str | None) -> dict[str, Any]:
 
 def _detailed(error: errors.PoolError, model: str | None) -> dict[str, Any]:
     """The canonical error, and beside it `detail` with other names for the codes."""
-    detail = {"code": DETAIL_CODES.get(error.code, error.code.lower()), "message": error.message}
-    return {**error.body(), "detail": detail if model is None else {**detail, "model": model}}
+    return {**error.body(), "detail": detail_of(error, model)}
 
 
 class Family(NamedTuple):

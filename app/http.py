@@ -26,6 +26,7 @@ from app.routes import (
     messages,
     ollama,
     openai,
+    responses,
     service,
     validation,
 )
@@ -43,6 +44,7 @@ def build_http(gateway: Gateway) -> FastAPI:
     app: FastAPI = FastAPIOffline(title="Slotpool", version=version("slotpool"), redoc_url=None)
     app.state.gateway = gateway
     app.router.routes[:0] = openai.inference_routes
+    responses.install(app, gateway)
     app.include_router(service.router)
     app.include_router(validation.router)
     app.include_router(allocator.router, prefix="/api/v1")

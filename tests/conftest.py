@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
 
 from tests.pool import local_serve
+
+#: Where the pools of this session keep what outlives them: not in the home folder of who runs the tests.
+os.environ["XDG_STATE_HOME"] = _state = tempfile.mkdtemp(prefix="sp-state-")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _remove_state() -> Iterator[None]:
+    yield
+    shutil.rmtree(_state, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from fastapi import Request, Response
 from app.auth import caller_of
 from app.body import read_json
 from app.streams import Rhythm, Stream, request_id_of
-from app.wire.adapter import Adapter
+from app.wire.adapter import Adapter, WholeAdapter
 from cluster import errors
 from cluster.request import Request as PoolRequest
 from deployments.gateway import Gateway
@@ -26,6 +26,9 @@ from deployments.run_info import RunInfo
 from deployments.sse import is_comment
 
 logger = logging.getLogger("slotpool.http")
+
+#: Clients choose the names in the header that says what was ignored.
+MAX_IGNORED = 1000
 
 #: Called when all of an answer has been rendered, and before the client gets the last of it.
 OnEnd = Callable[[], Awaitable[None]]
@@ -41,12 +44,10 @@ async def read_body(request: Request) -> dict[str, Any]:
     return body
 
 
-async def answer(
-    request: Request, adapter: Adapter, on_end: OnEnd | None = None, source: Source | None = None
-) -> Response:
-    """Run the adapter's chat through the pool, and answer in its family's way. `source` asks it otherwise."""
+def admitted(request: Request, adapter: WholeAdapter) -> tuple[PoolRequest, dict[str, Any]]:
+    """The adapter's chat as it travels, and as its engine gets it. Raises what is wrong with it."""
     gateway: Gateway = request.app.state.gateway
-    wanted, chat = parse_request(
+    return parse_request(
         gateway.config,
         adapter.path,
         adapter.chat,
@@ -54,27 +55,50 @@ async def answer(
         headers=request.headers,
         caller=caller_of(request),
     )
-    headers = {}
-    if adapter.ignored:
-        headers["X-Slotpool-Ignored"] = ", ".join(adapter.ignored)
-        logger.info("request %s to %s: %s ignored", wanted.trace, wanted.model, headers["X-Slotpool-Ignored"])
+
+
+async def answer(
+    request: Request, adapter: Adapter, on_end: OnEnd | None = None, source: Source | None = None
+) -> Response:
+    """Run the adapter's chat through the pool, and answer in its family's way. `source` asks it otherwise."""
+    if not adapter.chat.get("stream"):
+        return await answer_whole(request, adapter, on_end, source)
+    gateway: Gateway = request.app.state.gateway
+    wanted, chat = admitted(request, adapter)
     info = RunInfo()
     chunks = gateway.stream(wanted, chat, info) if source is None else source(gateway, wanted, chat, info)
-    if not chat.get("stream"):
-        async with contextlib.aclosing(chunks):
-            completion = parsed(b"".join([chunk async for chunk in chunks]))
-        body = adapter.whole(completion, info)
-        if on_end is not None:
-            await on_end()
-        content = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode()
-        return Response(content, headers=headers, media_type="application/json")
     rest = events(adapter, chunks, info, on_end)
     try:
         first = await anext(rest)
     except BaseException:
         await rest.aclose()
         raise
-    return Stream(first, rest, media_type=adapter.media_type, headers=headers)
+    return Stream(first, rest, media_type=adapter.media_type, headers=_ignored(adapter, wanted))
+
+
+async def answer_whole(
+    request: Request, adapter: WholeAdapter, on_end: OnEnd | None = None, source: Source | None = None
+) -> Response:
+    """Run the adapter's chat through the pool, and answer once it is over."""
+    gateway: Gateway = request.app.state.gateway
+    wanted, chat = admitted(request, adapter)
+    info = RunInfo()
+    chunks = gateway.stream(wanted, chat, info) if source is None else source(gateway, wanted, chat, info)
+    body = adapter.whole(await completion_of(chunks), info)
+    if on_end is not None:
+        await on_end()
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return Response(content, headers=_ignored(adapter, wanted), media_type="application/json")
+
+
+def _ignored(adapter: WholeAdapter, wanted: PoolRequest) -> dict[str, str]:
+    """The header that says what was left out, which is also logged."""
+    if not adapter.ignored:
+        return {}
+    names = ", ".join(adapter.ignored).encode("ascii", "replace").decode()
+    names = "".join(each if each.isprintable() else "?" for each in names)[:MAX_IGNORED]
+    logger.info("request %s to %s: ignored %s", wanted.trace, wanted.model, names)
+    return {"X-Slotpool-Ignored": names}
 
 
 async def events(
@@ -111,6 +135,12 @@ async def events(
     if on_end is not None:
         await on_end()
     yield opening + last
+
+
+async def completion_of(chunks: AsyncGenerator[bytes, None]) -> dict[str, Any]:
+    """The whole chat completion of a gateway's answer that is not a stream. Raises a `PoolError`."""
+    async with contextlib.aclosing(chunks):
+        return parsed(b"".join([chunk async for chunk in chunks]))
 
 
 def _rendered(adapter: Adapter, stream: bytes, info: RunInfo) -> tuple[bytes, errors.PoolError | None]:

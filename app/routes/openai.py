@@ -118,14 +118,23 @@ async def list_models(request: Request, model: str | None = None) -> Response:
     """Every configured model with its status; `?model=ID` answers for one."""
     if model is not None:
         return await show_model(request, model)
+    rows = await model_rows(request)
+    return JSONResponse({"object": "list", "data": rows, "models": [row["id"] for row in rows if is_loaded(row)]})
+
+
+async def model_rows(request: Request) -> list[dict[str, Any]]:
+    """A row for each model that the caller may use."""
     gateway: Gateway = request.app.state.gateway
     ledger = await gateway.ledger.status()
     rows = [_row(gateway.config, name, ledger.models) for name in gateway.config.models]
     rows += [remote_row(name, ledger) for name in remote_models(gateway.config, ledger)]
     caller = caller_of(request)
-    rows = [row for row in rows if is_allowed(gateway.config, caller, row["id"])]
-    loaded = [row["id"] for row in rows if row["status"] == "loaded"]
-    return JSONResponse({"object": "list", "data": rows, "models": loaded})
+    return [row for row in rows if is_allowed(gateway.config, caller, row["id"])]
+
+
+def is_loaded(row: dict[str, Any]) -> bool:
+    """Whether the model of a row answers without a load."""
+    return bool(row["status"] == "loaded")
 
 
 @router.get("/v1/models/{model:path}")

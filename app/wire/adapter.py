@@ -16,18 +16,26 @@ EVENT_STREAM = "text/event-stream"
 NDJSON = "application/x-ndjson"
 
 
-class Adapter(Protocol):
-    """One request of a family. A stream calls `begin` once, `waiting` and `feed`, and then `end` or `failed`.
+class WholeAdapter(Protocol):
+    """One request of a family that is not streamed.
 
     `chat` is the body of `path` (chat completions, or completions) that the request stands for. It has passed the
     family's own schema, and carries the pool's extensions (`priority`, `keep_alive`, `timeout_s`, …) under their usual
     names. `ignored` names what was left out of it, as the client knows it: `tools.web_search`.
     """
 
-    media_type: str
     path: str
     chat: dict[str, Any]
     ignored: list[str]
+
+    def whole(self, completion: dict[str, Any], info: RunInfo) -> dict[str, Any] | bytes:
+        """The answer that is not streamed, of the whole chat completion."""
+
+
+class Adapter(WholeAdapter, Protocol):
+    """One request of a family. A stream calls `begin` once, `waiting` and `feed`, and then `end` or `failed`."""
+
+    media_type: str
 
     def begin(self) -> bytes:
         """The events that open the stream. Called before the first sign of life, or the first chunk."""
@@ -46,9 +54,6 @@ class Adapter(Protocol):
 
     def failed(self, error: PoolError) -> bytes:
         """The family's error event. Nothing comes after it."""
-
-    def whole(self, completion: dict[str, Any], info: RunInfo) -> dict[str, Any] | bytes:
-        """The answer that is not streamed, of the whole chat completion."""
 
 
 def sse(event: str | None, data: bytes) -> bytes:

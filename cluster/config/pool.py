@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SerializeAsAny, 
 from cluster.config.keys import ApiKey, check_keys
 from cluster.config.models import ModelConfig, ServerEntry
 from cluster.config.names import Names, check_references
+from cluster.config.store import StoreConfig
 from cluster.ledger.specs import ModelSpec, PoolSpec
 from cluster.servers.types import base_url
 
@@ -39,6 +40,20 @@ class MaxWait(BaseModel):
     low: Annotated[float, Field(gt=0)] | None = None
 
 
+class Decoding(BaseModel):
+    """What the pool dialect of Responses generates with where a request says nothing else."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    beam_size: Annotated[int, Field(ge=1, le=16)] = 1
+    top_k: Annotated[int, Field(ge=1, le=200)] = 1
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.1
+    repetition_penalty: Annotated[float, Field(ge=0, le=4)] = 1.0
+    max_tokens: Annotated[int, Field(ge=1)] = 256
+    stop: tuple[str, ...] = ()
+
+
 class PoolConfig(BaseModel):
     """The whole pool: its models and the keys that hold for all of them.
 
@@ -53,6 +68,7 @@ class PoolConfig(BaseModel):
     the pool puts none to sleep so far.
     `max_keep_alive` (s) bounds the `keep_alive` of requests without an admin key. `model_roots` says where the files of
     models that are registered at run time may lie: folders, `package:NAME`, `hf:OWNER` or `hf:OWNER/REPO`.
+    `store` says where stored responses are kept, and `decoding` what the pool dialect generates with by default.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -78,6 +94,8 @@ class PoolConfig(BaseModel):
     max_keep_alive: Annotated[float, Field(gt=0)] = 3600.0
     model_roots: tuple[str, ...] = ()
     max_body_mb: Annotated[float, Field(gt=0)] = 32.0
+    store: StoreConfig = StoreConfig()
+    decoding: Decoding = Decoding()
 
     _estimates: dict[str, int] = PrivateAttr(default_factory=dict)
 

@@ -22,6 +22,7 @@ from typing import Any
 
 from cluster.config import FakeFaults
 from cluster.errors import BackendUnavailable, InvalidRequest, ModelUnavailable, RateLimited
+from deployments.engines.chat.metrics import metrics_object
 from deployments.engines.protocol import EVENT_STREAM, JSON, Call, EngineInfo, Kept, Progress, Reply, Report, once
 from deployments.sse import DONE
 
@@ -104,6 +105,7 @@ class FakeEngine:
         await asyncio.sleep(len(turns) * count / self._faults.tokens_per_s)
         self._fail_at(0, 0)
         report.output_tokens = turns[-1].stop * count
+        report.total_ms = (time.monotonic() - started) * 1e3
         yield json.dumps(self._body(call, count, report)).encode()
 
     async def _stream(self, call: Call, report: Report, started: float) -> AsyncGenerator[bytes, None]:
@@ -125,6 +127,7 @@ class FakeEngine:
                     max(0.0, started + self._faults.ttft_s + steps / self._faults.tokens_per_s - time.monotonic())
                 )
             finish = "stop" if count == self._faults.tokens else "length"
+            report.total_ms = (time.monotonic() - started) * 1e3
             for each in turn:
                 last = each == turn[-1] and turn.stop == _sequences(call.json)
                 yield self._chunk(call, each, "", finish, report if last else None)
@@ -162,8 +165,10 @@ class FakeEngine:
             choice["text"] = text
             chunk = self._head(call, "text_completion")
         chunk["choices"] = [choice]
-        if report is not None and (call.json.get("stream_options") or {}).get("include_usage"):
-            chunk["usage"] = self._usage(report)
+        if report is not None:
+            chunk["metrics"] = metrics_object(call, report)
+            if (call.json.get("stream_options") or {}).get("include_usage"):
+                chunk["usage"] = self._usage(report)
         return b"data: " + json.dumps(chunk).encode() + b"\n\n"
 
     def _body(self, call: Call, count: int, report: Report) -> dict[str, Any]:
@@ -172,7 +177,7 @@ class FakeEngine:
         said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
         choices = [{"index": index, "finish_reason": "length", **said} for index in range(_sequences(call.json))]
         head = self._head(call, "chat.completion" if is_chat else "text_completion")
-        return {**head, "choices": choices, "usage": self._usage(report)}
+        return {**head, "choices": choices, "usage": self._usage(report), "metrics": metrics_object(call, report)}
 
 
 def _prompts(body: dict[str, Any]) -> int:

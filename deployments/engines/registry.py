@@ -18,6 +18,8 @@ M = TypeVar("M", bound=ModelConfig)
 
 #: What every engine that runs in the pool's own processes serves.
 PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize"})
+#: What servers with an OpenAI interface know nothing of.
+REMOTE_UNUSED = frozenset({"beam_size", "top_k", "repetition_penalty"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ class Backend(Generic[M]):
     `build` makes the engine of a model, by its id, configuration and file, not loaded yet and so cheap. `estimate`
     tells from the files what a replica will take, in MiB, or None; it may block for milliseconds. `paths` are the
     OpenAI routes that its engines serve, and `raw` says whether they answer other paths too. `sleeps`: its engines are
-    `Sleeper`s.
+    `Sleeper`s. `unused` are the fields of the pool dialect's `decoding` that they cannot use.
     """
 
     config: type[M]
@@ -36,6 +38,7 @@ class Backend(Generic[M]):
     paths: frozenset[str]
     raw: bool = False
     sleeps: bool = False
+    unused: frozenset[str] = frozenset()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -54,6 +57,11 @@ def capabilities(model: ModelConfig) -> list[str]:
         path.removeprefix("/v1").removesuffix("/completions").strip("/") or "completions"
         for path in backend_of(model).paths
     )
+
+
+def unused_decoding(model: ModelConfig | None) -> frozenset[str]:
+    """The fields of the pool dialect's `decoding` that change nothing with this model; None is one of a server's."""
+    return REMOTE_UNUSED if model is None else backend_of(model).unused
 
 
 def build_engine(model_id: str, model: ModelConfig, path: str) -> Engine:
@@ -100,7 +108,9 @@ def _estimate_llama_cpp(model: LlamaCppModel, path: Path) -> int | None:
 
 
 BACKENDS: tuple[Backend[Any], ...] = (
-    Backend(LlamaCppModel, _build_llama_cpp, _estimate_llama_cpp, PATHS),
-    Backend(FakeModel, _build_fake, _estimate_nothing, PATHS, raw=True, sleeps=True),
+    Backend(LlamaCppModel, _build_llama_cpp, _estimate_llama_cpp, PATHS, unused=frozenset({"beam_size"})),
+    Backend(
+        FakeModel, _build_fake, _estimate_nothing, PATHS, raw=True, sleeps=True, unused=frozenset({"beam_size"})
+    ),
 )
 _BY_CONFIG = {backend.config: backend for backend in BACKENDS}

@@ -77,7 +77,7 @@ async def test_what_was_left_out_is_said_and_logged(caplog: pytest.LogCaptureFix
     caplog.set_level("INFO", logger="slotpool.http")
     answer = await ask(Scripted(said("a")), ignored=("tools.web_search", "include"))
     assert answer.headers["x-slotpool-ignored"] == "tools.web_search, include"
-    assert "tools.web_search, include ignored" in caplog.text
+    assert "ignored tools.web_search, include" in caplog.text
 
 
 async def test_a_waiting_stream_counts_its_first_sign_and_then_every_15_seconds(monkeypatch: pytest.MonkeyPatch):

@@ -20,6 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cluster.errors import InvalidRequest, ModelUnavailable, UnsupportedParameter
 from deployments.engines.chat.tools import call_as_text, describe_tools
+from deployments.engines.chat.translation import TRANSLATION
 
 #: Templates for models that bring none; `prompt_format` names one of them, or is itself a Jinja template.
 NAMED_FORMATS = {
@@ -38,6 +39,7 @@ NAMED_FORMATS = {
         " + m.content | trim + '<|eot_id|>' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
     ),
+    "translategemma_template": TRANSLATION,
     "plain": (
         "{% for m in messages %}{{ m.role | capitalize + ': ' + m.content + '\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"

@@ -18,7 +18,8 @@ def test_chatml() -> None:
     )
 
 
-@pytest.mark.parametrize("name", sorted(NAMED_FORMATS))
+#: A translation takes one text, and nothing of a conversation.
+@pytest.mark.parametrize("name", sorted(set(NAMED_FORMATS) - {"translategemma_template"}))
 def test_every_named_format_renders_every_role(name: str) -> None:
     messages = [{"role": "developer", "content": "S"}, USER, {"role": "assistant", "content": "A"}, USER]
     prompt = ChatTemplate(NAMED_FORMATS[name], bos_token="<bos>").render(messages)
@@ -119,3 +120,15 @@ def test_choosing_the_template() -> None:
 def test_malformed_messages_are_refused(messages: list[object]) -> None:
     with pytest.raises(InvalidRequest):
         ChatTemplate("{{ 1 }}").render(messages)  # type: ignore[arg-type]
+
+
+def test_a_translation_names_its_languages_and_needs_both():
+    template = ChatTemplate(NAMED_FORMATS["translategemma_template"], bos_token="<bos>")
+    messages = [{"role": "user", "content": " Guten Tag\n"}]
+    prompt = template.render(messages, variables={"source_lang_code": "de_AT", "target_lang_code": "tlh"})
+    assert prompt.startswith(
+        "<bos><start_of_turn>user\nYou are a professional German (de-AT) to tlh (tlh) translator. Your goal"
+    )
+    assert prompt.endswith("text into tlh:\n\n\nGuten Tag<end_of_turn>\n<start_of_turn>model\n")
+    with pytest.raises(InvalidRequest, match="target_lang_code"):
+        template.render(messages, variables={"source_lang_code": "de"})

@@ -1,0 +1,51 @@
+"""Where a pool keeps what must survive it: stored responses so far. Which database, for how long, and how much."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+DAY_S = 86_400.0
+
+
+class StoreConfig(BaseModel):
+    """The pool's store. Without `url` it is a SQLite file in `folder`, which all ingress replicas of a machine share.
+
+    `url` is SQLAlchemy's, for a database that several machines reach: `postgresql+psycopg://user@host/name`, or
+    `env:NAME`, as it must be where there is a password in it: Ray shows the configuration to everybody who asks.
+    `folder` is `slotpool` in `$XDG_STATE_HOME` (`~/.local/state`) by default. `keep_s` is how long a response is kept,
+    `max_mb` how much of all of them together: the oldest go first.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    url: str | None = None
+    folder: str | None = None
+    keep_s: Annotated[float, Field(gt=0)] = 30 * DAY_S
+    max_mb: Annotated[float, Field(gt=0)] = 1024.0
+
+    @field_validator("url")
+    @classmethod
+    def _no_password(cls, url: str | None) -> str | None:
+        if url is None or re.fullmatch(r"env:\w+", url):
+            return url
+        if not re.match(r"[a-z0-9]+(\+[a-z0-9]+)?://", url):
+            raise ValueError("must be a SQLAlchemy URL such as postgresql+psycopg://user@host/name, or env:NAME")
+        if re.match(r"[^/]*//[^/@]*:[^/@]*@", url):
+            raise ValueError("holds a password; put the URL into an environment variable and give env:NAME")
+        return url
+
+    def resolved_url(self) -> str:
+        """The URL itself. Makes the folder of a SQLite file. Raises `OSError`, or `KeyError` without the variable."""
+        if self.url is not None and self.url.startswith("env:"):
+            return os.environ[self.url[4:]]
+        if self.url is not None:
+            return self.url
+        state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+        folder = Path(self.folder or f"{state}/slotpool").expanduser().absolute()
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return f"sqlite:///{folder / 'store.sqlite3'}"
