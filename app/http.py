@@ -58,7 +58,7 @@ def build_http(gateway: Gateway) -> FastAPI:
         app.include_router(events.router, prefix=prefix)
     app.include_router(admin.list_router, prefix="/v1/admin")
     app.include_router(admin.short_router, prefix="/admin")
-    app.openapi = document(app, [*openai.operations, *messages.operations, *ollama.operations])  # type: ignore[method-assign]
+    app.openapi = document(app, [*openai.operations, *responses.operations, *messages.operations, *ollama.operations])  # type: ignore[method-assign]
     app.router.routes.append(Route("/{path:path}", Proxy(tuple(app.router.routes)), include_in_schema=False))
     app.add_exception_handler(errors.PoolError, _pool_error)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]

@@ -11,12 +11,14 @@ from starlette.types import Receive, Scope, Send
 
 from app.auth import caller_of, route_path
 from app.background import RUNNING, Background, as_it_stands
+from app.openapi import Operation
 from app.routes import adapted
 from app.routes.openai import is_loaded, model_rows
 from app.store import Store, Stored
+from app.wire.adapter import EVENT_STREAM
 from app.wire.responses.adapters import FlatResponses, Responses, flat
 from app.wire.responses.chat import chat_body, decoded
-from app.wire.responses.count import TokenCount, counting_body
+from app.wire.responses.count import TokenCount
 from app.wire.responses.items import new_id, references, whole_items
 from app.wire.responses.schema import ResponsesRequest, check
 from cluster import errors
@@ -29,6 +31,14 @@ FLAT = "/llm-pool"
 
 router = APIRouter(tags=["responses"])
 flat_router = APIRouter(tags=["responses"])
+
+operations = (
+    *(Operation(path + PATH, "responses", "Ask a model", ResponsesRequest, EVENT_STREAM) for path in ("", FLAT)),
+    *(
+        Operation(f"{path}{PATH}/input_tokens", "responses", "How many tokens a model would read", ResponsesRequest)
+        for path in ("", FLAT)
+    ),
+)
 
 #: What a field of the chat body is called here.
 PARAMS = {
@@ -121,11 +131,12 @@ def _configured(config: PoolConfig, name: str | None) -> ModelConfig | None:
 @router.post(f"{PATH}/input_tokens")
 @flat_router.post(f"{PATH}/input_tokens")
 async def count_tokens(request: Request) -> Response:
-    """How many tokens the model would read. Takes a slot and evaluates the prompt, which is then cached."""
+    """How many tokens the model would read."""
     body = await adapted.read_body(request)
     wanted = check({**body, "stream": False}, is_flat=_is_flat(request))
     _, chat, ignored = await _prepared(request, wanted, is_flat=False)
-    return await adapted.answer_whole(request, TokenCount(counting_body(chat), ignored))
+    is_remote = _configured(request.app.state.gateway.config, wanted.model) is None
+    return await adapted.answer_whole(request, TokenCount(chat, ignored, is_remote=is_remote))
 
 
 @router.get(PATH + "/{response}")

@@ -109,8 +109,6 @@ def _estimate_llama_cpp(model: LlamaCppModel, path: Path) -> int | None:
 
 BACKENDS: tuple[Backend[Any], ...] = (
     Backend(LlamaCppModel, _build_llama_cpp, _estimate_llama_cpp, PATHS, unused=frozenset({"beam_size"})),
-    Backend(
-        FakeModel, _build_fake, _estimate_nothing, PATHS, raw=True, sleeps=True, unused=frozenset({"beam_size"})
-    ),
+    Backend(FakeModel, _build_fake, _estimate_nothing, PATHS, raw=True, sleeps=True, unused=frozenset({"beam_size"})),
 )
 _BY_CONFIG = {backend.config: backend for backend in BACKENDS}

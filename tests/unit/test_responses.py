@@ -322,8 +322,12 @@ async def test_a_response_that_is_not_to_be_stored_is_not():
 
 
 async def test_the_tokens_of_a_prompt_are_counted_by_the_engine():
-    gateway = Scripted([b'{"usage": {"prompt_tokens": 42}}'])
-    answer = await post(gateway, {"tools": [TOOL], "tool_choice": "required"}, "/v1/responses/input_tokens")
+    gateway = Scripted([b'{"count": 42, "tokens": []}'])
+    answer = await post(gateway, {"tools": [TOOL], "max_output_tokens": 9}, "/v1/responses/input_tokens")
     assert answer.json() == {"object": "response.input_tokens", "input_tokens": 42}
-    body = gateway.requests[0][1]
-    assert (body["max_tokens"], body["tool_choice"]) == (1, "auto")
+    (request, body) = gateway.requests[0]
+    assert (request.path, set(body)) == ("/tokenize", {"model", "messages", "tools"})
+    server = Scripted([b'{"usage": {"prompt_tokens": 7}}'], args={"servers": [{"url": "http://127.0.0.1:9"}]})
+    answer = await post(server, {}, "/v1/responses/input_tokens")
+    assert answer.json()["input_tokens"] == 7
+    assert (server.requests[0][0].path, server.requests[0][1]["max_tokens"]) == ("/v1/chat/completions", 1)

@@ -37,6 +37,7 @@ def chat_body(
     if not body["messages"]:
         raise InvalidRequest("input: holds no message", param="input")
     body |= _format(request, ignored) | _reasoning(request, model) | _logprobs(request)
+    body["clamp_max_tokens"] = True
     if request.stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     return {name: value for name, value in body.items() if value is not None}
