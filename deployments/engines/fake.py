@@ -126,7 +126,7 @@ class FakeEngine:
                 await asyncio.sleep(
                     max(0.0, started + self._faults.ttft_s + steps / self._faults.tokens_per_s - time.monotonic())
                 )
-            finish = "stop" if count == self._faults.tokens else "length"
+            finish = self._finish(count)
             report.total_ms = (time.monotonic() - started) * 1e3
             for each in turn:
                 last = each == turn[-1] and turn.stop == _sequences(call.json)
@@ -135,6 +135,9 @@ class FakeEngine:
 
     def _length(self, body: dict[str, Any]) -> int:
         return int(body.get("max_completion_tokens") or body.get("max_tokens") or self._faults.tokens)
+
+    def _finish(self, count: int) -> str:
+        return "stop" if count == self._faults.tokens else "length"
 
     def _word(self, index: int) -> str:
         return f"{self._id}:{index} "
@@ -175,7 +178,9 @@ class FakeEngine:
         text = "".join(self._word(index) for index in range(count))
         is_chat = call.path == CHAT
         said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
-        choices = [{"index": index, "finish_reason": "length", **said} for index in range(_sequences(call.json))]
+        choices = [
+            {"index": index, "finish_reason": self._finish(count), **said} for index in range(_sequences(call.json))
+        ]
         head = self._head(call, "chat.completion" if is_chat else "text_completion")
         return {**head, "choices": choices, "usage": self._usage(report), "metrics": metrics_object(call, report)}
 
