@@ -23,6 +23,7 @@ from app.wire.responses.items import new_id, references, whole_items
 from app.wire.responses.schema import ResponsesRequest, check
 from cluster import errors
 from cluster.config import ModelConfig, PoolConfig
+from deployments.engines.registry import unused_decoding
 from deployments.gateway import Gateway
 from deployments.requests import resolve_model
 
@@ -117,7 +118,7 @@ async def _prepared(
     model = _configured(config, wanted.model)
     chat = chat_body(wanted, [*history, *items], model, ignored)
     if is_flat or wanted.decoding is not None:
-        chat = decoded(chat, wanted, model, config.decoding, ignored)
+        chat = decoded(chat, wanted, config.decoding, unused_decoding(model), ignored)
     return items, chat, list(dict.fromkeys(ignored))
 
 

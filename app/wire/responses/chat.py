@@ -10,7 +10,6 @@ from app.wire.responses.schema import PASSED, ResponsesRequest
 from cluster.config import ModelConfig
 from cluster.config.pool import Decoding
 from cluster.errors import InvalidRequest, UnsupportedParameter
-from deployments.engines.registry import unused_decoding
 
 #: Named as a model's `prompt_format`, it takes a text and two languages, and nothing else.
 TRANSLATION = "translategemma_template"
@@ -46,16 +45,18 @@ def chat_body(
 def decoded(
     body: dict[str, Any],
     request: ResponsesRequest,
-    model: ModelConfig | None,
-    defaults: Decoding | None,
+    defaults: Decoding,
+    unused: frozenset[str],
     ignored: list[str],
 ) -> dict[str, Any]:
-    """The chat body with the pool dialect's decoding: its own fields win, then the official ones, then `defaults`."""
+    """The chat body with the pool dialect's decoding: its own fields win, then the official ones, then `defaults`.
+
+    The model cannot use the `unused` fields.
+    """
     given = request.decoding.model_dump(exclude_none=True) if request.decoding is not None else {}
-    unused = unused_decoding(model)
     named = request.decoding.model_fields_set if request.decoding is not None else set()
     ignored += [f"decoding.{name}" for name in sorted(unused & named)]
-    base = {} if defaults is None else {**defaults.model_dump(), "stop": list(defaults.stop)}
+    base = {**defaults.model_dump(), "stop": list(defaults.stop)}
     merged = {**base, **{name: value for name, value in body.items() if name in base}, **given}
     merged = {name: value for name, value in merged.items() if name not in unused}
     return {**body, **merged}
