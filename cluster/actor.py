@@ -42,12 +42,12 @@ from cluster.ledger.events import (
     LoadRequested,
     NodesChanged,
     PrefetchModel,
-    Quiesce,
     Reject,
     ReplicaFailed,
     ReplicaGone,
     ReplicaReady,
     ReplicaStarted,
+    ReplicaStopping,
     ReplicaSuspected,
     RequestArrived,
     RequestCancelled,
@@ -65,7 +65,7 @@ from cluster.ledger.snapshot import Snapshot
 from cluster.ledger.specs import NodeSpec
 from cluster.metrics import Counts, refused
 from cluster.operator_calls import Ended, OperatorCalls, refuse_overrides, refuse_unload
-from cluster.orders import Address, AsleepState, Drain, EngineState, Order, Prefetch, Sleep, Unload, Wake
+from cluster.orders import Address, AsleepState, EngineState, Order, Prefetch, Sleep, Unload, Wake
 from cluster.owned_config import OwnedConfiguration
 from cluster.parked import Answer, Packed, ParkedCalls, packed
 from cluster.request import Request
@@ -205,7 +205,7 @@ class LedgerActor:
         self._attached.add_replica(state)
         busy = state.loading or state.engine is not None or state.failed is not None
         told = (state.model, state.replica, state.node, state.started_at, busy, state.devices, state.unloading)
-        self._post(ReplicaStarted(*told))
+        self._post(ReplicaStarted(*told, stopping=state.stopping))
         if state.failed is not None:
             self._post(ReplicaFailed(state.replica, state.failed))
         elif state.engine is not None:
@@ -244,6 +244,10 @@ class LedgerActor:
         """The engine of a replica sleeps and holds so much of the host's memory, and of each of its devices."""
         self._attached.engine_asleep(replica, AsleepState(host_mib, device_mib))
         self._post(EngineAsleep(replica, host_mib, device_mib))
+
+    async def replica_stopping(self, replica: str) -> None:
+        """Serve has told a replica to stop; what runs on it may end."""
+        self._post(ReplicaStopping(replica))
 
     async def replica_suspected(self, replica: str) -> None:
         """A holder saw the engine of a replica hang."""
@@ -431,8 +435,6 @@ class LedgerActor:
                 self._attached.restart_engine(command.replica)
             case EndReplica():
                 self._attached.end_replica(command.replica, "it does not do what it was ordered")
-            case Quiesce():
-                orders.give(command.replica, Drain())
 
     def _arrivals(self, holder: str, requests: Sequence[Sequence[Any]], sent: int) -> list[Answer]:
         self._attached.has_sent(holder, sent)
@@ -491,7 +493,8 @@ class LedgerActor:
 
     def _engine_ready(self, replica: str, engine: EngineState) -> None:
         self._attached.engine_ready(replica, engine)
-        self._post(ReplicaReady(replica, engine.memory_mib, engine.address, engine.devices))
+        told = (engine.memory_mib, engine.address, engine.devices, engine.slots, engine.revision or None)
+        self._post(ReplicaReady(replica, *told))
 
     # --- configuration ------------------------------------------------------------------------------------------
 

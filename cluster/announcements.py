@@ -14,7 +14,7 @@ class ReplicaState(NamedTuple):
 
     Its engine is absent, or is being loaded (`loading`: another order to load is not needed), loaded (`engine`), asleep
     (`asleep`) or being ended (`unloading`). `devices` are those of the order to load, as long as anything is held on
-    them. `failed` is why its last load failed.
+    them. `failed` is why its last load failed. `stopping`: Serve has told it to stop, and it only lets what runs end.
     """
 
     model: str
@@ -28,6 +28,7 @@ class ReplicaState(NamedTuple):
     devices: tuple[int, ...] = ()
     unloading: bool = False
     asleep: AsleepState | None = None
+    stopping: bool = False
 
 
 class HolderState(NamedTuple):

@@ -29,7 +29,8 @@ class Address(NamedTuple):
 class EngineState(NamedTuple):
     """A loaded engine, as its replica announces it.
 
-    `devices` is the engine process's own CUDA_VISIBLE_DEVICES, split at commas; None = not set there.
+    `devices` is the engine process's own CUDA_VISIBLE_DEVICES, split at commas; None = not set there. `slots` are those
+    of the order to load.
     """
 
     address: Address
@@ -37,6 +38,7 @@ class EngineState(NamedTuple):
     memory_mib: int | None
     devices: tuple[str, ...] | None
     revision: str
+    slots: int = 0
 
 
 class AsleepState(NamedTuple):
@@ -62,16 +64,13 @@ class Load(NamedTuple):
     devices: tuple[int, ...]
     revision: str
     num_gpus: float
+    slots: int = 0
 
 
 class Restart(NamedTuple):
     """Kill the engine process, which hangs. Its death is then reported as any other, and a new `Load` follows."""
 
     reason: str
-
-
-class Drain(NamedTuple):
-    """No new request will come; what runs goes on."""
 
 
 class Unload(NamedTuple):
@@ -107,7 +106,7 @@ class Prefetch(NamedTuple):
     config: dict[str, Any]
 
 
-Order = Load | Restart | Drain | Unload | Sleep | Wake | Prefetch
+Order = Load | Restart | Unload | Sleep | Wake | Prefetch
 
 
 class OrderBoard:

@@ -51,7 +51,7 @@ class OwnedConfiguration:
         if overrides:
             config = overridden(config, overrides)
         fields = config.model_dump(mode="json", by_alias=False)
-        return Load(model, fields, overrides, devices, spec.revision, spec.num_gpus)
+        return Load(model, fields, overrides, devices, spec.revision, spec.num_gpus, spec.slots)
 
     def _take(self, configuration: Configuration) -> bool:
         if configuration.version == self.current.version:

@@ -54,6 +54,7 @@ class Replica:
             supervisor.devices,
             supervisor.is_unloading,
             supervisor.asleep,
+            supervisor.is_finishing,
         )
 
     async def _find_place(self) -> Place:
@@ -84,8 +85,10 @@ class Replica:
             way.close()
 
     async def __del__(self) -> None:
-        for task in self._life:
-            task.cancel()
+        # It stays attached until its last stream has ended: no new life of the ledger may take its devices for free.
+        attached, following = self._life
+        following.cancel()
         with contextlib.suppress(Exception):
             await self._supervisor.finish()
+        attached.cancel()
         self._links.close()

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from cluster.errors import ModelUnavailable, PoolError, ReplicaGone
 from cluster.home import Home
-from cluster.orders import Address, AsleepState, Drain, EngineState, Load, Order, Prefetch, Restart, Sleep, Unload, Wake
+from cluster.orders import Address, AsleepState, EngineState, Load, Order, Prefetch, Restart, Sleep, Unload, Wake
 from deployments.engine_child import EngineChild, EngineDied
 from deployments.weights import prefetch
 
@@ -83,7 +83,7 @@ class Supervisor:
         self._loading: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._is_finishing = False
+        self.is_finishing = False
 
     @property
     def is_loading(self) -> bool:
@@ -105,8 +105,9 @@ class Supervisor:
         return self.engine.address
 
     async def finish(self) -> None:
-        """Let running calls end, then the engine process; whoever calls bounds this."""
-        self._is_finishing = True
+        """Let running calls end, then the engine process; whoever calls bounds this. The ledger hears of it first."""
+        self._tell("replica_stopping")
+        self.is_finishing = True
         self._cut_short()
         child = self._child
         if child is not None:
@@ -138,8 +139,6 @@ class Supervisor:
                 self._run(self._in_turn(self._sleep))
             case Restart():
                 self._run(self._restart(order))
-            case Drain():
-                pass  # The ledger sends no more calls; what runs goes on.
             case Prefetch():
                 self._run(prefetch(order.config["model_path"]))
 
@@ -234,6 +233,7 @@ class Supervisor:
             said["memory_mib"],
             None if devices is None else tuple(filter(None, devices.split(","))),
             order.revision,
+            order.slots,
         )
 
     def _progress(self, fraction: float) -> None:
@@ -314,7 +314,7 @@ class Supervisor:
         self.devices = ()
 
     def _tell(self, event: str, *what: Any) -> None:
-        if not self._is_finishing:
+        if not self.is_finishing:
             self._ledger.tell(event, self._replica, *what)
 
     async def _in_turn(self, work: Callable[..., Awaitable[None]], *order: Order) -> None:

@@ -67,7 +67,8 @@ class ReplicaStarted(NamedTuple):
     """A replica process of `model` exists. `started_at` (any clock, the same for all) orders the replicas of a model.
 
     `loading`: its engine is loaded, is being loaded or has failed already, so no `LoadEngine` is wanted; `unloading`:
-    it is being ended. `devices` are those that a former life of the ledger ordered for it.
+    it is being ended. `devices` are those that a former life of the ledger ordered for it. `stopping`: Serve has told
+    it to stop, as in `ReplicaStopping`.
     """
 
     model: str
@@ -77,18 +78,29 @@ class ReplicaStarted(NamedTuple):
     loading: bool = False
     devices: tuple[int, ...] = ()
     unloading: bool = False
+    stopping: bool = False
+
+
+class ReplicaStopping(NamedTuple):
+    """Serve has told a replica to stop: what runs on it may end, and then it goes, whatever anybody wants."""
+
+    replica: str
 
 
 class ReplicaReady(NamedTuple):
     """The engine of a replica serves. `memory_mib` is what it was seen to take (None = not measured).
 
     `address` is where it listens; the ledger only passes it on. `devices` are those that its process really has.
+    `slots` and `revision` are those of the order to load (0 and None = not told): a new life of the ledger cannot know
+    by which configuration an engine was loaded.
     """
 
     replica: str
     memory_mib: int | None = None
     address: Any = None
     devices: tuple[str, ...] | None = None
+    slots: int = 0
+    revision: str | None = None
 
 
 class ReplicaFailed(NamedTuple):
@@ -228,7 +240,10 @@ class SetDesired(NamedTuple):
 
 
 class Quiesce(NamedTuple):
-    """A replica drains: it gets no new lease, and stops after its last one. Lowering comes as `SetDesired` later."""
+    """A replica drains: it gets no new lease, and stops after its last one. Lowering comes as `SetDesired` later.
+
+    For those who watch, like `Reopen`: what runs on it goes on, so there is nothing that the replica would have to do.
+    """
 
     replica: str
 
@@ -310,6 +325,7 @@ Event = (
     | EngineUnloaded
     | EngineAsleep
     | ReplicaSuspected
+    | ReplicaStopping
     | ReplicaGone
     | NodesChanged
     | ConfigChanged

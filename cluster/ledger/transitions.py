@@ -31,7 +31,7 @@ class Moved(NamedTuple):
 
     `record` numbers the replica records of this life of the ledger, since `replica`, the process, comes later. `reason`
     says why it drains or was taken back: `idle_timeout`, `surplus`, `operator`, `config`, `lost_node`, `unasked`,
-    `withdrawn`, or why the swap began that it makes room for.
+    `stopped`, `withdrawn`, or why the swap began that it makes room for.
     """
 
     model: str

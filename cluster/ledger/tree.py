@@ -189,6 +189,11 @@ def _trim(pool: Pool, model: Model, now: float) -> None:
 def _end_engines(pool: Pool, model: Model, now: float) -> None:
     """End what has drained, and have the replicas stopped that have no engine and are of no use."""
     useless: list[Replica] = []
+    if model.told_to_stop:
+        for replica in [each for each in model.replicas if each.told_to_stop and not each.leases]:
+            # Nobody carries out orders there any more, so its engine ends with it.
+            if replica.state in (LOADING, DRAINING, ASLEEP):
+                pool.move(replica, Cause.DISMISSED, now, "stopped")
     if pool.keeps_replicas:
         for replica in list(model.in_state(DRAINING)):
             if not replica.leases:
@@ -204,6 +209,8 @@ def _why_trimmed(pool: Pool, replica: Replica) -> str:
     """Why a replica must not serve any longer, for those who watch."""
     if replica.model.unloading:
         return "operator"
+    if replica.told_to_stop:
+        return "stopped"
     return "lost_node" if placing.is_on_lost_node(pool, replica) else "config"
 
 

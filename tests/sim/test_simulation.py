@@ -96,7 +96,7 @@ def simulate(seed: int) -> World:
 
     def again(now: float) -> Ledger:
         # Made with what it was first started with, it hears of the present configuration from an ingress.
-        world.at(now + arrives_s, lambda: world.post(ConfigChanged(spec)))
+        world.at(now + arrives_s, lambda: world.post(ConfigChanged(world.spec)))
         old = replace(spec, models={"A": replace(spec.models["A"], revision="old")})
         return Ledger(old, epoch="e2", now=now, recovering_until=now + 2.0, configured=False)
 
@@ -126,6 +126,10 @@ def simulate(seed: int) -> World:
     if rng.random() < 0.5:
         factor = {name: rng.choice((0.8, 1.2, 1.2, 4.0)) for name in spec.models}
         world.memory_mib = {name: round(each.memory_mib * factor[name]) for name, each in spec.models.items()}
+    if rng.random() < 0.3:
+        name = rng.choice(list(spec.models))
+        changed = replace(spec.models[name], slots=rng.randint(1, 4), revision=rng.choice(("", "new")))
+        world.at(now * rng.random(), lambda: _reconfigure(world, changed))
     world.run(until=now)
     # The faults stop; what is under way goes on.
     world.faults = Faults()
@@ -142,6 +146,11 @@ def _submit(
             world.submit(model, service_s, priority=priority, holder=holder, timeout_s=timeout_s, slots=slots)
 
     return submit
+
+
+def _reconfigure(world: World, changed: ModelSpec) -> None:
+    world.spec = replace(world.spec, models={**world.spec.models, changed.name: changed})
+    world.tell(ConfigChanged(world.spec))
 
 
 def judge(world: World) -> None:

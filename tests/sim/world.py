@@ -31,6 +31,7 @@ from cluster.ledger.events import (
     ReplicaGone,
     ReplicaReady,
     ReplicaStarted,
+    ReplicaStopping,
     ReplicaSuspected,
     RequestArrived,
     RequestCancelled,
@@ -112,6 +113,11 @@ class Process:
     load_s: float
     state: str = "pending"
     devices: tuple[int, ...] = ()
+    # the configuration that its engine was loaded by
+    slots: int = 0
+    revision: str = ""
+    # what it was when Serve told it to stop
+    before: str = ""
     streams: dict[str, Request] = field(default_factory=dict)
     # when its last word reaches the ledger: they keep their order
     heard_at: float = 0.0
@@ -272,7 +278,7 @@ class World:
             return
         process.streams[request.name] = request
         request.width = len(grant.slots)
-        slots = self.spec.models[process.model].slots
+        slots = process.slots
         used = sum(each.width for each in process.streams.values())
         if used > slots and self.is_gentle:
             self.crimes.append(f"{process.uid} runs {used} sequences on {slots} slots")
@@ -410,6 +416,8 @@ class World:
             return
         process.state = "loading"
         process.devices = order.devices
+        process.slots = self.spec.models[process.model].slots
+        process.revision = self.spec.models[process.model].revision
         self._check_devices(process)
         if self.faults.load_hangs and self.random.random() < self.faults.load_hangs:
             return
@@ -484,7 +492,8 @@ class World:
 
     def _is_ready(self, process: Process) -> ReplicaReady:
         measured = self.memory_mib.get(process.model)
-        return ReplicaReady(process.uid, measured, devices=tuple(map(str, process.devices)))
+        devices = tuple(map(str, process.devices))
+        return ReplicaReady(process.uid, measured, None, devices, process.slots, process.revision)
 
     def _stop(self, process: Process) -> None:
         if process.state == "pending":
@@ -493,7 +502,9 @@ class World:
             return
         if process.streams and self.is_gentle:
             self.cut.append(f"{process.uid} was stopped with {len(process.streams)} streams")
-        process.state = "stopping"
+        process.before, process.state = process.state, "stopping"
+        if process.before != "starting":
+            self.tell(ReplicaStopping(process.uid), process)
         self.at(self.now + self.stop_s, lambda: self._stop_when_empty(process))
 
     def _stop_when_empty(self, process: Process) -> None:
@@ -522,17 +533,18 @@ class World:
         self.restarted = True
         self.waking = None
         for process in sorted(self.processes.values(), key=lambda each: self.random.random()):
-            if process.state not in ("pending", "stopping"):
-                loads = process.state in ("loading", "ready", "failed")
-                number = float(process.number)
-                devices = tuple(process.devices) if loads else ()
-                ends = process.state == "unloading"
-                devices = tuple(process.devices) if ends else devices
-                started = ReplicaStarted(process.model, process.uid, process.node, number, loads, devices, ends)
+            stops = process.state == "stopping"
+            state = process.before if stops else process.state
+            if state != "pending" and not (stops and state == "starting"):
+                loads, ends = state in ("loading", "ready", "failed"), state == "unloading"
+                devices = process.devices if loads or ends else ()
+                started = ReplicaStarted(
+                    process.model, process.uid, process.node, float(process.number), loads, devices, ends, stops
+                )
                 self.tell(started, process)
-                if process.state == "ready":
+                if state == "ready":
                     self.tell(self._is_ready(process), process)
-                elif process.state == "failed":
+                elif state == "failed":
                     self.tell(ReplicaFailed(process.uid, "the engine said no"), process)
         for request in self.requests.values():
             if request.done or request.holder in self.dead_holders:

@@ -217,6 +217,22 @@ class LedgerMachine(RuleBasedStateMachine):
         if models := self.out.too_many():
             self.out.stop_one(data.draw(st.sampled_from(models)))
 
+    @precondition(lambda self: self.out.seen)
+    @rule(data=st.data(), pause=st.sampled_from(PAUSES))
+    def serve_tells_to_stop(self, data: st.DataObject, pause: float) -> None:
+        """One that it was asked to stop; or any, for reasons of its own."""
+        self.out.pass_time(pause)
+        newest = [each for each in map(self.out.newest, self.out.too_many()) if each is not None]
+        told = data.draw(st.sampled_from(newest or list(self.out.seen.values())))
+        if not told.is_told:
+            self.out.tell_to_stop(told)
+
+    @rule(slots=st.sampled_from([1, 2, 4]))
+    def the_configuration_changes(self, slots: int) -> None:
+        self.out.tell(Ticked())
+        self.out.configure(slots)
+        self.out.tell(ConfigChanged(self.out.spec))
+
     @rule(model=st.sampled_from(["A", "B", "D"]))
     def unasked_start(self, model: str) -> None:
         self.out.unasked = True
@@ -317,20 +333,32 @@ class LedgerMachine(RuleBasedStateMachine):
         holders=st.sets(st.sampled_from(["h2", "h3"])),
         pause=st.sampled_from([0.0, 0.1, 0.5]),
         configured=st.booleans(),
+        slots=st.sampled_from([None, None, 1, 4]),
+        newcomers=st.sampled_from([0, 0, 4]),
     )
-    def ledger_restarts(self, data: st.DataObject, holders: set[str], pause: float, configured: bool) -> None:
+    def ledger_restarts(
+        self,
+        data: st.DataObject,
+        holders: set[str],
+        pause: float,
+        configured: bool,
+        slots: int | None,
+        newcomers: int,
+    ) -> None:
         """All is announced anew, in any order; some have died meanwhile. No lease is lost, and none granted twice.
 
         The new ledger need not know the newest configuration: it comes among the rest.
         """
         self.out.tell(Ticked())
         dying = data.draw(st.sets(st.sampled_from(sorted(self.out.seen)))) if self.out.seen else set()
-        self.out.lose_the_ledger(configured)
+        self.out.lose_the_ledger(configured, slots)
         announced = self.out.announcements(dying, holders)
         events = data.draw(st.permutations(announced if configured else [*announced, ConfigChanged(self.out.spec)]))
         for index, event in enumerate(events):
             if index == len(events) // 2:
                 self.out.pass_time(pause)
+                for _ in range(newcomers):
+                    self.out.send("D", 2)
             if isinstance(event, RequestArrived) and self.out.sent[event.request].deadline <= self.out.now:
                 self.out.sent[event.request].answered = True
                 continue
@@ -405,6 +433,9 @@ class LedgerMachine(RuleBasedStateMachine):
         assert state.queued == waiting, f"{state.queued} wait inside, {waiting} outside"
         assert state.submitted == state.queued + state.leases + state.finished + state.rejected
         assert {each.replica for each in state.replicas} - {None} == set(out.seen), "not the same processes"
+        for model in MODELS:
+            ages = [each.replica for each in state.replicas if each.model == model and each.replica]
+            assert ages == [each.uid for each in out.alive(model)], f"{ages} are not in the order of their age"
         assert out.ledger.desired == out.desired, f"{out.ledger.desired} inside, {out.desired} outside"
 
     @invariant()

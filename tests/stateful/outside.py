@@ -31,6 +31,7 @@ from cluster.ledger.events import (
     ReplicaGone,
     ReplicaReady,
     ReplicaStarted,
+    ReplicaStopping,
     ReplicaSuspected,
     RequestArrived,
     RequestCancelled,
@@ -97,8 +98,11 @@ class Seen:
     state: ReplicaState = LOADING
     leases: set[str] = field(default_factory=set)
     devices: tuple[int, ...] = ()
-    # Serve was asked to stop it
+    # Serve was asked to stop it; it was told so by Serve
     is_asked: bool = False
+    is_told: bool = False
+    # how many sequences the engine was loaded for
+    slots: int = 0
     # its engine: told to load, loaded, told to be killed
     is_loading: bool = False
     has_engine: bool = False
@@ -160,11 +164,12 @@ class Outside:
             return
         assert seen is not None, f"{grant} goes to no process"
         assert seen.state is READY, f"{grant} goes to {seen}"
+        assert not seen.is_told, f"{grant} goes to {seen}, which Serve stops"
         assert not sent.answered, f"{grant} was answered before"
         assert sent.holder not in self.dead, f"{grant} goes to a dead holder"
         taken = {slot for each in seen.leases for slot in self.sent[each].grant.slots}  # type: ignore[union-attr]
         assert not taken & set(grant.slots), f"slots {grant.slots} of {seen} are leased twice"
-        slots = MODELS[seen.model].slots
+        slots = seen.slots
         assert len(set(grant.slots)) == min(sent.slots, slots), f"{grant} is not what {sent} asked for"
         assert len(taken) + len(grant.slots) <= slots, f"{seen} is full"
         assert seen.has_engine, f"{grant} goes to {seen}, whose engine is dead"
@@ -182,6 +187,8 @@ class Outside:
         assert not sent.answered, f"{reject} was answered before"
         if reject.error == "BackendTimeout" and reject.extras["phase"] == "queued":
             assert sent.deadline <= self.now, f"{reject} came too early"
+        if self.ledger.is_recovering and reject.error == "QueueFull":
+            assert self.ledger.snapshot().queued >= self.spec.queue_max_size, f"{reject} for a line that says nothing"
         sent.answered = True
 
     def _setdesired(self, command: SetDesired) -> None:
@@ -189,11 +196,13 @@ class Outside:
         if model not in MODELS:
             assert command.replicas == 0, f"{command} of a model that was removed"
             return
-        assert 0 <= command.replicas <= MODELS[model].max_replicas or self.unasked, f"{command} is out of bounds"
-        alive, before = self.alive(model), self.desired[model]
+        alive, before = self.running(model), self.desired[model]
+        outdated = [each for each in alive if each.leases and self.is_outdated(each)]
+        most = MODELS[model].max_replicas + len(outdated)
+        assert 0 <= command.replicas <= most or self.unasked, f"{command} is out of bounds"
         if command.replicas > before:
             moving = (STOPPING,) if self.stays else (DRAINING, STOPPING, ASLEEP)
-            leaving = [each for each in alive if each.state in moving]
+            leaving = [each for each in alive if each.state in moving and each not in outdated]
             assert not leaving, f"{command} rises beside {leaving}"
         self.desired[model] = command.replicas
         # Serve stops the newest, whatever its engine does.
@@ -213,7 +222,8 @@ class Outside:
     def _quiesce(self, command: Quiesce) -> None:
         seen = self.seen[command.replica]
         assert seen.state is READY, f"{command} of {seen}"
-        assert seen.model != "P" or "P" in self.unloaded, f"{command}: a pinned model was chosen"
+        may_go = seen.model != "P" or "P" in self.unloaded or seen.is_told or self.is_outdated(seen)
+        assert may_go, f"{command}: a pinned model was chosen"
         seen.state = DRAINING
 
     def _reopen(self, command: Reopen) -> None:
@@ -227,6 +237,8 @@ class Outside:
         assert seen.state is (ASLEEP if self.stays else LOADING), f"{command} of {seen}"
         assert not seen.is_loading, f"{command} of {seen}, which loads already"
         assert not seen.has_engine, f"{command} of {seen}, which has an engine"
+        assert not seen.is_told, f"{command} of {seen}, which obeys nobody any more"
+        seen.slots = self.spec.models[seen.model].slots
         seen.is_loading, seen.devices, seen.state = True, command.devices, LOADING
         share = MODELS[seen.model].num_gpus
         assert len(command.devices) == -(-share // 1), f"{command} for {share} devices"
@@ -245,7 +257,8 @@ class Outside:
     def _prefetchmodel(self, command: PrefetchModel) -> None:
         seen = self.seen[command.replica]
         assert seen.has_engine or seen.state is ASLEEP, f"{command} of {seen}, which has another order"
-        assert self.waiting(command.model) or self.ordered, f"{command} for nobody"
+        # Whoever waits for C may have been sent to A.
+        assert self.waiting(command.model) or self.waiting("C") or self.ordered, f"{command} for nobody"
 
     def _endreplica(self, command: EndReplica) -> None:
         assert self.seen[command.replica].state is UNLOADING, f"{command} of one that does nothing wrong"
@@ -275,9 +288,17 @@ class Outside:
         """A model's processes, oldest first."""
         return [each for each in self.seen.values() if each.model == model]
 
+    def running(self, model: str) -> list[Seen]:
+        """A model's processes that Serve has not told to stop, oldest first."""
+        return [each for each in self.alive(model) if not each.is_told]
+
+    def is_outdated(self, seen: Seen) -> bool:
+        """Its engine was loaded by another configuration."""
+        return bool(seen.slots) and seen.slots != self.spec.models[seen.model].slots
+
     def newest(self, model: str) -> Seen | None:
         """The process that Serve would stop first."""
-        return max(self.alive(model), key=lambda each: each.number, default=None)
+        return max(self.running(model), key=lambda each: each.number, default=None)
 
     def leaving(self) -> list[Seen]:
         """Processes that drain, that failed or that Serve may be killing."""
@@ -288,12 +309,12 @@ class Outside:
         return [
             model
             for model, count in self.desired.items()
-            if count > sum(1 for each in self.alive(model) if each.state is not STOPPING)
+            if count > sum(1 for each in self.running(model) if each.state is not STOPPING)
         ]
 
     def too_many(self) -> list[str]:
         """Models of which Serve would stop a process now."""
-        return [model for model in MODELS if len(self.alive(model)) > self.desired[model]]
+        return [model for model in MODELS if len(self.running(model)) > self.desired[model]]
 
     def inside(self, seen: Seen) -> ReplicaState:
         """The ledger's own view of a process, for what is legal."""
@@ -332,7 +353,10 @@ class Outside:
         """A request is over, as its client sees it."""
         sent.answered = True
         if sent.grant is not None and sent.grant.replica in self.seen:
-            self.seen[sent.grant.replica].leases.discard(sent.name)
+            seen = self.seen[sent.grant.replica]
+            seen.leases.discard(sent.name)
+            if seen.is_told and not seen.leases:
+                seen.state = STOPPING
 
     def release(self, sent: Sent) -> None:
         assert sent.grant is not None
@@ -364,11 +388,14 @@ class Outside:
 
     def loading(self) -> list[Seen]:
         """Those whose engine was told to load."""
-        return [each for each in self.seen.values() if each.state is LOADING and each.is_loading]
+        return [each for each in self.seen.values() if each.state is LOADING and each.is_loading and not each.is_told]
 
     def able(self, seen: Seen, causes: tuple[Cause, ...]) -> list[Cause]:
         """What a process can do by itself now: without an order to load there is no engine that could be loaded."""
         able = [cause for cause in causes if (self.inside(seen), cause) in TRANSITIONS]
+        if seen.is_told:
+            # It only lets end what runs, and says nothing more.
+            return [cause for cause in able if cause is Cause.GONE]
         if seen.is_loading or seen.has_engine:
             return [cause for cause in able if cause is not Cause.LOADED or seen.is_loading]
         # Where it stays, an engine that was never ordered cannot fail either.
@@ -385,10 +412,21 @@ class Outside:
         waiting = [each.name for each in kept if not each.grant or each.name in underway]
         self.tell(HolderAnnounced(holder, tuple(held), tuple(waiting)))
 
+    def tell_to_stop(self, seen: Seen) -> None:
+        """Serve tells a process to stop; what runs on it may end."""
+        seen.is_asked = seen.is_told = True
+        self.tell(ReplicaStopping(seen.uid))
+        assert seen.state is not READY, f"{seen} was told to stop, and stays open"
+        if not seen.leases and seen.state is not UNLOADING:
+            seen.state = STOPPING
+
     def suspect(self, seen: Seen) -> None:
         self.tell(ReplicaSuspected(seen.uid))
         assert seen.is_restarting, f"{seen} hangs, and nobody restarts it"
         assert not self.tell(ReplicaSuspected(seen.uid)), "it is restarted already"
+
+    def is_ready(self, seen: Seen) -> ReplicaReady:
+        return ReplicaReady(seen.uid, None, None, tuple(map(str, seen.devices)), seen.slots, "")
 
     def act(self, seen: Seen, cause: Cause) -> None:
         """A process loads, fails or dies, or its engine does."""
@@ -396,7 +434,7 @@ class Outside:
             if self.inside(seen) is LOADING:
                 seen.state = READY
             seen.is_loading, seen.has_engine, seen.is_restarting = False, True, False
-            self.tell(ReplicaReady(seen.uid, devices=tuple(map(str, seen.devices))))
+            self.tell(self.is_ready(seen))
             return
         for name in list(seen.leases):
             self.end(self.sent[name])
@@ -422,14 +460,17 @@ class Outside:
 
     # --- a new life of the ledger -------------------------------------------------------------------------------
 
-    def lose_the_ledger(self, configured: bool) -> None:
+    def lose_the_ledger(self, configured: bool, slots: int | None = None) -> None:
         """The ledger is back, empty. What Serve was told before it has done by the time that the window closes.
 
+        With `slots` the models were configured anew, with so many, while it was away.
         Not `configured`, it was made with an older configuration, and hears of the present one from an ingress.
         """
         for each in self.seen.values():
-            # Whom Serve was told to stop by the life before, the next one cannot know, nor be judged by.
-            each.is_asked = False
+            # Whom Serve was asked to stop, and has not told so yet, the next life cannot know, nor be judged by.
+            each.is_asked = each.is_told
+        if slots is not None:
+            self.configure(slots)
         self.lives += 1
         self.dead.clear()
         self.unloaded.clear()
@@ -442,6 +483,11 @@ class Outside:
         )
         for seen in self.seen.values():
             seen.is_restarting = False
+
+    def configure(self, slots: int) -> None:
+        """From now on the configuration of A and B, which are loaded most often, says so many slots."""
+        changed = {name: replace(self.spec.models[name], slots=slots) for name in "AB"}
+        self.spec = replace(self.spec, models={**self.spec.models, **changed})
 
     def announcements(self, dying: set[str], dead_holders: set[str]) -> list[Event]:
         """What the new ledger hears, in no order: of each process, each lease and each waiter that is left."""
@@ -469,12 +515,14 @@ class Outside:
         for seen in list(self.seen.values()):
             loads = seen.is_loading or seen.has_engine
             ends = seen.state is UNLOADING
-            events.append(ReplicaStarted(seen.model, seen.uid, "n", float(seen.number), loads, seen.devices, ends))
-            if seen.state in ((STOPPING,) if self.stays else (STOPPING, ASLEEP)) or seen.uid in dying:
+            number, told = float(seen.number), seen.is_told
+            events.append(ReplicaStarted(seen.model, seen.uid, "n", number, loads, seen.devices, ends, told))
+            goes = seen.state in ((STOPPING,) if self.stays else (STOPPING, ASLEEP)) and not told
+            if goes or seen.uid in dying:
                 events.append(ReplicaGone(seen.uid))
                 del self.seen[seen.uid]
             elif seen.has_engine and not ends:
-                events.append(ReplicaReady(seen.uid, devices=tuple(map(str, seen.devices))))
+                events.append(self.is_ready(seen))
                 if not ends:
                     seen.state = READY
             elif not self.stays:
@@ -508,7 +556,7 @@ class Outside:
 
     def stop_one(self, model: str) -> None:
         """Serve stops a process: the newest, whatever its engine does."""
-        newest = self.alive(model)[-1]
+        newest = self.running(model)[-1]
         assert not newest.leases, f"Serve must stop {newest}"
         self.act(newest, Cause.GONE)
 
@@ -516,8 +564,10 @@ class Outside:
         """The usual course of things: what must start starts and loads, what must stop stops."""
         for _ in range(4):
             for model in self.too_many():
-                if len(self.alive(model)) > self.desired[model]:
+                if len(self.running(model)) > self.desired[model]:
                     self.stop_one(model)
+            for seen in [each for each in self.seen.values() if each.is_told and not each.leases]:
+                self.act(seen, Cause.GONE)
             for model in self.missing():
                 self.announce(model)
             for seen in [each for each in self.seen.values() if each.state is UNLOADING]:

@@ -18,7 +18,15 @@ from cluster.ledger import placing, states, tree
 from cluster.ledger.books import pool, queue, records, stops
 from cluster.ledger.books.placement import Book, Node
 from cluster.ledger.books.shapes import Place, Shape
-from cluster.ledger.events import EngineDied, HolderAnnounced, HolderDied, LeaseReleased, ReplicaReady, RequestArrived
+from cluster.ledger.events import (
+    EngineDied,
+    HolderAnnounced,
+    HolderDied,
+    LeaseReleased,
+    ReplicaReady,
+    ReplicaStarted,
+    RequestArrived,
+)
 from cluster.ledger.handlers import engines, holders, replicas, requests
 from cluster.ledger.states import Cause, ReplicaState
 from tests.stateful.budget import run_machine
@@ -228,6 +236,53 @@ def serve_stops_whom_we_like(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(tree, "stops", SimpleNamespace(**{**vars(stops), "certain": wrong}))
 
 
+def slots_of_a_former_life_are_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """After a restart a replica is taken to run what the configuration says now, whatever it was loaded for."""
+    right = replicas.replica_ready
+
+    def wrong(books: pool.Pool, event: ReplicaReady, now: float) -> None:
+        right(books, event._replace(slots=0, revision=None), now)
+
+    patch.setitem(front._HANDLERS, ReplicaReady, wrong)
+
+
+def ages_of_a_former_life_are_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """After a restart the replicas of a model are taken to be as old as their announcements."""
+    right = replicas.replica_started
+
+    def wrong(books: pool.Pool, event: ReplicaStarted, now: float) -> None:
+        books.serial += 1
+        right(books, event._replace(started_at=float(books.serial)), now)
+
+    patch.setitem(front._HANDLERS, ReplicaStarted, wrong)
+
+
+def lines_are_too_long_in_the_recovery_window(patch: pytest.MonkeyPatch) -> None:
+    """Who is refused for the length of a line, while nobody knows yet how many slots are free."""
+    right = requests.request_arrived
+
+    def wrong(books: pool.Pool, event: RequestArrived, now: float) -> None:
+        model = books.models.get(event.model)
+        limit = None if model is None else model.spec.max_queued
+        if books.is_recovering and model is not None and limit is not None and model.queue.count >= limit:
+            books.submitted += 1
+            books.reject(event.request, event.holder, "QueueFull", "too many requests wait")
+        else:
+            right(books, event, now)
+
+    patch.setitem(front._HANDLERS, RequestArrived, wrong)
+
+
+def who_is_told_to_stop_serves_on(patch: pytest.MonkeyPatch) -> None:
+    """A replica that Serve stops gets requests, as in a new life that does not know whom Serve was told to stop."""
+    right = replicas.replica_started
+
+    def wrong(books: pool.Pool, event: ReplicaStarted, now: float) -> None:
+        right(books, event._replace(stopping=False), now)
+
+    patch.setitem(front._HANDLERS, ReplicaStarted, wrong)
+
+
 BUGS = [
     stale_releases_count,
     memory_is_credited_early,
@@ -247,6 +302,10 @@ BUGS = [
     dead_engines_keep_their_leases,
     grants_under_way_are_reconciled_away,
     serve_stops_whom_we_like,
+    slots_of_a_former_life_are_forgotten,
+    ages_of_a_former_life_are_forgotten,
+    lines_are_too_long_in_the_recovery_window,
+    who_is_told_to_stop_serves_on,
 ]
 
 

@@ -16,7 +16,7 @@ import pytest
 from cluster.config import ModelConfig
 from cluster.errors import ReplicaGone
 from cluster.frames import ConnectionEnded
-from cluster.orders import Drain, EngineState, Load, Order, Prefetch, Restart, Sleep, Unload, Wake
+from cluster.orders import EngineState, Load, Order, Prefetch, Restart, Sleep, Unload, Wake
 from deployments import engine_child
 from deployments import supervisor as deployed
 from deployments.engines.protocol import Call
@@ -55,7 +55,7 @@ class Ledger:
 
     def load(self, model: dict[str, Any], num_gpus: float = 1.0) -> None:
         config = ModelConfig.model_validate(model).model_dump(mode="json", by_alias=False)
-        self.orders_.put_nowait(Load("m", config, {}, (1,), "rev", num_gpus))
+        self.orders_.put_nowait(Load("m", config, {}, (1,), "rev", num_gpus, 3))
 
     async def hears(self) -> tuple[Any, ...]:
         return await asyncio.wait_for(self.told.get(), 30)
@@ -79,12 +79,19 @@ async def supervisor(raylet: Raylet, ledger: Ledger) -> AsyncIterator[Supervisor
     await asyncio.wait_for(supervisor.finish(), 20)
 
 
-async def test_a_drain_ends_nothing(supervisor: Supervisor, ledger: Ledger):
-    ledger.order(tokens=2)
+async def test_the_ledger_hears_that_a_replica_is_told_to_stop_while_its_streams_go_on(
+    supervisor: Supervisor, ledger: Ledger
+):
+    ledger.order(tokens=20, tokens_per_s=40)
     _, _, engine = await ledger.hears()
-    ledger.give(Drain())
-    assert b"m:1 " in await stream(engine)
-    assert supervisor.engine == engine
+    text = asyncio.create_task(stream(engine))
+    await asyncio.sleep(0.1)
+    finished = asyncio.create_task(supervisor.finish())
+    assert await ledger.hears() == ("replica_stopping", "uid")
+    assert (supervisor.is_finishing, supervisor.engine) == (True, engine)
+    assert b"m:19 " in await text
+    await asyncio.wait_for(finished, 20)
+    assert ledger.told.empty(), "its end is that of its process"
 
 
 async def test_an_engine_is_loaded_as_ordered_and_reported(supervisor: Supervisor, ledger: Ledger):
@@ -96,6 +103,7 @@ async def test_an_engine_is_loaded_as_ordered_and_reported(supervisor: Superviso
     assert isinstance(engine, EngineState)
     assert engine == supervisor.engine
     assert (engine.devices, engine.revision, engine.address.node, engine.address.port) == (("1",), "rev", "here", 0)
+    assert engine.slots == 3
     assert lives(engine.pid)
     assert supervisor.address() == engine.address
     ledger.orders_.put_nowait(Restart("it seemed to hang"))
@@ -159,6 +167,7 @@ async def test_a_supervisor_that_finishes_while_it_loads_ends_the_load(superviso
     pid = supervisor._child.pid
     await asyncio.wait_for(supervisor.finish(), 10)
     assert not lives(pid)
+    assert await ledger.hears() == ("replica_stopping", "uid")
     assert ledger.told.empty()
 
 

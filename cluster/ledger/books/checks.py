@@ -42,6 +42,8 @@ def _check_replica(pool: Pool, replica: Replica) -> None:
     held = len(replica.leases)
     assert replica.state is not ReplicaState.COLD, f"{replica} is cold and still on the books"
     assert held == 0 or replica.state.may_hold_leases, f"{replica} holds leases in a state that may not"
+    if replica.told_to_stop and not pool.is_recovering:
+        assert replica.state.is_going, f"{replica} was told to stop, and serves"
     if replica.state is ReplicaState.STOPPING:
         busy = [each for each in stops.before(pool.book, replica) if each.leases]
         assert not busy, f"{replica} is to stop, and Serve may stop {busy} in its stead"
@@ -62,6 +64,8 @@ def _check_replica(pool: Pool, replica: Replica) -> None:
 
 def _check_model(pool: Pool, model: Model) -> None:
     name = model.name
+    told = sum(each.told_to_stop and each.state is not ReplicaState.STOPPING for each in model.replicas)
+    assert model.told_to_stop == told, f"{name}: {model.told_to_stop} counted as told to stop, {told} are"
     assert model.placed == sum(each.is_placed for each in model.replicas), f"{name}: wrongly counted as placed"
     if not pool.is_recovering:
         assert not (idle := stops.certain(pool.book, model)), f"{idle} have drained and do not stop"

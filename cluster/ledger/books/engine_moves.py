@@ -15,8 +15,8 @@ from cluster.ledger.states import Cause, ReplicaState
 def seat(pool: Pool, replica: Replica, place: Place, now: float) -> None:
     """Give a replica without an engine, or one that is still to come, an engine's place; one that is here loads."""
     model = replica.model
-    replica.slots, replica.revision = model.spec.slots, model.revision
-    replica.free = list(range(replica.slots - 1, -1, -1))
+    replica.revision = model.revision
+    replica.resize(model.spec.slots)
     replica.deaths = 0
     replica.adopted = replica.strayed = replica.ordered = False
     replica.wanted_at = replica.order_began = now

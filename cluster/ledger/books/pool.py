@@ -35,6 +35,7 @@ from cluster.ledger.transitions import Because, Moved, Transition
 log = logging.getLogger(__name__)
 
 COLD, READY, DRAINING = ReplicaState.COLD, ReplicaState.READY, ReplicaState.DRAINING
+STOPPING = ReplicaState.STOPPING
 
 
 class Pool:
@@ -296,6 +297,8 @@ class Pool:
             self.went_idle.pop(replica, None)
         elif before is ReplicaState.ASLEEP:
             del self.asleep[replica]
+        if replica.told_to_stop and before is not STOPPING and after in (STOPPING, COLD):
+            model.told_to_stop -= 1
         model.counts[before] -= before is not COLD
         model.counts[after] += after is not COLD
         replica.state = after

@@ -96,6 +96,7 @@ class Replica:
     load on the devices of its place. `loaded_at` is when it last said that it was loaded.
     `is_placed`: its place is an engine's, which it has or is to load; without, it only takes what one without an engine
     takes of its node.
+    `told_to_stop`: Serve has told its process to stop.
     `deaths` counts how often its engine died in short succession. `strayed`: the engine is on other devices than told.
     """
 
@@ -124,6 +125,7 @@ class Replica:
         "state",
         "strayed",
         "suspected",
+        "told_to_stop",
         "uid",
         "wanted_at",
     )
@@ -149,6 +151,7 @@ class Replica:
         self.order_due = INFINITY
         self.loaded_at = -INFINITY
         self.ordered = self.strayed = self.has_engine = False
+        self.told_to_stop = False
         self.deaths = 0
         self.address: object = None
         self.devices: tuple[str, ...] | None = None
@@ -156,6 +159,12 @@ class Replica:
 
     def __repr__(self) -> str:
         return f"<Replica {self.model.name}/{self.uid or '?'} {self.state.name} {self.used}/{self.slots}>"
+
+    def resize(self, slots: int) -> None:
+        """Take another number of slots, as long as none is leased."""
+        assert not self.leases, f"{self} is in use"
+        self.slots = slots
+        self.free = list(range(slots - 1, -1, -1))
 
     @property
     def age(self) -> tuple[float, int]:
@@ -251,6 +260,7 @@ class Model:
         "service_s",
         "shape",
         "spec",
+        "told_to_stop",
         "unloading",
     )
 
@@ -266,6 +276,8 @@ class Model:
         self.leased = 0
         self.by_priority = [0, 0, 0]
         self.placed = 0
+        # how many replicas Serve has told to stop, of those that are not STOPPING yet
+        self.told_to_stop = 0
         self.desired_sent = 0
         self.resend = False
         self.claim: Claim | None = None
@@ -321,8 +333,8 @@ class Model:
 
     @property
     def desired(self) -> int:
-        """How many processes Serve should keep."""
-        return len(self.replicas) - self.counts[STOPPING]
+        """How many processes Serve should keep, beside those that it has told to stop."""
+        return len(self.replicas) - self.counts[STOPPING] - self.told_to_stop
 
     @property
     def leaving(self) -> int:

@@ -19,6 +19,9 @@ DRAINING, STOPPING = ReplicaState.DRAINING, ReplicaState.STOPPING
 
 def may_go_before(book: Book, other: Replica, replica: Replica) -> bool:
     """Whether Serve may stop `other` before `replica`, which is another of the same model."""
+    if other.told_to_stop or replica.told_to_stop:
+        # Serve has made its choice, and a lower count makes it choose another.
+        return False
     if replica.uid is None or other.uid is None:
         # Of those that do not run yet one is as good as another.
         return other.uid is None and replica.uid is not None
@@ -82,8 +85,13 @@ def certain(book: Book, model: Model, more: Iterable[Replica] = ()) -> list[Repl
 
 
 def is_outdated(book: Book, replica: Replica) -> bool:
-    """It may not serve any longer, whoever waits: its model's configuration has changed, or its node is gone."""
-    return replica.revision != replica.model.revision or not book.nodes[replica.place.node].present
+    """It may not serve any longer, whoever waits.
+
+    Its model's configuration has changed, its node is gone, or Serve has told it to stop.
+    """
+    if replica.told_to_stop or replica.revision != replica.model.revision:
+        return True
+    return not book.nodes[replica.place.node].present
 
 
 def certain_starts(book: Book, model: Model, wanted: Iterable[Replica]) -> list[Replica]:

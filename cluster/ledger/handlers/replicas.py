@@ -14,6 +14,7 @@ from cluster.ledger.events import (
     ReplicaGone,
     ReplicaReady,
     ReplicaStarted,
+    ReplicaStopping,
     UnloadEngine,
 )
 from cluster.ledger.handlers.engines import PATIENCE, back_off
@@ -49,9 +50,31 @@ def replica_started(pool: Pool, event: ReplicaStarted, now: float) -> None:
         engine_moves.assign(pool, replica, now, due=INFINITY if is_busy else None)
         if event.unloading:
             engine_moves.unload(pool, replica, Cause.WITHDRAWN, now)
+    if event.stopping:
+        _told_to_stop(pool, replica)
     early = pool.early_ready.pop(event.replica, None)
     if early is not None:
         replica_ready(pool, early, now)
+
+
+def replica_stopping(pool: Pool, event: ReplicaStopping, now: float) -> None:
+    """Serve stops it, asked or not: nobody new gets in, and its model can be started again beside it."""
+    replica = pool.replicas.get(event.replica)
+    if replica is None:
+        log.info("unknown replica %s is to stop", event.replica)
+        return
+    _told_to_stop(pool, replica)
+
+
+def _told_to_stop(pool: Pool, replica: Replica) -> None:
+    if replica.told_to_stop:
+        return
+    model = replica.model
+    replica.told_to_stop = True
+    if replica.state is not ReplicaState.STOPPING:
+        model.told_to_stop += 1
+    pool.touched[model] = None
+    pool.changed[model] = None
 
 
 def _expected(pool: Pool, model: Model, node: str) -> Replica | None:
@@ -85,6 +108,9 @@ def _is_of_use(pool: Pool, model: Model, event: ReplicaStarted, now: float) -> b
         return False
     if pool.keeps_replicas:
         return True
+    if model.counts[ReplicaState.DRAINING]:
+        # Serve would stop the newer one first, and those that make room for others would stay.
+        return False
     account = pool.book.nodes.get(event.node)
     fits = account is not None and account.fit(model.shape, pool.book.hosts(model.shape)) is not None
     return fits and not (model.claim or now < model.backoff_until) and policy.has_capacity(pool, model)
@@ -118,6 +144,11 @@ def replica_ready(pool: Pool, event: ReplicaReady, now: float) -> None:
         replica.suspected = False
         log.info("%r is ready: ignored", replica)
         return
+    if replica.adopted and event.slots:
+        # The streams of a former life run on the slots that there were when it was loaded.
+        replica.resize(event.slots)
+    if replica.adopted and event.revision is not None:
+        replica.revision = (event.revision, replica.slots, *replica.model.revision[2:])
     replica.address, replica.devices = event.address, event.devices
     replica.order_due = INFINITY
     replica.has_engine, replica.suspected = True, False

@@ -16,13 +16,14 @@ _FIELDS: dict[type[Any], tuple[tuple[type[Any], ...], ...]] = {
     events.LeaseReleased: (_TEXT, _COUNT),
     events.HolderDied: (_TEXT,),
     events.HolderAnnounced: (_TEXT, (tuple,), (tuple,)),
-    events.ReplicaStarted: (_TEXT, _TEXT, _TEXT, _NUMBER, (bool,), (tuple,), (bool,)),
-    events.ReplicaReady: (_TEXT, (int, type(None)), (object,), (tuple, type(None))),
+    events.ReplicaStarted: (_TEXT, _TEXT, _TEXT, _NUMBER, (bool,), (tuple,), (bool,), (bool,)),
+    events.ReplicaReady: (_TEXT, (int, type(None)), (object,), (tuple, type(None)), _COUNT, (str, type(None))),
     events.ReplicaFailed: (_TEXT, _TEXT),
     events.EngineDied: (_TEXT, _TEXT),
     events.EngineUnloaded: (_TEXT,),
     events.EngineAsleep: (_TEXT, _COUNT, _COUNT),
     events.ReplicaSuspected: (_TEXT,),
+    events.ReplicaStopping: (_TEXT,),
     events.ReplicaGone: (_TEXT,),
     events.NodesChanged: ((dict,),),
     events.ConfigChanged: ((PoolSpec,),),
@@ -37,6 +38,8 @@ _FIELDS: dict[type[Any], tuple[tuple[type[Any], ...], ...]] = {
 
 # A node has no more devices than this, whatever a message says.
 MAX_DEVICES = 1024
+# Nor has a replica more slots: each of them has an entry in the books.
+MAX_SLOTS = 65536
 
 
 def fault(event: Any) -> str | None:
@@ -97,6 +100,8 @@ def _fault(event: Any) -> str | None:
             return f"memory_mib is {event.memory_mib!r}"
         if not all(isinstance(device, str) for device in event.devices or ()):
             return f"devices is {event.devices!r}"
+        if not 0 <= event.slots <= MAX_SLOTS:
+            return f"slots is {event.slots!r}"
     if type(event) is events.EngineAsleep and min(event.host_mib, event.device_mib) < 0:
         return f"what it holds is {event.host_mib!r} and {event.device_mib!r}"
     return None

@@ -8,7 +8,16 @@ import pytest
 
 from cluster import attached
 from cluster.config.models import ModelConfig
-from cluster.ledger.events import EndReplica, LoadEngine, PrefetchModel, SleepEngine, UnloadEngine, WakeEngine
+from cluster.ledger.events import (
+    EndReplica,
+    LoadEngine,
+    PrefetchModel,
+    Quiesce,
+    RestartEngine,
+    SleepEngine,
+    UnloadEngine,
+    WakeEngine,
+)
 from cluster.orders import AsleepState, Load, OrderBoard, Prefetch, Restart, Sleep, Unload, Wake
 from tests.unit.actor.no_ray import MODELS, Cluster, configuration, engine, holder, started, turns
 
@@ -154,6 +163,35 @@ async def test_every_command_to_a_replica_is_an_order(cluster: Cluster):
     while not cluster.killed:
         await asyncio.sleep(0.01)
     assert cluster.killed == ["u"]
+
+
+async def test_a_replica_that_serve_stops_gets_nobody_new_in_this_life_and_the_next(cluster: Cluster):
+    actor = await cluster.life(CONFIG)
+    cluster.park(actor.load("a", 1))
+    await cluster.serve(actor, "a", "u")
+    await actor.replica_stopping("u")
+    assert state(actor) == "unloading"
+    assert actor._ledger.desired["a"] == 0
+    actor = await cluster.life(CONFIG, restarted=True)
+    cluster.park(
+        actor.attach_replica(started("a", "u", engine=engine(CONFIG.pool.models["a"].revision), stopping=True))
+    )
+    cluster.park(actor.attach_holder(holder(CONFIG)))
+    await turns()
+    actor._ledger.recover_until(0.0)
+    actor._tick()
+    assert actor._ledger.desired["a"] == 0
+
+
+async def test_an_order_that_waits_to_be_fetched_is_not_replaced_by_a_drain(cluster: Cluster):
+    """An engine hangs, and before its replica hears that it must kill it, others want its place."""
+    actor = await cluster.life(CONFIG)
+    cluster.park(actor.load("a", 1))
+    await cluster.serve(actor, "a", "u")
+    seen, _ = await actor.orders("u", 0)
+    actor._carry_out([RestartEngine("u"), Quiesce("u")])
+    _, order = await actor.orders("u", seen)
+    assert isinstance(order, Restart)
 
 
 async def test_what_sleeps_is_known_until_it_serves_or_ends(cluster: Cluster):

@@ -39,6 +39,7 @@ BAD: list[Any] = [
     NodesChanged({1: None}),  # type: ignore[dict-item]
     NodesChanged({"n": None}),  # type: ignore[dict-item]
     ReplicaReady("A#1", -1),
+    ReplicaReady("A#1", slots=-1),
 ]
 
 

@@ -174,3 +174,25 @@ def test_a_replica_that_comes_after_the_window_still_holds_its_leases(waits: boo
     desk.arrive("r2", "A")
     slots = [each.slots for each in desk.ledger._pool.leases.values()]
     assert len(set(slots)) == len(slots), "a slot is granted twice"
+
+
+@pytest.mark.parametrize(("before", "now"), [(8, 4), (4, 8)])
+def test_leases_survive_a_configuration_with_other_slots(before: int, now: int) -> None:
+    """A replica runs what it was loaded for, whatever the configuration of the new life says."""
+    desk = again(model("A", slots=now, revision="new"))
+    desk.tell(ReplicaStarted("A", "A#1", "n", 1.0, loading=True))
+    for index in range(before):
+        desk.tell(held(f"r{index}", generation=index + 1))
+    desk.tell(ReplicaReady("A#1", slots=before, revision="old"))
+    assert desk.ledger.snapshot().leases == before
+    assert desk.at(5.0) == ["quiesce A#1", "desire A 1"], "it is out of date"
+    assert desk.arrive("next", "A") == [], "there is no room, and no slot of those is granted twice"
+    for index in range(before):
+        last = desk.tell(LeaseReleased(f"r{index}", index + 1))
+    assert last == ["desire A 0"]
+
+
+def test_a_replica_that_was_loaded_by_another_configuration_is_out_of_date() -> None:
+    desk = again(model("A", slots=2, revision="new"))
+    desk.tell(ReplicaStarted("A", "A#1", "n", 1.0, loading=True), ReplicaReady("A#1", slots=2, revision="old"))
+    assert desk.at(5.0) == ["quiesce A#1", "desire A 0"]
