@@ -122,6 +122,7 @@ def test_an_empty_request_loads_and_keep_alive_0_unloads(client: ollama.Client, 
     pool.wait(lambda ledger: ledger["models"]["idle"]["ready"] == 0, 10)
 
 
+@pytest.mark.timeout(60)
 def test_llama_servers_router_calls_load_and_unload(pool: Pool):
     def value(http: httpx.Client) -> str:
         (status,) = (row["status"]["value"] for row in http.get("/models").json()["data"] if row["id"] == "idle")
