@@ -22,7 +22,7 @@ from app.openapi import Operation
 from app.routes import ollama_rows as rows
 from app.routes.adapted import answer, parsed
 from app.routes.openai import remote_models
-from app.routes.patience import patient_stream, patiently
+from app.routes.patience import patient_stream, patient_touch
 from app.streams import request_id_of
 from app.wire.adapter import NDJSON
 from app.wire.ollama.adapter import OllamaAdapter
@@ -156,7 +156,7 @@ async def _run(request: Request, adapter: OllamaAdapter) -> Response:
     wanted, _ = _parse(request, CHAT, asked)
     unloads = adapter.chat.get("keep_alive") == 0
     if not unloads or await _is_resident(gateway, wanted.model):
-        await patiently(lambda: gateway.touch(wanted))
+        await patient_touch(gateway, wanted)
     return JSONResponse(adapter.done("unload" if unloads else "load"))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from cluster import errors
@@ -23,7 +23,7 @@ PAUSE_S = 1.0
 async def patient_stream(
     gateway: Gateway, request: Request, body: dict[str, Any], info: RunInfo
 ) -> AsyncGenerator[bytes, None]:
-    """As `Gateway.stream`, of a request that is not sent away."""
+    """As `Gateway.stream`, of a request that is not sent away, unless it has a deadline of its own."""
     signed_at: float | None = None
     while True:
         has_begun = False
@@ -31,7 +31,7 @@ async def patient_stream(
         try:
             async with contextlib.aclosing(gateway.stream(request, body, info)) as chunks:
                 async for chunk in chunks:
-                    if not has_begun and _sends_away(info.failure):
+                    if not has_begun and _sends_away(info.failure) and not has_deadline(gateway, request):
                         failure = info.failure
                         break
                     if is_comment(chunk):
@@ -44,7 +44,7 @@ async def patient_stream(
         except errors.PoolError as error:
             failure = error
         assert failure is not None, "the stream went on or failed"
-        if not _sends_away(failure):
+        if not _sends_away(failure) or has_deadline(gateway, request):
             if signed_at is None:
                 raise failure
             info.failure = failure
@@ -59,15 +59,20 @@ async def patient_stream(
             yield comment("queued")
 
 
-async def patiently(ask: Callable[[], Awaitable[None]]) -> None:
-    """Do something that waits for a lease, again and again if it is sent away."""
+async def patient_touch(gateway: Gateway, request: Request) -> None:
+    """As `Gateway.touch`, likewise."""
     while True:
         try:
-            return await ask()
+            return await gateway.touch(request)
         except errors.PoolError as error:
-            if not _sends_away(error):
+            if not _sends_away(error) or has_deadline(gateway, request):
                 raise
         await asyncio.sleep(PAUSE_S)
+
+
+def has_deadline(gateway: Gateway, request: Request) -> bool:
+    """Whether the client said itself how long it will wait."""
+    return request.timeout_s < gateway.config.request_timeout_s(request.model)
 
 
 def _sends_away(error: errors.PoolError | None) -> bool:

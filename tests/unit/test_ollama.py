@@ -119,6 +119,9 @@ async def test_nobody_is_sent_away():
     assert [json.loads(line)["message"]["content"] for line in answer.text.splitlines() if line][-2] == "a"
     assert "error" not in answer.text
     assert len(gateway.requests) == gateway.closed == 3
+    for script in ([errors.QueueFull("full")], [QUEUED, late]):
+        hurried = await ask(Scripted(script), timeout_s=5)
+        assert "late" in hurried.text or hurried.status_code == 429
     whole = Scripted([errors.QueueFull("full")], [b'{"choices": [{"message": {"content": "x"}}]}'])
     assert (await ask(whole, stream=False)).json()["message"]["content"] == "x"
 
