@@ -232,6 +232,7 @@ class Model:
         "drain_s",
         "ever_loaded",
         "failures",
+        "fastest_load_s",
         "free",
         "gap_s",
         "held_down",
@@ -242,6 +243,7 @@ class Model:
         "leased",
         "load_s",
         "loaded_at",
+        "loads_seen",
         "look_at",
         "low",
         "measured_mib",
@@ -293,6 +295,9 @@ class Model:
         # what was learned
         self.ever_loaded = False
         self.load_s: float | None = None
+        # the shortest of its loads by the present configuration, from the order on, and how many were seen
+        self.fastest_load_s = INFINITY
+        self.loads_seen = 0
         self.loaded_at = -INFINITY
         self.measured_mib: int | None = None
         self.service_s = 0.0

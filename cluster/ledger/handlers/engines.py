@@ -18,7 +18,7 @@ from cluster.ledger.events import (
     RestartEngine,
     UnloadEngine,
 )
-from cluster.ledger.handlers.requests import refuse_or_reroute
+from cluster.ledger.handlers.requests import refuse_or_reroute, turn_away_late
 from cluster.ledger.rules import policy
 from cluster.ledger.states import Cause, ReplicaState
 
@@ -63,6 +63,7 @@ def _order_load(pool: Pool, replica: Replica, now: float) -> None:
     replica.order_began = now
     replica.ordered = True
     pool.out.append(LoadEngine(replica.uid, model.name, replica.place.devices))
+    turn_away_late(pool, model, now)
 
 
 def engine_died(pool: Pool, event: EngineDied, now: float) -> None:

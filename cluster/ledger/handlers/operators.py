@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from cluster.ledger.books.pool import Pool
+from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.records import Model, Order
 from cluster.ledger.books.servers import is_remote
 from cluster.ledger.events import ConfigChanged, LoadRefused, LoadRequested, UnloadRequested
@@ -31,6 +32,8 @@ def config_changed(pool: Pool, event: ConfigChanged, now: float) -> None:
                 _remove(pool, model, now)
         elif model.removed or spec != model.spec:
             model.removed = False
+            if spec.revision != model.spec.revision:
+                model.fastest_load_s, model.loads_seen = INFINITY, 0
             model.spec = spec
             model.reshape()
             model.held_down = False

@@ -149,10 +149,13 @@ def replica_ready(pool: Pool, event: ReplicaReady, now: float) -> None:
         replica.resize(event.slots)
     if replica.adopted and event.revision is not None:
         replica.revision = (event.revision, replica.slots, *replica.model.revision[2:])
+    model = replica.model
+    if replica.ordered and replica.order_due == INFINITY:
+        model.loads_seen += 1
+        model.fastest_load_s = min(model.fastest_load_s, now - replica.order_began)
     replica.address, replica.devices = event.address, event.devices
     replica.order_due = INFINITY
     replica.has_engine, replica.suspected = True, False
-    model = replica.model
     took = now - replica.wanted_at
     # A load in place is no measure of a swap.
     if not replica.adopted and not replica.deaths:

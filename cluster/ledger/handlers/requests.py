@@ -13,7 +13,7 @@ from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.records import Model, Replica, Waiter
 from cluster.ledger.events import LeaseReleased, RequestArrived, RequestCancelled
 from cluster.ledger.handlers import server_slots
-from cluster.ledger.rules import estimate, policy
+from cluster.ledger.rules import deadlines, estimate, policy
 from cluster.ledger.states import ReplicaState
 
 log = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def _admit(pool: Pool, model: Model, event: RequestArrived, now: float) -> None:
         waiter.model = model = other
     waiter.fallbacks = _fallbacks(pool, event.model, model)
     if not pool.is_recovering:
-        while (error := policy.unavailable(pool, model, now)) is not None:
+        while (error := policy.unavailable(pool, model, now) or _too_late(pool, waiter, now)) is not None:
             other = next_fallback(pool, waiter)
             if other is None:
                 pool.reject(waiter.request, waiter.holder, error.name, error.message, **error.extras)
@@ -166,6 +166,26 @@ def _admit(pool: Pool, model: Model, event: RequestArrived, now: float) -> None:
     leads = model.free and model.queue.head() is waiter
     if leads or model.counts[DRAINING] or model.pending_rank is not None or model.serving < model.spec.max_replicas:
         pool.touched[model] = None
+
+
+def _too_late(pool: Pool, waiter: Waiter, now: float) -> policy.Refusal | None:
+    """Why a request cannot be served before its deadline; None if it can, for all that is certain."""
+    if waiter.deadline > deadlines.ready_after(pool, waiter.model):
+        return None
+    wait_s = estimate.wait_s(pool, waiter.model, waiter.priority, now)
+    extras = {"retry_after": min(MAX_RETRY_AFTER_S, max(1.0, wait_s)), "expected_wait_s": round(wait_s, 1)}
+    name = waiter.model.name
+    return policy.Refusal("QueueFull", f"the model {name!r} is being loaded, which takes longer than you wait", extras)
+
+
+def turn_away_late(pool: Pool, model: Model, now: float) -> None:
+    """An engine of the model has just been ordered to load: tell who will not wait for so long."""
+    if model.queue.first_deadline() > deadlines.ready_after(pool, model):
+        return
+    for waiter in list(model.queue):
+        refusal = _too_late(pool, waiter, now)
+        if refusal is not None:
+            refuse_or_reroute(pool, waiter, now, refusal)
 
 
 def _queue_full(pool: Pool, waiter: Waiter, model: Model, now: float) -> None:
