@@ -53,7 +53,7 @@ def words(count: int) -> str:
 
 
 def test_a_message_and_a_stream(client: anthropic.Anthropic):
-    message = client.messages.create(model="quick", max_tokens=100, messages=HI)
+    message = client.messages.create(model="quick", max_tokens=8, messages=HI)
     assert message.content[0].text == words(8)
     with client.messages.stream(model="quick", max_tokens=5, messages=HI, system="Be brief.") as stream:
         assert "".join(stream.text_stream) == words(5)
@@ -89,7 +89,7 @@ def test_errors_are_the_clients_own(client: anthropic.Anthropic, pool: Pool):
 
 def test_a_forced_tool_is_called_and_its_result_taken(client: anthropic.Anthropic, pool: Pool):
     asked = {"role": "user", "content": "How is the weather in Paris?"}
-    body = {"model": "small", "max_tokens": 64, "temperature": 0, "tools": [TOOL], "messages": [asked]}
+    body = {"model": "small", "max_tokens": 64, "tools": [TOOL], "messages": [asked]}
     forced = {**body, "tool_choice": {"type": "tool", "name": "get_weather"}}
     message = client.messages.create(**forced)
     assert message.stop_reason == "tool_use"
@@ -114,7 +114,7 @@ def test_tokens_stops_and_prefills(client: anthropic.Anthropic):
     begun = [ask, {"role": "assistant", "content": "1, 2, 3, 4, "}]
     # Claude Code always asks for more tokens than this context has.
     message = client.messages.create(
-        model="small", max_tokens=32_000, temperature=0, messages=begun, stop_sequences=["7"]
+        model="small", max_tokens=32_000, messages=begun, stop_sequences=["7"], extra_body={"temperature": 0}
     )
     assert message.content[0].text.startswith("5, 6")
     assert (message.stop_reason, message.stop_sequence) == ("stop_sequence", "7")
