@@ -31,12 +31,14 @@ def running(name: str, config: PoolConfig, ledger: Snapshot, file: ModelFile) ->
     """One row of `/api/ps`."""
     model, row = config.models.get(name), ledger.models[name]
     size = (row.memory_mib or 0) << 20 or file.size
+    context = None if model is None else model.context_length
     return {
         **tag(name, model, file),
         "size": size,
         "size_vram": size if model is not None and model.num_gpus else 0,
         "expires_at": _expires_at(config, model, row, ledger),
-        "context_length": (model.context_length if model is not None else None) or 0,
+        # Only what is configured is known here: an engine that chose for itself does not tell the ledger.
+        **({} if context is None else {"context_length": context}),
     }
 
 
