@@ -94,11 +94,16 @@ class Runtime:
             raise
 
     def start(self) -> None:
-        """Make the context and evaluate a token; blocks. Raises `ModelUnavailable`; then close it."""
+        """Make the context; blocks. Raises `ModelUnavailable`; then close it.
+
+        On a device a token is evaluated, too, since its kernels are loaded by that. On a CPU the first request would
+        find nothing prepared by it: the weights are in RAM already (docs/measurements.md).
+        """
         with _Errors(self._options.model_path) as errors:
             try:
                 self._new_context(self._options)
-                self.warm_up()
+                if self.offloads:
+                    self.warm_up()
             except ModelUnavailable as error:
                 raise ModelUnavailable(f"{error.message}: {errors.reason()}") from None
 
@@ -195,7 +200,7 @@ class Runtime:
         self._batch.clear()
 
     def warm_up(self) -> None:
-        """Evaluate one token, so that the first request does not pay for paging in the weights."""
+        """Evaluate one token, so that the first request does not pay for what a device does once."""
         self.add(0, 0, (self.start_token(),), outputs="last")
         if self.decode() != 0:
             raise ModelUnavailable("the model loads but cannot evaluate a token")
