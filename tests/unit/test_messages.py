@@ -58,7 +58,7 @@ async def test_a_text_stream():
     ]
     assert seen[0]["message"]["model"] == "m"
     assert "".join(event["delta"]["text"] for event in seen[2:4]) == "Hello"
-    assert seen[-2]["delta"] == {"stop_reason": "end_turn", "stop_sequence": None}
+    assert (seen[-2]["delta"]["stop_reason"], seen[-2]["delta"]["stop_sequence"]) == ("end_turn", None)
     assert (seen[-2]["usage"]["input_tokens"], seen[-2]["usage"]["output_tokens"]) == (3, 2)
 
 
@@ -76,7 +76,7 @@ async def test_thinking_text_and_calls_are_blocks_one_after_the_other():
     seen = await stream(*script, tools=[TOOL])
     starts = [event["content_block"] for event in seen if event["type"] == "content_block_start"]
     assert [block["type"] for block in starts] == ["thinking", "text", "tool_use", "tool_use"]
-    assert starts[2] == {"type": "tool_use", "id": "call_1", "name": "add", "input": {}}
+    assert (starts[2]["id"], starts[2]["name"], starts[2]["input"]) == ("call_1", "add", {})
     deltas = [(event["index"], event["delta"]) for event in seen if event["type"] == "content_block_delta"]
     assert deltas[2:] == [
         (2, {"type": "input_json_delta", "partial_json": '{"x": 1}'}),
@@ -89,6 +89,8 @@ async def test_thinking_text_and_calls_are_blocks_one_after_the_other():
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": 7,
         "output_tokens": 4,
+        "output_tokens_details": None,
+        "server_tool_use": None,
     }
 
 
@@ -186,6 +188,10 @@ async def test_a_whole_message():
     assert [block.input for block in whole.content[2:]] == [{"x": 1}, {"INVALID_JSON": '{"x": '}]
     assert whole.stop_reason == "tool_use"
     assert (whole.usage.input_tokens, whole.usage.cache_read_input_tokens) == (2, 7)
+    # The API's own schema has these everywhere, with null where there is nothing to say.
+    assert whole.model_fields_set >= {"container", "stop_details"}
+    assert whole.usage.model_fields_set >= {"cache_creation", "inference_geo", "server_tool_use", "service_tier"}
+    assert "citations" in whole.content[1].model_fields_set
     assert answer.headers["request-id"]
 
 

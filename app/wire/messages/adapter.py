@@ -21,6 +21,10 @@ from deployments.run_info import RunInfo
 #: What a chat's `finish_reason` is called here.
 STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use", "content_filter": "refusal"}
 
+#: Members that the API's own schema wants everywhere, of things that only its servers have.
+_UNUSED: dict[str, Any] = {"stop_details": None, "container": None}
+_UNUSED_USAGE: dict[str, Any] = {"cache_creation": None, "inference_geo": None, "service_tier": None}
+
 PING = sse("ping", b'{"type": "ping"}')
 
 
@@ -47,14 +51,8 @@ class MessagesAdapter:
         self._has_called = False
 
     def begin(self) -> bytes:
-        message: dict[str, Any] = {
-            **self._head,
-            "content": [],
-            "stop_reason": None,
-            "stop_sequence": None,
-            "usage": _usage({}),
-        }
-        return _event("message_start", message=message)
+        end = {"stop_reason": None, "stop_sequence": None, "usage": {**_usage({}), **_UNUSED_USAGE}}
+        return _event("message_start", message={**self._head, "content": [], **_UNUSED, **end})
 
     def waiting(self, comment: bytes, *, counts: bool) -> bytes:
         return comment + PING if counts else comment
@@ -68,7 +66,7 @@ class MessagesAdapter:
                 out.append(self._said("thinking", {"type": "thinking", "thinking": "", "signature": ""}))
                 out.append(self._delta({"type": "thinking_delta", "thinking": thought}))
             if text := delta.get("content"):
-                out.append(self._said("text", {"type": "text", "text": ""}))
+                out.append(self._said("text", _text("")))
                 out.append(self._delta({"type": "text_delta", "text": text}))
             out += [self._call(call) for call in delta.get("tool_calls") or []]
             if choice.get("finish_reason"):
@@ -77,7 +75,7 @@ class MessagesAdapter:
 
     def end(self, info: RunInfo) -> bytes:
         usage = _usage(self._usage or _reported(info))
-        delta = {"stop_reason": self._reason(usage["output_tokens"]), "stop_sequence": self._stop}
+        delta = {"stop_reason": self._reason(usage["output_tokens"]), "stop_sequence": self._stop, **_UNUSED}
         return self._close() + _event("message_delta", delta=delta, usage=usage) + _event("message_stop")
 
     def failed(self, error: PoolError) -> bytes:
@@ -91,13 +89,13 @@ class MessagesAdapter:
         if thought := message.get("reasoning_content") or message.get("reasoning"):
             content.append({"type": "thinking", "thinking": thought, "signature": ""})
         if text := message.get("content"):
-            content.append({"type": "text", "text": text})
+            content.append(_text(text))
         calls = message.get("tool_calls") or []
         content += [_tool_use(call) for call in (calls[:1] if self._one_call else calls)]
         usage = _usage(completion.get("usage") or _reported(info))
         self._has_called = bool(calls)
-        end = {"stop_reason": self._reason(usage["output_tokens"]), "stop_sequence": self._stop, "usage": usage}
-        return {**self._head, "content": content, **end}
+        end = {"stop_reason": self._reason(usage["output_tokens"]), "stop_sequence": self._stop}
+        return {**self._head, "content": content, **_UNUSED, **end, "usage": {**usage, **_UNUSED_USAGE}}
 
     def _call(self, call: Mapping[str, Any]) -> bytes:
         """A piece of a tool call. A model that may make one only, and makes another, is cut short."""
@@ -105,9 +103,7 @@ class MessagesAdapter:
         if self._one_call and index > 0:
             return b""
         self._has_called = True
-        names = {"id": call.get("id") or f"call_{index}", "name": function.get("name")}
-        block: dict[str, Any] = {"type": "tool_use", **names, "input": {}}
-        start = self._said(index, block)
+        start = self._said(index, _tool_block(call.get("id") or f"call_{index}", function.get("name"), {}))
         arguments = function.get("arguments")
         return start + (self._delta({"type": "input_json_delta", "partial_json": arguments}) if arguments else b"")
 
@@ -144,7 +140,15 @@ def _event(kind: str, **members: Any) -> bytes:
     return sse(kind, json.dumps({"type": kind, **members}, ensure_ascii=False, separators=(",", ":")).encode())
 
 
-def _usage(usage: Mapping[str, Any]) -> dict[str, int]:
+def _text(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text, "citations": None}
+
+
+def _tool_block(call_id: str | None, name: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "tool_use", "id": call_id, "name": name, "input": given, "caller": {"type": "direct"}}
+
+
+def _usage(usage: Mapping[str, Any]) -> dict[str, Any]:
     """A chat's usage in Anthropic's words, where the tokens that were cached are not in `input_tokens`."""
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
     return {
@@ -152,6 +156,8 @@ def _usage(usage: Mapping[str, Any]) -> dict[str, int]:
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": cached,
         "output_tokens": usage.get("completion_tokens") or 0,
+        "output_tokens_details": None,
+        "server_tool_use": None,
     }
 
 
@@ -177,9 +183,5 @@ def _tool_use(call: Mapping[str, Any]) -> dict[str, Any]:
     except ValueError:
         given = None
     # Cut off by `max_tokens`, or a model's mistake: the client sees what there was, in the way Anthropic's docs name.
-    return {
-        "type": "tool_use",
-        "id": call.get("id"),
-        "name": function.get("name"),
-        "input": given if isinstance(given, dict) else {"INVALID_JSON": arguments},
-    }
+    shown = given if isinstance(given, dict) else {"INVALID_JSON": arguments}
+    return _tool_block(call.get("id"), function.get("name"), shown)
