@@ -13,6 +13,8 @@ swap costs everybody two loads; it is drained before that only if
 
 Whatever it is, V has its *minimum turn* (`turn_end`): where everybody is overdue, shorter turns would only mean that
 more of the time goes into swaps. Where nobody waits for V, a configured bound need not wait for the end of the turn.
+A bound that is none of the pool's promises also lets V serve those who waited for it when the bound came near
+(`is_served_first`).
 
 `tests/bench/bench_policy.py` shows what that is worth: without bounds the rule above is as good as "whoever is loaded
 goes first", which nobody beats in mean wait as long as the resident models pause now and then, and which starves all
@@ -267,11 +269,28 @@ def standing(pool: Pool, replica: Replica, waiting: Model, now: float, bound: bo
         return None
     if spare and best_class(waiting) < best_class(model):
         return Tier.LOWER, harm(pool, replica, waiting, now)
+    if bound and is_served_first(pool, replica, waiting):
+        return None
     if bound:
         return (Tier.BUSY if spare else Tier.PROTECTED), harm(pool, replica, waiting, now)
     if not spare or now < residency_end(pool, replica):
         return None
     return Tier.BUSY, harm(pool, replica, waiting, now)
+
+
+def is_served_first(pool: Pool, replica: Replica, waiting: Model) -> bool:
+    """Somebody waited for the resident model when it was loaded, or when the others became due: he is served first.
+
+    That is gated service: who comes later waits for the next turn. It ends, whatever the flood, and where everybody is
+    overdue a turn clears a whole line instead of a few batches. A bound that was configured, a deadline, and a higher
+    class than his go before.
+    """
+    head = waiting.queue.head()
+    due = bound_at(pool, waiting)
+    if head is None or is_promised(pool, waiting) or due >= waiting.queue.first_deadline() - lead_s(pool, waiting):
+        return False
+    gate = max(due, replica.loaded_at)
+    return any(each.priority <= head.priority and each.since < gate for each in replica.model.queue.heads())
 
 
 def is_held(pool: Pool, model: Model, now: float, bound: bool) -> bool:
@@ -305,8 +324,12 @@ def bound_at(pool: Pool, model: Model) -> float:
     """When a drain must begin so that nobody waits longer than his class's bound, or than he will wait at all."""
     heads = model.queue.heads()
     first = min((head.arrived + bound_s(pool, model, head.priority) for head in heads), default=INFINITY)
-    first = min(first, model.queue.first_deadline())
-    return first - LEAD * (load_time(pool, model) + pool.stop_s + pool.drain_s)
+    return min(first, model.queue.first_deadline()) - lead_s(pool, model)
+
+
+def lead_s(pool: Pool, model: Model) -> float:
+    """So long before a bound a drain begins: what the drain, the stop and the load take, and some more."""
+    return LEAD * (load_time(pool, model) + pool.stop_s + pool.drain_s)
 
 
 def because(

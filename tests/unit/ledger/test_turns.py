@@ -93,3 +93,43 @@ def test_nobody_preempts_his_own_class_or_who_waits_for_the_victim() -> None:
     assert desk.at(40.0) == []
     assert desk.arrive("a2", "A", priority=1, slots=2) == []
     assert desk.arrive("b2", "B", priority=1) == [], "a high one waits for A, too"
+
+
+def gated(*, a3_at: float = 36.0, a3: int = 2, timeout: float = 600.0, bound_s: tuple[float | None, ...] = ()) -> Desk:
+    """A, loaded in 4 s at 4, streams a2; b1 of B came at 6 and is due at 37; for A a3 waits, since before that."""
+    desk = Desk(model("A", slots=1), model("B"), bound_s=bound_s or (None, None, None))
+    desk.arrive("a1", "A")
+    desk.tell(ReplicaStarted("A", "A#1", "n"))
+    desk.at(LOAD_S)
+    desk.tell(ReplicaReady("A#1"))
+    desk.at(5.0)
+    desk.release("a1")
+    desk.arrive("a2", "A")
+    desk.at(6.0)
+    desk.arrive("b1", "B", timeout=timeout)
+    assert desk.at(a3_at) == []
+    desk.arrive("a3", "A", priority=a3)
+    return desk
+
+
+def test_who_waited_when_the_others_became_due_is_served_first() -> None:
+    desk = gated()
+    desk.at(38.0)
+    desk.arrive("a4", "A")
+    assert desk.at(38.9) == []
+    assert desk.release("a2") == ["grant a3 A#1"]
+    assert desk.at(39.2) == ["quiesce A#1"], "a4 came too late"
+
+
+def test_who_comes_after_that_waits_for_the_next_turn() -> None:
+    desk = gated(a3_at=36.95)
+    assert desk.at(37.3) == []
+    desk = gated(a3_at=36.0)
+    desk.tell(RequestCancelled("a3"))
+    assert desk.at(37.1) == ["quiesce A#1"]
+
+
+def test_a_deadline_a_promise_and_a_higher_class_wait_for_nobody() -> None:
+    for desk in (gated(timeout=40.0), gated(bound_s=(40.0,) * 3), gated(a3=3)):
+        assert desk.at(36.9) == []
+        assert desk.at(37.1) == ["quiesce A#1"]
