@@ -29,6 +29,8 @@ __all__ = [
 
 #: Who calls from inside the cluster.
 TRUSTED = Caller()
+#: The longest name of a model, in characters.
+MAX_NAME = 512
 
 
 def resolve_model(config: PoolConfig, name: str | None) -> str:
@@ -72,6 +74,9 @@ def model_of(config: PoolConfig, body: Any, caller: Caller = TRUSTED) -> str:
     name = body.get("model")
     if name is not None and not isinstance(name, str):
         raise errors.InvalidRequest("model: must be a string", param="model")
+    if name is not None and not (name.isprintable() and len(name) <= MAX_NAME):
+        # It may be a server's, and so goes to the ledger as it is.
+        raise errors.InvalidRequest("model: no model has such a name", param="model")
     model = resolve_model(config, name)
     if not is_allowed(config, caller, model):
         message = f"the key {caller.principal!r} is not good for the model {model!r}"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from app.auth import caller_of
 from app.body import read_json
@@ -22,6 +22,9 @@ from deployments.schemas import COMPLETIONS, parse_priority
 
 router = APIRouter(tags=["allocator"])
 
+#: The longest id of a request, in characters; it is kept and logged.
+MAX_ID = 200
+
 
 class Inference(BaseModel):
     """The body of a request. What is not known here is refused with 422."""
@@ -31,7 +34,14 @@ class Inference(BaseModel):
     model_id: str
     prompt: str
     priority: int | None = None
-    request_id: str | None = None
+    request_id: Annotated[str, Field(min_length=1, max_length=MAX_ID)] | None = None
+
+    @field_validator("request_id")
+    @classmethod
+    def _printable(cls, value: str | None) -> str | None:
+        if value is not None and not value.isprintable():
+            raise ValueError("must be printable")
+        return value
 
     @field_validator("priority", mode="before")
     @classmethod

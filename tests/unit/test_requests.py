@@ -199,3 +199,11 @@ def test_a_refusal_of_the_ledger_becomes_its_error():
     error = as_error(Reject("r", "h", "BackendTimeout", "too late", {"phase": "loading"}))
     assert (type(error), error.status) == (errors.BackendTimeout, 504)
     assert error.body()["error"]["phase"] == "loading"
+
+
+def test_a_name_that_no_model_can_have_goes_nowhere():
+    """Also where a server might have it: half a character could not be sent to the ledger."""
+    config = load_config({"servers": [{"url": "http://x:1"}]}, environ={})
+    for name in ("\ud800", "a\nb", "x" * 600):
+        with pytest.raises(errors.InvalidRequest, match="no model has such a name"):
+            parse_request(config, CHAT, {"model": name, "messages": []}, request_id="r")
