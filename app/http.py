@@ -32,6 +32,7 @@ from app.routes import (
 )
 from app.routes.proxy import Proxy
 from app.streams import request_id_of
+from app.usage import Usage
 from cluster import errors
 from deployments.gateway import Gateway
 
@@ -45,6 +46,7 @@ def build_http(gateway: Gateway) -> FastAPI:
     app.state.gateway = gateway
     app.router.routes[:0] = openai.inference_routes
     responses.install(app, gateway)
+    gateway.limits.count_in(Usage(app.state.store))
     app.include_router(service.router)
     app.include_router(validation.router)
     app.include_router(allocator.router, prefix="/api/v1")

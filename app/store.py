@@ -57,10 +57,10 @@ BUSY_S = 5.0
 #: The longest that anybody waits for the store, in seconds.
 ANSWER_S = 10.0
 
-_metadata = MetaData()
+metadata = MetaData()
 _responses = Table(
     "responses",
-    _metadata,
+    metadata,
     Column("id", String(64), primary_key=True),
     Column("principal", String(256), nullable=False),
     Column("previous", String(64)),
@@ -76,7 +76,7 @@ _responses = Table(
 #: Which response an item belongs to: clients name their items instead of sending them again.
 _items = Table(
     "items",
-    _metadata,
+    metadata,
     Column("id", String(64), primary_key=True),
     Column("response", String(64), nullable=False),
     Index("items_by_response", "response"),
@@ -112,7 +112,7 @@ class Store:
     async def save(self, stored: Stored) -> bool:
         """Keep a response, or its newer state. False, and a line in the log, where that could not be done."""
         try:
-            await self._run(lambda connection: self._save(connection, stored))
+            await self.run(lambda connection: self._save(connection, stored))
         except errors.BackendUnavailable as error:
             logger.error("the response %s is not stored: %s", stored.response["id"], error.message)
             return False
@@ -120,24 +120,24 @@ class Store:
 
     async def find(self, response: str, principal: str) -> Stored | None:
         """A stored response of this principal. Raises `BackendUnavailable` where the store does not answer."""
-        return await self._run(lambda connection: _find(connection, response, principal))
+        return await self.run(lambda connection: _find(connection, response, principal))
 
     async def conversation(self, response: str, principal: str) -> list[dict[str, Any]] | None:
         """All items up to the end of a response, oldest first; None if it is not there. Raises like `find`."""
-        return await self._run(lambda connection: _conversation(connection, response, principal))
+        return await self.run(lambda connection: _conversation(connection, response, principal))
 
     async def items(self, ids: Sequence[str], principal: str) -> dict[str, dict[str, Any]]:
         """Stored items by id; those that are not there are left out. Raises like `find`."""
-        return await self._run(lambda connection: _find_items(connection, ids, principal))
+        return await self.run(lambda connection: _find_items(connection, ids, principal))
 
     async def touch(self, response: str) -> None:
         """Say of a response that runs that it still does. Raises like `find`."""
         known = update(_responses).where(_responses.c.id == response)
-        await self._run(lambda connection: connection.execute(known.values(saved_at=time.time())))
+        await self.run(lambda connection: connection.execute(known.values(saved_at=time.time())))
 
     async def delete(self, response: str, principal: str) -> bool:
         """Whether there was one to delete. Raises like `find`."""
-        return await self._run(lambda connection: _delete(connection, response, principal))
+        return await self.run(lambda connection: _delete(connection, response, principal))
 
     def close(self) -> None:
         """Let go of the database. Waits for what is under way."""
@@ -145,7 +145,9 @@ class Store:
         if self._engine is not None:
             self._engine.dispose()
 
-    async def _run(self, work: Callable[[Connection], T]) -> T:
+    async def run(self, work: Callable[[Connection], T]) -> T:
+        """Whatever `work` does in one transaction, in a thread. Raises like `find`."""
+
         def locked() -> T:
             try:
                 with self._open().begin() as connection:
@@ -234,7 +236,7 @@ def _connect(url: str) -> Engine:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=NORMAL")
 
-    _metadata.create_all(engine)
+    metadata.create_all(engine)
     return engine
 
 

@@ -9,6 +9,7 @@
     ├── ModelNotLoaded               503 model_not_loaded
     ├── MemoryBudgetExceeded         400 MEMORY_BUDGET_EXCEEDED
     ├── Unauthorized                 401 UNAUTHORIZED
+    ├── BudgetExceeded               402 budget_exceeded
     ├── Forbidden                    403 FORBIDDEN
     ├── RequestTooLarge              413 REQUEST_TOO_LARGE
     ├── QueueFull                    429 GPU_OVERLOADED
@@ -118,6 +119,12 @@ class MemoryBudgetExceeded(InvalidRequest):
 
 class Unauthorized(PoolError):
     status, code, type = 401, "UNAUTHORIZED", "authentication_error"
+
+
+class BudgetExceeded(PoolError):
+    """A key has used what it may on one day; `limit` in the body says of what."""
+
+    status, code, type = 402, "budget_exceeded", "insufficient_quota"
 
 
 class Forbidden(PoolError):

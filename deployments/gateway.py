@@ -29,6 +29,7 @@ from cluster.orders import Address
 from cluster.request import Request
 from deployments.engines.protocol import Call, Reply
 from deployments.leased_call import LeasedCall, ServeWay, Way
+from deployments.limits import Limits
 from deployments.link import Leased, Links
 from deployments.run_info import RunInfo
 from deployments.sse import DONE, comment, error_event, is_comment
@@ -55,6 +56,8 @@ class Gateway:
     def __init__(self, configuration: Configuration, handles: Mapping[str, Any]) -> None:
         raise_file_limit()
         self.config: PoolConfig = configuration.pool
+        self.limits = Limits()
+        self.limits.follow(self.config)
         self._holder = uuid.uuid4().hex
         self.ledger = LedgerClient(configuration, self._holder)
         self.on_configuration: list[Callable[[Configuration], None]] = []
@@ -71,10 +74,11 @@ class Gateway:
 
     def _configured(self, configuration: Configuration) -> None:
         self.config = configuration.pool
+        self.limits.follow(self.config)
         for each in self.on_configuration:
             each(configuration)
 
-    async def stream(
+    def stream(
         self, request: Request, body: dict[str, Any], info: RunInfo | None = None
     ) -> AsyncGenerator[bytes, None]:
         """The answer of the engine to a request and its body: SSE events for a streaming body, one body otherwise.
@@ -84,7 +88,14 @@ class Gateway:
         slot. `info` learns what becomes of the request.
         """
         info = info or RunInfo()
-        call = Call(request.path, body, request.trace)
+        return self._limited(request, info, self._stream(request, Call(request.path, body, request.trace), info))
+
+    def _limited(
+        self, request: Request, info: RunInfo, chunks: AsyncGenerator[bytes, None]
+    ) -> AsyncGenerator[bytes, None]:
+        return self.limits.around(request, info, chunks) if self.limits.apply_to(request) else chunks
+
+    async def _stream(self, request: Request, call: Call, info: RunInfo) -> AsyncGenerator[bytes, None]:
         streams = call.stream
         begun = started = ended = False
         for attempt in range(RETRIES + 1):
@@ -125,19 +136,29 @@ class Gateway:
         Raises a `PoolError` for anything that goes wrong before the first byte; the chunks raise what does later.
         """
         info = RunInfo()
+        chunks = self._limited(request, info, self._raw(request, call, info))
+        try:
+            first = await anext(chunks, b"")
+        except BaseException:
+            await chunks.aclose()
+            raise
+        return first, Reply(info.status, info.headers, chunks)
+
+    async def _raw(self, request: Request, call: Call, info: RunInfo) -> AsyncGenerator[bytes, None]:
         for attempt in range(RETRIES + 1):
-            chunks = self._attempt(request, call, info, is_last=attempt == RETRIES)
+            has_begun = False
             try:
-                first = await anext(chunks, b"")
-                return first, Reply(info.status, info.headers, chunks)
+                async with contextlib.aclosing(
+                    self._attempt(request, call, info, is_last=attempt == RETRIES)
+                ) as chunks:
+                    async for chunk in chunks:
+                        has_begun = True
+                        yield chunk
+                return
             except errors.ReplicaGone:
-                if attempt == RETRIES:
+                if has_begun or attempt == RETRIES:
                     raise
                 await asyncio.sleep(RETRY_PAUSE_S)
-            except BaseException:
-                await chunks.aclose()
-                raise
-        raise AssertionError("the last attempt returns or raises")
 
     async def touch(self, request: Request) -> None:
         """Wait for a lease as the request would, and give it back unused: its model is loaded then, and stays as asked.

@@ -14,13 +14,10 @@ import secrets
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 #: Who asks without a key. No key may have this name.
 ANONYMOUS = "anonymous"
-#: Limits that keys will have and that nothing enforces yet: better refused than silently ignored.
-UNSUPPORTED = ("max_concurrent", "requests_per_minute", "budget")
-
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _ENVIRONMENT = re.compile(r"env:([A-Za-z_][A-Za-z0-9_]*)")
 _CLASSES = {"high": 1, "medium": 2, "low": 3}
@@ -30,11 +27,22 @@ _HOW = (
 )
 
 
+class Budget(BaseModel):
+    """What a key may be used for on one day (UTC). `cost` is in the currency of the models' `price`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    requests: Annotated[int, Field(ge=0)] | None = None
+    tokens: Annotated[int, Field(ge=0)] | None = None
+    cost: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+
 class ApiKey(BaseModel):
     """One key. `name` is the principal of its requests.
 
     `models` lists the ids, aliases and public names that it may use (none = all); `max_priority` is the best class
-    that its requests get, whatever they ask for.
+    that its requests get, whatever they ask for. `max_concurrent` requests at a time, and `requests_per_minute`, hold
+    for each ingress; the `budget` for all of them together.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -43,14 +51,14 @@ class ApiKey(BaseModel):
     key: Annotated[str, Field(pattern=rf"^{_DIGEST.pattern}$", repr=False)]
     models: tuple[str, ...] = ()
     max_priority: Literal["high", "medium", "low"] = "high"
+    max_concurrent: Annotated[int, Field(ge=1)] | None = None
+    requests_per_minute: Annotated[int, Field(ge=1)] | None = None
+    budget: Budget | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _no_limits_yet(cls, value: Any) -> Any:
-        for name in UNSUPPORTED:
-            if isinstance(value, Mapping) and name in value:
-                raise ValueError(f"{name} is not supported yet")
-        return value
+    @property
+    def is_limited(self) -> bool:
+        """Whether anything is counted of what the key is used for."""
+        return not (self.max_concurrent is None and self.requests_per_minute is None and self.budget is None)
 
 
 class Caller(NamedTuple):

@@ -44,6 +44,15 @@ class Group(BaseModel):
     devices: Literal["separate", "shared"] = "separate"
 
 
+class Price(BaseModel):
+    """What a million tokens cost, in the currency of the keys' budgets."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    input: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    output: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+
+
 class ModelConfig(BaseModel):
     """One model, under its public id: the keys that every backend has. Times in seconds, memory in MiB.
 
@@ -60,6 +69,8 @@ class ModelConfig(BaseModel):
 
     `sleep_timeout` is how long a replica without an engine stays, 0 = until its room is needed. `sleep_level` 1 keeps
     the engine's process with its weights in the host's memory, 2 does not, which the pool chooses for all so far.
+
+    `price` is what its tokens count for in a key's budget.
 
     `type` is what the model is for, as `/v1/models` tells it.
 
@@ -98,6 +109,7 @@ class ModelConfig(BaseModel):
     fallbacks: tuple[str, ...] = ()
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     group: Group | None = None
+    price: Price | None = None
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -198,6 +210,7 @@ SCHEDULING_KEYS = (
     "fallbacks",
     "weight",
     "group",
+    "price",
 )
 
 

@@ -11,6 +11,7 @@ import pytest
 from cluster.errors import PoolError, ReplicaGone
 from cluster.request import Request
 from deployments.gateway import Gateway
+from deployments.limits import Limits
 from deployments.run_info import RunInfo
 from deployments.sse import DONE
 
@@ -24,6 +25,7 @@ class Scripted(Gateway):
 
     def __init__(self, *attempts: list[bytes | PoolError]) -> None:
         self.attempts = iter(attempts)
+        self.limits = Limits()
 
     async def _attempt(
         self, request: Request, body: dict[str, Any], info: RunInfo, **_: Any

@@ -115,7 +115,7 @@ async def test_any_text_can_be_stored(store: Store):
 async def count(store: Store, table: str) -> Any:
     from sqlalchemy import text
 
-    return await store._run(lambda connection: connection.scalar(text(f"select count(*) from {table}")))
+    return await store.run(lambda connection: connection.scalar(text(f"select count(*) from {table}")))
 
 
 @pytest.mark.parametrize("url", ["postgresql://me:secret@host/db", "nonsense", "env:"])
