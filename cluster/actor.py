@@ -205,7 +205,7 @@ class LedgerActor:
         self._attached.add_replica(state)
         busy = state.loading or state.engine is not None or state.failed is not None
         told = (state.model, state.replica, state.node, state.started_at, busy, state.devices, state.unloading)
-        self._post(ReplicaStarted(*told, stopping=state.stopping))
+        self._post(ReplicaStarted(*told, state.stopping, state.booked))
         if state.failed is not None:
             self._post(ReplicaFailed(state.replica, state.failed))
         elif state.engine is not None:

@@ -15,6 +15,7 @@ class ReplicaState(NamedTuple):
     Its engine is absent, or is being loaded (`loading`: another order to load is not needed), loaded (`engine`), asleep
     (`asleep`) or being ended (`unloading`). `devices` are those of the order to load, as long as anything is held on
     them. `failed` is why its last load failed. `stopping`: Serve has told it to stop, and it only lets what runs end.
+    `booked` are the devices that Ray has booked for its process.
     """
 
     model: str
@@ -29,6 +30,7 @@ class ReplicaState(NamedTuple):
     unloading: bool = False
     asleep: AsleepState | None = None
     stopping: bool = False
+    booked: tuple[int, ...] = ()
 
 
 class HolderState(NamedTuple):

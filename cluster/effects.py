@@ -112,6 +112,18 @@ def this_actor() -> tuple[str, str]:
     return str(context.get_actor_id()), str(context.get_node_id())
 
 
+def booked_devices() -> tuple[int, ...]:
+    """The devices on which Ray has booked this process, by their indexes on its machine; none if it does not tell.
+
+    Whatever a process may see of them: the public calls give the names that `CUDA_VISIBLE_DEVICES` has for them.
+    """
+    try:
+        booked = ray._private.worker.global_worker.core_worker.resource_ids().get("GPU", ())
+        return tuple(sorted(int(device) for device, _ in booked))
+    except (AttributeError, TypeError, ValueError):
+        return ()
+
+
 def raylet_pid() -> int:
     """The process of Ray's own on this machine: the parent of all its workers, such as this one."""
     return os.getppid()

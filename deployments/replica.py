@@ -31,6 +31,7 @@ class Replica:
         self._started_at = time.time()
         self._uid: str = serve.get_replica_context().replica_id.unique_id
         self._actor_id, self._node = effects.this_actor()
+        self._booked = effects.booked_devices()
         self._placing = asyncio.create_task(self._find_place())
         self._ledger = LedgerClient()
         self._links = Links(self._node)
@@ -55,6 +56,7 @@ class Replica:
             supervisor.is_unloading,
             supervisor.asleep,
             supervisor.is_finishing,
+            self._booked,
         )
 
     async def _find_place(self) -> Place:

@@ -68,7 +68,7 @@ class ReplicaStarted(NamedTuple):
 
     `loading`: its engine is loaded, is being loaded or has failed already, so no `LoadEngine` is wanted; `unloading`:
     it is being ended. `devices` are those that a former life of the ledger ordered for it. `stopping`: Serve has told
-    it to stop, as in `ReplicaStopping`.
+    it to stop, as in `ReplicaStopping`. `booked` are those that Ray has booked for it; none if that is not known.
     """
 
     model: str
@@ -79,6 +79,7 @@ class ReplicaStarted(NamedTuple):
     devices: tuple[int, ...] = ()
     unloading: bool = False
     stopping: bool = False
+    booked: tuple[int, ...] = ()
 
 
 class ReplicaStopping(NamedTuple):

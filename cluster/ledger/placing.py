@@ -60,7 +60,6 @@ def _free_places(pool: Pool, model: Model, count: int, node: Node | None = None)
     if not policy.has_capacity(pool, model):
         return None
     places: list[Place] = []
-    marks: list[int] = []
     seats, starts = sleepers.by_node(model), sleepers.startable(pool, model)
     for _ in range(count):
         # A process is started only where no replica waits for an engine.
@@ -72,9 +71,9 @@ def _free_places(pool: Pool, model: Model, count: int, node: Node | None = None)
         starts -= not seats[found.node]
         seats[found.node] -= 1
         places.append(found)
-        marks.append(pool.book.mark(found))
-    for found, mark in zip(places, marks, strict=True):
-        pool.book.unmark(found, mark)
+        pool.book.hold(found, 1)
+    for found in places:
+        pool.book.hold(found, -1)
     return places if len(places) == count else None
 
 

@@ -78,7 +78,6 @@ def draw_faults(rng: random.Random) -> Faults:
         engine_hangs=maybe(0.05),
         unload_hangs=maybe(0.05),
         loses=maybe(0.2),
-        strays=maybe(0.3),
         cancels=maybe(0.2),
         load_spread=0.5,
     )

@@ -41,7 +41,7 @@ from cluster.ledger.events import (
     UnloadEngine,
 )
 from cluster.ledger.specs import PoolSpec
-from tests.sim import serve
+from tests.sim import ray, serve
 
 
 class Scheduler(Protocol):
@@ -67,7 +67,6 @@ class Faults:
     engine_hangs: float = 0.0
     unload_hangs: float = 0.0
     loses: float = 0.0
-    strays: float = 0.0
     cancels: float = 0.0
     leaks: float = 0.0
     load_spread: float = 0.0
@@ -118,6 +117,8 @@ class Process:
     revision: str = ""
     # what it was when Serve told it to stop
     before: str = ""
+    # what Ray has booked for it, which it keeps until the process is gone
+    booked: tuple[int, ...] = ()
     streams: dict[str, Request] = field(default_factory=dict)
     # when its last word reaches the ledger: they keep their order
     heard_at: float = 0.0
@@ -155,6 +156,8 @@ class World:
             or self.faults.unload_hangs
             or self.faults.loses
         )
+        # Where everything starts and loads at once, nobody is told that a load took too long.
+        self.is_prompt = self.is_gentle and not (self.faults.load_hangs or self.faults.never_starts)
         # replicas of other applications, by node: Serve counts them when it chooses
         self.others: Counter[str] = Counter()
         # what engines are measured to take, by model; nothing is measured of the others
@@ -318,6 +321,9 @@ class World:
                 seen = self.scheduler.model(request.model)  # type: ignore[attr-defined]
                 if seen is not None and seen.ready:
                     self.crimes.append(f"{request.name} is refused, for {request.model}, which serves, is too large")
+            # Not by its own deadline, but since a load has failed.
+            if command.error == "BackendTimeout" and "retry_after" in command.extras and self.is_prompt:
+                self.crimes.append(f"{request.name} waited for a start of {request.model} that could not be made")
             request.rejected = command.error
             request.done = True
             if request.then is not None:
@@ -376,28 +382,21 @@ class World:
         """Ray starts a process where there is room for it, sooner or later."""
         if process.state != "pending":
             return
-        node = self._room(process.model)
-        if node is None:
+        choices = self._choices(process.model)
+        if not choices:
             self.at(self.now + self.loop_s, lambda: self._try_start(process))
             return
-        process.node = node
+        process.node = self.random.choice(list(choices)) if len(choices) > 1 else next(iter(choices))
+        process.booked = choices[process.node]
         process.state = "starting"
         self.at(self.now + self.start_s, lambda: self._started(process))
 
-    def _room(self, model: str) -> str | None:
-        need = self.spec.models[model].num_gpus if self.spec.max_asleep == 0 else 0.0
-        nodes = list(self.spec.nodes.values())
-        if self.faults.strays and self.random.random() < self.faults.strays:
-            self.random.shuffle(nodes)
-        for node in nodes:
-            used = sum(
-                self.spec.models[each.model].num_gpus
-                for each in self.processes.values()
-                if each.node == node.name and each.state != "pending" and need
-            )
-            if used + need <= node.gpus + 1e-9:
-                return node.name
-        return None
+    def _choices(self, model: str) -> dict[str, tuple[int, ...]]:
+        """Where Ray may start a process. Where replicas stay, they take next to nothing of its books."""
+        if self.spec.max_asleep != 0:
+            return dict.fromkeys(self.spec.nodes, ())
+        there = [each for each in self.processes.values() if each.node]
+        return ray.choices(self.spec.models[model], self.spec.nodes, there, self.spec.models)
 
     def _started(self, process: Process) -> None:
         if process.state != "starting":
@@ -405,7 +404,8 @@ class World:
         self.swaps += 1
         process.state = "waiting"
         process.number = next(self.numbers)
-        self.tell(ReplicaStarted(process.model, process.uid, process.node, float(process.number)), process)
+        started = ReplicaStarted(process.model, process.uid, process.node, float(process.number), booked=process.booked)
+        self.tell(started, process)
         if self.faults.dies_after_s:
             self.at(self.now + self.random.expovariate(1.0 / self.faults.dies_after_s), lambda: self._die(process))
 
@@ -541,7 +541,7 @@ class World:
                 started = ReplicaStarted(
                     process.model, process.uid, process.node, float(process.number), loads, devices, ends, stops
                 )
-                self.tell(started, process)
+                self.tell(started._replace(booked=process.booked), process)
                 if state == "ready":
                     self.tell(self._is_ready(process), process)
                 elif state == "failed":

@@ -24,6 +24,7 @@ ATTRIBUTES = [
     ("ray._private.gcs_pubsub.GcsAioActorSubscriber.poll", "deaths of actors are not heard of"),
     ("ray.core.generated.gcs_pb2.ActorTableData", "deaths of actors are polled for"),
     ("ray._private.state.actors", "a death before an announcement is not noticed, and there is no polling"),
+    ("ray._raylet.CoreWorker.resource_ids", "the ledger guesses which devices Ray has booked for each process"),
     ("ray.serve.autoscaling_policy._get_cold_start_scale_up_replicas", "Serve starts replicas by itself at times"),
     (f"{ROUTER}._choose_replica_for_request", "no call reaches its replica through Serve: the pool does not start"),
     ("ray.serve._private.request_router.common.PendingRequest", "the pool does not start"),
@@ -101,3 +102,8 @@ def test_without_a_router_to_pin_with_the_pool_does_not_start(monkeypatch):
         importlib.reload(deployments.routing)
     monkeypatch.undo()
     importlib.reload(deployments.routing)
+
+
+def test_without_word_of_what_ray_has_booked_the_ledger_guesses(monkeypatch):
+    monkeypatch.setattr(ray._private.worker.global_worker, "core_worker", object(), raising=False)
+    assert effects.booked_devices() == ()

@@ -109,14 +109,18 @@ def _check_node(node: Node, replicas: list[Replica]) -> None:
         f"{node.name}: {set(node.going)} leave"
     )
     gpu = [UNIT * (index < node.spec.gpus) for index in range(len(node.gpu))]
+    ray = list(gpu)
     cpu, memory = round(node.spec.cpus * UNIT), node.spec.memory_mib
     for replica in replicas:
         shape = replica.place.shape
         for index in replica.place.devices:
             gpu[index] -= shape.per_device
             assert replica in node.tenants[index], f"{replica} is not listed on device {index} of {node.name}"
+        for index in replica.place.booked:
+            ray[index] -= shape.per_device
         cpu -= shape.cpu
         memory -= shape.memory
+    assert node.ray.free == ray, f"node {node.name}: Ray's books have {ray} free, not {node.ray.free}"
     assert (node.gpu, node.cpu, node.memory) == (gpu, cpu, memory), f"node {node.name}: its account does not add up"
     assert sum(map(len, node.tenants)) == sum(len(each.place.devices) for each in replicas), f"ghosts on {node.name}"
     _check_devices(node)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 
+from cluster.ledger.books.packing import RayBooks
 from cluster.ledger.books.records import Replica
 from cluster.ledger.books.shapes import UNIT, Place, Shape, conflicts, device_index, named_devices
 from cluster.ledger.specs import NodeSpec
@@ -28,13 +29,15 @@ class Node:
         "memory",
         "name",
         "present",
+        "ray",
         "replicas",
         "spec",
         "tenants",
     )
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, ray_is_asked: bool = True) -> None:
         self.name = name
+        self.ray = RayBooks(ray_is_asked)
         self.spec = NodeSpec(name)
         self.present = False
         # Over budget for an honest reason: the node shrank, an engine took more than was estimated, or Ray put a
@@ -53,6 +56,7 @@ class Node:
     def resize(self, spec: NodeSpec, present: bool) -> None:
         """Take a new size; what is placed stays placed, even on devices that are gone."""
         self.widen(spec.gpus)
+        self.ray.resize(self.spec.gpus, spec.gpus)
         for index in range(len(self.gpu)):
             self.gpu[index] += UNIT * ((index < spec.gpus) - (index < self.spec.gpus))
             self.device_memory[index] += spec.device_memory_mib - self.spec.device_memory_mib
@@ -64,6 +68,7 @@ class Node:
 
     def widen(self, devices: int) -> None:
         """Open accounts for so many devices, whether the node is known to have them or not."""
+        self.ray.widen(devices)
         while len(self.gpu) < devices:
             self.gpu.append(0)
             self.device_memory.append(self.spec.device_memory_mib)
@@ -77,6 +82,7 @@ class Node:
             self.device_memory[index] -= sign * shape.memory_per_device
         self.cpu -= sign * shape.cpu
         self.memory -= sign * shape.memory
+        self.ray.take(place, sign)
 
     def is_over(self) -> bool:
         """More stands here than the node has."""
@@ -87,8 +93,14 @@ class Node:
             or (self.spec.device_memory_mib > 0 and any(free < 0 for free in self.device_memory))
         )
 
-    def fit(self, shape: Shape, hosts: set[tuple[str, int]] | None) -> Place | None:
-        """The tightest place for a shape, or None. `hosts`: the devices it must share, None = any."""
+    def fit(
+        self, shape: Shape, hosts: set[tuple[str, int]] | None, booked: tuple[int, ...] | None = None
+    ) -> Place | None:
+        """The tightest place for a shape, or None. `hosts`: the devices it must share, None = any.
+
+        `booked` is where Ray has booked its process; None if it is to be started, and Ray must have room for it, too.
+        The place is where Ray books it, if it may stand there.
+        """
         # A device or a node that is over its budget has nothing free; its other devices are none the worse for it.
         if not self.present:
             return None
@@ -99,10 +111,17 @@ class Node:
             return None
         if not shape.gpu:
             return Place(self.name, (), shape)
+        is_new = booked is None
+        booked = self.ray.pack(shape) if is_new else booked
         room = [(free, index) for index, free in self._rooms(shape) if hosts is None or (self.name, index) in hosts]
-        if len(room) < shape.devices:
+        if booked is None or len(room) < shape.devices:
             return None
-        return Place(self.name, tuple(sorted(index for _, index in sorted(room)[: shape.devices])), shape)
+        if booked and {index for _, index in room}.issuperset(booked):
+            place = Place(self.name, booked, shape, booked)
+        else:
+            place = Place(self.name, tuple(sorted(index for _, index in sorted(room)[: shape.devices])), shape, booked)
+        leaving = (each.place for each in self.replicas if each.claim is not None)
+        return None if is_new and self.ray.breaks((mark.shape for mark in marks), leaving, place) else place
 
     def beside_processes(self, shape: Shape, hosts: set[tuple[str, int]] | None) -> Place | None:
         """A place on shares that no process has; None if there is none. Plans, promises and estimates stand back.
@@ -125,8 +144,10 @@ class Node:
         return Place(self.name, tuple(sorted(index for *_, index in sorted(room)[: shape.devices])), shape)
 
     def is_honest(self, replica: Replica) -> bool:
-        """The replica's shares are its own: no other process has them, and none that it must not meet is there."""
+        """The replica's shares are its own: it may stand there, and no other process has them or must not meet it."""
         place = replica.place
+        if place.shape.only and not named_devices(self.spec, place.shape.only).issuperset(place.devices):
+            return False
         for index in place.devices:
             others = [each for each in self.tenants[index] if each.uid and each is not replica]
             used = sum(each.place.shape.per_device for each in others)
@@ -188,13 +209,26 @@ class Book:
         self.nodes: dict[str, Node] = {}
         self.seen: dict[str, NodeSpec] = {}
         self.version = 0
-        # a replica stays when its engine ends, so what is to end is chosen here, and not by Serve
-        self.keeps_replicas = False
+        self._keeps_replicas = False
         # what the models of each sharing group are bound to, as far as they are
         self.bonds: dict[str, set[tuple[str, ...]]] = {}
         self._full: dict[Shape, int] = {}
         self._possible: dict[tuple[Shape, int], bool] = {}
         self._serial = 0
+
+    @property
+    def keeps_replicas(self) -> bool:
+        """A replica stays when its engine ends, so what is to end is chosen here, and not by Serve.
+
+        It then takes nothing worth counting of Ray's books.
+        """
+        return self._keeps_replicas
+
+    @keeps_replicas.setter
+    def keeps_replicas(self, keeps: bool) -> None:
+        self._keeps_replicas = keeps
+        for node in self.nodes.values():
+            node.ray.are_asked = not keeps
 
     def set_nodes(self, specs: dict[str, NodeSpec]) -> None:
         for name, spec in specs.items():
@@ -211,7 +245,7 @@ class Book:
         """The account of a node, opened when it is first heard of."""
         found = self.nodes.get(name)
         if found is None:
-            found = self.nodes[name] = Node(name)
+            found = self.nodes[name] = Node(name, ray_is_asked=not self._keeps_replicas)
         return found
 
     def could_ever_fit(self, shape: Shape, replicas: int = 1) -> bool:
@@ -284,34 +318,42 @@ class Book:
             if any(each.place.shape.group == shape.group and each.place.shape.model != shape.model for each in tenants)
         }
 
-    def force(self, node: str, shape: Shape) -> Place:
-        """A place for a process that exists, whether there is room or not; where it fits if it does."""
+    def force(self, node: str, shape: Shape, booked: tuple[int, ...] = ()) -> Place:
+        """A place for a process that exists, whether there is room or not; where it fits if it does.
+
+        `booked` is where Ray has booked it; without, where it would.
+        """
         account = self.node(node)
         hosts = self.hosts(shape)
-        place = account.fit(shape, hosts) or account.beside_processes(shape, hosts)
-        if place is not None:
-            account.widen(max(place.devices, default=-1) + 1)
-            return place
-        account.widen(shape.devices)
-        by_room = sorted(range(len(account.gpu)), key=lambda index: -account.gpu[index])
-        return Place(node, tuple(sorted(by_room[: shape.devices])), shape)
+        booked = booked or account.ray.pack(shape) or ()
+        place = account.fit(shape, hosts, booked) or account.beside_processes(shape, hosts)
+        if place is None:
+            account.widen(shape.devices)
+            by_room = sorted(range(len(account.gpu)), key=lambda index: -account.gpu[index])
+            place = Place(node, tuple(sorted(by_room[: shape.devices])), shape)
+        account.widen(max((*place.devices, *booked), default=-1) + 1)
+        return place._replace(booked=booked)
 
     def settle_devices(self, replica: Replica) -> bool:
         """See to it that the replica's devices are its own, before its engine is told of them; False if they cannot be.
 
         What was planned where a process has turned up meanwhile, or was started elsewhere, is planned anew on its node.
+        They are those that Ray has booked for it, if it may stand there.
         """
-        account = self.node(replica.place.node)
-        if account.is_honest(replica):
+        planned = replica.place
+        is_honest = self.node(planned.node).is_honest(replica)
+        if is_honest and planned.booked in ((), planned.devices):
             return True
         self.credit(replica)
-        account = self.node(replica.place.node)
-        shape = replica.place.shape
-        hosts = self.hosts(shape)
-        place = account.fit(shape, hosts) or account.beside_processes(shape, hosts)
+        account, shape, hosts = self.node(planned.node), planned.shape, self.hosts(planned.shape)
+        place = account.fit(shape, hosts, planned.booked)
+        if is_honest and (place is None or place.devices != planned.booked):
+            place = planned
+        elif place is None:
+            place = account.beside_processes(shape, hosts)
         if place is not None:
             account.widen(max(place.devices, default=-1) + 1)
-            replica.place = place
+            replica.place = place._replace(booked=planned.booked)
         self.take(replica)
         self.excuse(replica.place.node)
         return place is not None
@@ -330,10 +372,22 @@ class Book:
         replica.place = place
         self.take(replica)
 
+    def rebook(self, replica: Replica, booked: tuple[int, ...]) -> None:
+        """Ray has booked the process of a replica on these devices, whatever was expected."""
+        place = replica.place
+        if booked != place.booked and len(booked) == place.shape.devices:
+            self.node(place.node).widen(max(booked, default=-1) + 1)
+            self.move(replica, place._replace(booked=booked))
+
     def reseat(self, replica: Replica, place: Place) -> None:
         """Book a replica elsewhere than before, since that is where it is, be there room or not."""
         self.move(replica, place)
         self.excuse(place.node)
+
+    def hold(self, place: Place, sign: int) -> None:
+        """Take (1) what a place needs while more places are looked for, and give it back (-1)."""
+        self.node(place.node).take(place, sign)
+        self.version += sign < 0
 
     def take(self, replica: Replica) -> None:
         """Take the replica's place."""

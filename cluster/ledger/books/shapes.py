@@ -51,11 +51,16 @@ def shape_of(spec: ModelSpec, measured_mib: int | None) -> Shape:
 
 
 class Place(NamedTuple):
-    """Part of a node: what one replica takes of it."""
+    """Part of a node: what one replica takes of it.
+
+    `booked` are the devices that Ray, which packs by itself, has booked for its process, or will when it starts it.
+    They are none where a process takes nothing of Ray's books.
+    """
 
     node: str
     devices: tuple[int, ...]
     shape: Shape
+    booked: tuple[int, ...] = ()
 
 
 @lru_cache(maxsize=1024)

@@ -54,10 +54,12 @@ def _order_load(pool: Pool, replica: Replica, now: float) -> None:
     model = replica.model
     assert replica.uid is not None, "a LOADING replica has a process"
     if not pool.book.settle_devices(replica):
-        # It started on another node than planned, or beside what nobody asked for, and there is no room for it.
+        # It started on another node than planned, or beside what nobody asked for, and there is no room for it. That
+        # is no failure of the model: Ray may choose better the next time.
         engine_moves.lose(pool, replica, Cause.FAILED, now)
-        reason = "no device where it was started is free for it"
-        back_off(pool, model, reason, now, patient=model.failures + 1 < PATIENCE)
+        failures = model.failures
+        back_off(pool, model, "no device where it was started is free for it", now, patient=True)
+        model.failures = failures
         return
     replica.order_due = INFINITY
     replica.order_began = now

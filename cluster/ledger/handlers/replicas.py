@@ -17,6 +17,7 @@ from cluster.ledger.events import (
     ReplicaStopping,
     UnloadEngine,
 )
+from cluster.ledger.handlers import starts
 from cluster.ledger.handlers.engines import PATIENCE, back_off
 from cluster.ledger.handlers.holders import lease_reannounced
 from cluster.ledger.rules import policy
@@ -35,11 +36,14 @@ def replica_started(pool: Pool, event: ReplicaStarted, now: float) -> None:
     if model is None:
         log.error("replica %s of unknown model %s is not accounted for", event.replica, event.model)
         return
-    replica = _expected(pool, model, event.node)
+    replica = _expected(pool, model, event)
     kept = replica is not None or _is_of_use(pool, model, event, now)
     if replica is None:
         replica = _adopt(pool, model, event, kept, now)
     pool.bind(replica, event.replica, event.started_at, now, "" if kept else "unasked")
+    if not pool.keeps_replicas:
+        pool.book.rebook(replica, event.booked)
+        starts.replan(pool, replica, now, is_new=not (event.loading or event.unloading))
     if not (kept or replica.is_placed) and stops.certain(pool.book, model, [replica]):
         # Its count is not raised for it, least of all beside one that Serve has yet to stop.
         pool.move(replica, Cause.DISMISSED, now, "unasked")
@@ -77,16 +81,17 @@ def _told_to_stop(pool: Pool, replica: Replica) -> None:
     pool.changed[model] = None
 
 
-def _expected(pool: Pool, model: Model, node: str) -> Replica | None:
+def _expected(pool: Pool, model: Model, event: ReplicaStarted) -> Replica | None:
     """The record of which this is the process, put on the node where it really is; None if none was asked for."""
     asked_for = list(model.in_state(ReplicaState.STARTING))
     if not asked_for:
         return None
+    node = event.node
     replica = min(asked_for, key=lambda each: (each.place.node != node, not each.is_placed))
     if replica.place.node == node:
         return replica
     if not pool.keeps_replicas:
-        pool.book.reseat(replica, pool.book.force(node, replica.place.shape))
+        pool.book.reseat(replica, pool.book.force(node, replica.place.shape, event.booked))
         return replica
     place = pool.book.node(node).fit(replica.place.shape, pool.book.hosts(model.shape)) if replica.is_placed else None
     if place is None:
@@ -112,7 +117,8 @@ def _is_of_use(pool: Pool, model: Model, event: ReplicaStarted, now: float) -> b
         # Serve would stop the newer one first, and those that make room for others would stay.
         return False
     account = pool.book.nodes.get(event.node)
-    fits = account is not None and account.fit(model.shape, pool.book.hosts(model.shape)) is not None
+    hosts = pool.book.hosts(model.shape)
+    fits = account is not None and account.fit(model.shape, hosts, event.booked or None) is not None
     return fits and not (model.claim or now < model.backoff_until) and policy.has_capacity(pool, model)
 
 
@@ -122,7 +128,7 @@ def _adopt(pool: Pool, model: Model, event: ReplicaStarted, kept: bool, now: flo
     log.log(level, "replica %s of %s was not asked for: %s", event.replica, model.name, "kept" if kept else "stopped")
     has_engine = event.loading or event.unloading or not pool.keeps_replicas
     if has_engine:
-        replica = pool.place(model, pool.book.force(event.node, model.shape), now)
+        replica = pool.place(model, pool.book.force(event.node, model.shape, event.booked), now)
     else:
         replica = pool.place(model, Place(event.node, (), model.asleep_shape), now, for_engine=False)
     replica.adopted = True

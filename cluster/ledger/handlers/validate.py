@@ -16,7 +16,7 @@ _FIELDS: dict[type[Any], tuple[tuple[type[Any], ...], ...]] = {
     events.LeaseReleased: (_TEXT, _COUNT),
     events.HolderDied: (_TEXT,),
     events.HolderAnnounced: (_TEXT, (tuple,), (tuple,)),
-    events.ReplicaStarted: (_TEXT, _TEXT, _TEXT, _NUMBER, (bool,), (tuple,), (bool,), (bool,)),
+    events.ReplicaStarted: (_TEXT, _TEXT, _TEXT, _NUMBER, (bool,), (tuple,), (bool,), (bool,), (tuple,)),
     events.ReplicaReady: (_TEXT, (int, type(None)), (object,), (tuple, type(None)), _COUNT, (str, type(None))),
     events.ReplicaFailed: (_TEXT, _TEXT),
     events.EngineDied: (_TEXT, _TEXT),
@@ -92,9 +92,9 @@ def _fault(event: Any) -> str | None:
     if type(event) is events.ReplicaStarted and not isfinite(event.started_at):
         return f"started_at is {event.started_at!r}"
     if type(event) is events.ReplicaStarted and not all(
-        type(each) is int and 0 <= each < 1024 for each in event.devices
+        type(each) is int and 0 <= each < MAX_DEVICES for each in (*event.devices, *event.booked)
     ):
-        return f"devices is {event.devices!r}"
+        return f"devices is {event.devices!r}, booked is {event.booked!r}"
     if type(event) is events.ReplicaReady:
         if event.memory_mib is not None and event.memory_mib < 0:
             return f"memory_mib is {event.memory_mib!r}"

@@ -11,6 +11,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 from cluster.ledger.books import stops
+from cluster.ledger.books.packing import packed
 from cluster.ledger.books.placement import Book, Node
 from cluster.ledger.books.shapes import Place, Shape, conflicts
 from cluster.ledger.rules import policy, sleepers
@@ -74,6 +75,7 @@ class Prospect:
         self.gpu = list(node.gpu)
         self.device_memory = list(node.device_memory)
         self.cpu, self.memory = node.cpu, node.memory
+        self.ray = list(node.ray.free)
         self.gone: dict[Replica, None] = {}
         for replica in node.going:
             # DRAINING counts as leaving, too: reopened it would be only for a waiter of its own.
@@ -97,6 +99,8 @@ class Prospect:
         for index in place.devices:
             self.gpu[index] += sign * place.shape.per_device
             self.device_memory[index] += sign * place.shape.memory_per_device
+        for index in place.booked:
+            self.ray[index] += sign * place.shape.per_device
         self.cpu += sign * place.shape.cpu
         self.memory += sign * place.shape.memory
 
@@ -113,7 +117,11 @@ class Prospect:
     def node_fits(self, shape: Shape) -> bool:
         if shape.cpu and self.cpu < shape.cpu:
             return False
-        return not self.node.spec.memory_mib or self.memory >= shape.memory
+        if self.node.spec.memory_mib and self.memory < shape.memory:
+            return False
+        # Ray must have room for its process beside those that are promised room, wherever their engines stand.
+        promised = [place.shape for place in self.node.marked.values()]
+        return not self.node.ray.are_asked or packed(self.ray, [*promised, shape]) is not None
 
     def devices(self, shape: Shape) -> list[int]:
         return [index for index in range(len(self.gpu)) if self.device_fits(index, shape)]

@@ -39,7 +39,7 @@ def test_device_memory() -> None:
         desk.warm(name, f"{name}#1")
     devices = {replica.model.name: replica.place.devices for replica in desk.ledger._pool.book.nodes["n"].replicas}
     assert devices["A"] != devices["B"]
-    assert devices["C"] == devices["A"], "the fullest device that still has room"
+    assert devices["C"] == devices["B"], "where Ray books it, for there is room"
     assert desk.arrive("d1", "D") == ["reject d1 MemoryBudgetExceeded"]
     assert desk.arrive("e1", "E")[0].startswith("quiesce"), "half a device is free, its memory is not"
 
