@@ -25,6 +25,9 @@ STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_
 _UNUSED: dict[str, Any] = {"stop_details": None, "container": None}
 _UNUSED_USAGE: dict[str, Any] = {"cache_creation": None, "inference_geo": None, "service_tier": None}
 
+#: Nothing here signs thoughts; but clients drop those without a signature, and models then lose them between calls.
+UNSIGNED = "dW5zaWduZWQ="
+
 PING = sse("ping", b'{"type": "ping"}')
 
 
@@ -87,7 +90,7 @@ class MessagesAdapter:
         self._finish, self._stop = choice.get("finish_reason"), _stop_of(choice)
         content: list[dict[str, Any]] = []
         if thought := message.get("reasoning_content") or message.get("reasoning"):
-            content.append({"type": "thinking", "thinking": thought, "signature": ""})
+            content.append({"type": "thinking", "thinking": thought, "signature": UNSIGNED})
         if text := message.get("content"):
             content.append(_text(text))
         calls = message.get("tool_calls") or []
@@ -121,9 +124,12 @@ class MessagesAdapter:
     def _close(self) -> bytes:
         if self._open is None:
             return b""
+        signed = b""
+        if self._open == "thinking":
+            signed = self._delta({"type": "signature_delta", "signature": UNSIGNED})
         self._open = None
         self._blocks += 1
-        return _event("content_block_stop", index=self._blocks - 1)
+        return signed + _event("content_block_stop", index=self._blocks - 1)
 
     def _reason(self, output_tokens: int) -> str:
         if self._stop is not None:
@@ -141,7 +147,8 @@ def _event(kind: str, **members: Any) -> bytes:
 
 
 def _text(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": text, "citations": None}
+    # The API's schema requires the member and takes null; the AI SDK takes a list only.
+    return {"type": "text", "text": text, "citations": []}
 
 
 def _tool_block(call_id: str | None, name: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
