@@ -13,6 +13,7 @@ from cluster.config import load_config
 from cluster.errors import PoolError
 from cluster.request import Request
 from deployments.engines.protocol import Call, Report
+from deployments.limits import Limits
 from deployments.run_info import RunInfo
 from deployments.sse import DONE, error_event
 
@@ -38,6 +39,7 @@ class Scripted:
 
     def __init__(self, *scripts: list[bytes | PoolError], args: dict[str, Any] | None = None) -> None:
         self.config = load_config(args or {"models": {"m": {"backend": "fake"}}}, environ={})
+        self.limits = Limits()
         self.scripts = list(scripts)
         self.requests: list[tuple[Request, dict[str, Any]]] = []
         self.closed = 0
