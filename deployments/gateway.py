@@ -31,6 +31,7 @@ from deployments.engines.protocol import Call, Reply
 from deployments.leased_call import LeasedCall, ServeWay, Way
 from deployments.limits import Limits
 from deployments.link import Leased, Links
+from deployments.patience import PAUSE_S, patient, sends_away
 from deployments.run_info import RunInfo
 from deployments.sse import DONE, comment, error_event, is_comment
 
@@ -79,16 +80,22 @@ class Gateway:
             each(configuration)
 
     def stream(
-        self, request: Request, body: dict[str, Any], info: RunInfo | None = None
+        self, request: Request, body: dict[str, Any], info: RunInfo | None = None, *, is_patient: bool = False
     ) -> AsyncGenerator[bytes, None]:
         """The answer of the engine to a request and its body: SSE events for a streaming body, one body otherwise.
 
         Waiting streams yield a comment every few seconds. Raises a `PoolError` for anything that goes wrong before the
         first byte, comments included; later failures of a stream are an error event. Closing the generator frees the
-        slot. `info` learns what becomes of the request.
+        slot. `info` learns what becomes of the request. One that `is_patient` is not sent away for load.
         """
         info = info or RunInfo()
-        return self._limited(request, info, self._stream(request, Call(request.path, body, request.trace), info))
+        call = Call(request.path, body, request.trace)
+        # Who says himself how long he will wait is not kept longer.
+        if is_patient and request.timeout_s >= self.config.request_timeout_s(request.model):
+            chunks = patient(lambda: self._stream(request, call, info), info, streams=call.stream)
+        else:
+            chunks = self._stream(request, call, info)
+        return self._limited(request, info, chunks)
 
     def _limited(
         self, request: Request, info: RunInfo, chunks: AsyncGenerator[bytes, None]
@@ -160,12 +167,21 @@ class Gateway:
                     raise
                 await asyncio.sleep(RETRY_PAUSE_S)
 
-    async def touch(self, request: Request) -> None:
+    async def touch(self, request: Request, *, is_patient: bool = False) -> None:
         """Wait for a lease as the request would, and give it back unused: its model is loaded then, and stays as asked.
 
         Raises the `PoolError` that the ledger decides.
         """
-        self.ledger.release(await self.ledger.acquire(request._replace(id=uuid.uuid4().hex)))
+        while True:
+            try:
+                lease = await self.ledger.acquire(request._replace(id=uuid.uuid4().hex))
+            except errors.PoolError as error:
+                if not (is_patient and sends_away(error)):
+                    raise
+                await asyncio.sleep(PAUSE_S)
+                continue
+            self.ledger.release(lease)
+            return
 
     async def _attempt(
         self, request: Request, call: Call, info: RunInfo, *, is_last: bool

@@ -32,8 +32,6 @@ MAX_IGNORED = 1000
 
 #: Called when all of an answer has been rendered, and before the client gets the last of it.
 OnEnd = Callable[[], Awaitable[None]]
-#: Asks a gateway for the answer to a request and its body: something around `Gateway.stream`.
-Source = Callable[[Any, PoolRequest, dict[str, Any], RunInfo], AsyncGenerator[bytes, None]]
 
 
 async def read_body(request: Request) -> dict[str, Any]:
@@ -58,15 +56,15 @@ def admitted(request: Request, adapter: WholeAdapter) -> tuple[PoolRequest, dict
 
 
 async def answer(
-    request: Request, adapter: Adapter, on_end: OnEnd | None = None, source: Source | None = None
+    request: Request, adapter: Adapter, on_end: OnEnd | None = None, *, is_patient: bool = False
 ) -> Response:
-    """Run the adapter's chat through the pool, and answer in its family's way. `source` asks it otherwise."""
+    """Run the adapter's chat through the pool, and answer in its family's way (`is_patient`: `Gateway.stream`)."""
     if not adapter.chat.get("stream"):
-        return await answer_whole(request, adapter, on_end, source)
+        return await answer_whole(request, adapter, on_end, is_patient=is_patient)
     gateway: Gateway = request.app.state.gateway
     wanted, chat = admitted(request, adapter)
     info = RunInfo()
-    chunks = gateway.stream(wanted, chat, info) if source is None else source(gateway, wanted, chat, info)
+    chunks = gateway.stream(wanted, chat, info, is_patient=is_patient)
     rest = events(adapter, chunks, info, on_end)
     try:
         first = await anext(rest)
@@ -77,13 +75,13 @@ async def answer(
 
 
 async def answer_whole(
-    request: Request, adapter: WholeAdapter, on_end: OnEnd | None = None, source: Source | None = None
+    request: Request, adapter: WholeAdapter, on_end: OnEnd | None = None, *, is_patient: bool = False
 ) -> Response:
     """Run the adapter's chat through the pool, and answer once it is over."""
     gateway: Gateway = request.app.state.gateway
     wanted, chat = admitted(request, adapter)
     info = RunInfo()
-    chunks = gateway.stream(wanted, chat, info) if source is None else source(gateway, wanted, chat, info)
+    chunks = gateway.stream(wanted, chat, info, is_patient=is_patient)
     body = adapter.whole(await completion_of(chunks), info)
     if on_end is not None:
         await on_end()

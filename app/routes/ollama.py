@@ -1,6 +1,6 @@
 """Ollama's family: chat, generate, embed, and what models there are. These are configured, so nothing is pulled.
 
-Its requests wait as long as their client does (`patience.py`).
+Its requests wait as long as their client does (`deployments/patience.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from app.openapi import Operation
 from app.routes import ollama_rows as rows
 from app.routes.adapted import answer, parsed
 from app.routes.openai import remote_models
-from app.routes.patience import patient_stream, patient_touch
 from app.streams import request_id_of
 from app.wire.adapter import NDJSON
 from app.wire.ollama.adapter import OllamaAdapter
@@ -150,13 +149,13 @@ for method, path in MANAGING:
 
 async def _run(request: Request, adapter: OllamaAdapter) -> Response:
     if not adapter.is_empty:
-        return await answer(request, adapter, source=patient_stream)
+        return await answer(request, adapter, is_patient=True)
     gateway: Gateway = request.app.state.gateway
     asked = {**adapter.chat, "messages": [{"role": "user", "content": ""}]}
     wanted, _ = _parse(request, CHAT, asked)
     unloads = adapter.chat.get("keep_alive") == 0
     if not unloads or await _is_resident(gateway, wanted.model):
-        await patient_touch(gateway, wanted)
+        await gateway.touch(wanted, is_patient=True)
     return JSONResponse(adapter.done("unload" if unloads else "load"))
 
 
@@ -178,7 +177,7 @@ async def _embed(request: Request, body: Mapping[str, Any]) -> Embedded:
         raise errors.InvalidRequest("input: the text to embed is missing", param="input")
     wanted, embedding = _parse(request, EMBEDDINGS, embeddings_of(asked, body))
     info = RunInfo()
-    async with contextlib.aclosing(patient_stream(gateway, wanted, embedding, info)) as chunks:
+    async with contextlib.aclosing(gateway.stream(wanted, embedding, info, is_patient=True)) as chunks:
         found = parsed(b"".join([chunk async for chunk in chunks]))
     try:
         vectors = [each["embedding"] for each in found["data"]]

@@ -14,6 +14,7 @@ from cluster.errors import PoolError
 from cluster.request import Request
 from deployments.engines.protocol import Call, Report
 from deployments.limits import Limits
+from deployments.patience import patient
 from deployments.run_info import RunInfo
 from deployments.sse import DONE, error_event
 
@@ -44,10 +45,15 @@ class Scripted:
         self.requests: list[tuple[Request, dict[str, Any]]] = []
         self.closed = 0
 
-    async def stream(
-        self, request: Request, body: dict[str, Any], info: RunInfo | None = None
+    def stream(
+        self, request: Request, body: dict[str, Any], info: RunInfo | None = None, *, is_patient: bool = False
     ) -> AsyncGenerator[bytes, None]:
-        info = info or RunInfo()
+        told = info or RunInfo()
+        if is_patient and request.timeout_s >= self.config.request_timeout_s(request.model):
+            return patient(lambda: self._stream(request, body, told), told, streams=bool(body.get("stream")))
+        return self._stream(request, body, told)
+
+    async def _stream(self, request: Request, body: dict[str, Any], info: RunInfo) -> AsyncGenerator[bytes, None]:
         self.requests.append((request, body))
         info.call = Call(request.path, body, request.trace)
         begun = False

@@ -9,7 +9,7 @@ import ollama
 import pytest
 
 from app.model_files import UNKNOWN, ModelFile, model_file
-from app.routes import ollama_rows, patience
+from app.routes import ollama_rows
 from app.routes.ollama import known_name
 from app.wire.ollama.adapter import OllamaAdapter
 from app.wire.ollama.chat import seconds
@@ -17,6 +17,7 @@ from cluster import errors
 from cluster.config import load_config
 from cluster.errors import PoolError
 from cluster.ledger.snapshot import ModelRow, Snapshot
+from deployments import patience
 from deployments.schemas import CHAT, COMPLETIONS, EMBEDDINGS
 from tests.pool import SMOLLM2
 from tests.unit.scripted import QUEUED, Scripted, chunk, said
