@@ -13,7 +13,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.pool import Pool, fake, running_pool
+from tests.pool import Pool, fake, loaded, running_pool
 
 MODELS = {
     "calm": {**fake(tokens_per_s=20, tokens=100), "target_inflight": 8, "min_replicas": 1},
@@ -50,7 +50,7 @@ async def read(pool: Pool, model: str, started: asyncio.Event, tokens: int = 100
 
 
 def replica_of(snapshot: dict[str, Any], model: str) -> dict[str, Any]:
-    return next(row for row in snapshot["replicas"] if row["model"] == model)
+    return loaded(snapshot, model)[0]
 
 
 def kill_replica(model: str, unique_id: str) -> None:

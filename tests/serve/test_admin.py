@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.pool import Pool, fake, running_pool
+from tests.pool import Pool, fake, loaded, running_pool
 
 SLOW = fake(tokens_per_s=40, tokens=60)
 
@@ -315,12 +315,13 @@ async def test_a_process_that_does_not_stop_turns_the_pool_red(pool: Pool, admin
 
 
 def loaded_replicas(pool: Pool) -> list[str]:
-    return [row["replica"] for row in pool.ledger()["replicas"] if row["state"] == "READY"]
+    ledger = pool.ledger()
+    return [row["replica"] for model in ledger["models"] for row in loaded(ledger, model)]
 
 
 def pid_of(pool: Pool, model: str) -> int:
     import ray
 
-    replica = next(row for row in pool.ledger()["replicas"] if row["model"] == model and row["state"] == "READY")
+    replica = loaded(pool.ledger(), model)[0]
     actor = ray.get_actor(f"SERVE_REPLICA::slotpool#{model}#{replica['replica']}", namespace="serve")
     return int(ray._private.state.actors(actor._actor_id.hex())["Pid"])

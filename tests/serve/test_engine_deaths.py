@@ -15,7 +15,7 @@ import httpx
 import openai
 import pytest
 
-from tests.pool import Pool, fake, running_pool
+from tests.pool import Pool, fake, loaded, running_pool
 
 STEADY = {**fake(tokens_per_s=20, tokens=400), "target_inflight": 8, "min_replicas": 1}
 #: A victim of its own for each test: a model whose engine dies again and again is left alone for a while.
@@ -74,7 +74,7 @@ def engine_processes() -> dict[str, int]:
 
 
 def replica_of(ledger: dict[str, Any], model: str) -> str:
-    return next(row["replica"] for row in ledger["replicas"] if row["model"] == model)
+    return loaded(ledger, model)[0]["replica"]
 
 
 def is_ready(model: str) -> Any:
@@ -180,7 +180,7 @@ async def test_a_client_that_reads_a_byte_a_second_costs_no_memory_and_its_lease
         await reader.read(1)
         most = max(most, resident_mib(pids) - before)
         ledger = await asyncio.to_thread(pool.ledger)
-        if ended is None and not next(row for row in ledger["replicas"] if row["model"] == "long")["leases"]:
+        if ended is None and not loaded(ledger, "long")[0]["leases"]:
             ended = time.monotonic() - asked
         await asyncio.sleep(1)
     writer.close()

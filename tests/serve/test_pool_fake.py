@@ -20,7 +20,7 @@ from cluster.orders import Load, Unload
 from deployments.engines.protocol import Call
 from deployments.leased_call import ServeWay
 from deployments.link import Answer, Leased
-from tests.pool import Pool, fake, running_pool
+from tests.pool import Pool, fake, loaded, running_pool
 
 MODELS = {
     "quick": {**fake(tokens_per_s=1000, tokens=8), "target_inflight": 64, "num_gpus": 0, "min_replicas": 1},
@@ -68,7 +68,7 @@ def test_chat_and_completions_streamed_and_not(pool: Pool):
 
 async def test_an_engine_is_reached_through_its_replicas_handle(pool: Pool):
     """As one on another machine is that no port leads to. Nobody would notice that this way is broken."""
-    (replica,) = (row["replica"] for row in pool.ledger()["replicas"] if row["model"] == "quick")
+    (replica,) = (row["replica"] for row in loaded(pool.ledger(), "quick"))
     handle = serve.get_deployment_handle("quick", effects.APP_NAME).options(session_id=replica, stream=True)
 
     async def answer(**fields: object) -> Answer:
@@ -108,7 +108,7 @@ def test_models_and_service_routes(pool: Pool):
         assert http.get("/ready").status_code == 200
         status = http.get("/v1/status").json()
         assert status["backends"]["quick"]["is_running"] is True
-        replica = next(row for row in status["ledger"]["replicas"] if row["model"] == "quick")
+        (replica,) = loaded(status["ledger"], "quick")
         assert (replica["state"], replica["slots"], replica["leases"]) == ("READY", 64, 0)
 
 
@@ -196,7 +196,7 @@ def test_full_queue_and_queue_deadline(pool: Pool):
 
         def running_and_waiting(leases, queued):
             return lambda ledger: (
-                next(row["leases"] for row in ledger["replicas"] if row["model"] == "tiny-queue") == leases
+                sum(row["leases"] for row in loaded(ledger, "tiny-queue")) == leases
                 and ledger["models"]["tiny-queue"]["queued"] == queued
             )
 
@@ -282,7 +282,7 @@ async def test_two_models_share_one_gpu_and_no_stream_is_cut(pool: Pool):
 def test_a_replica_is_told_to_make_room(pool: Pool):
     client = pool.openai()
     client.chat.completions.create(**body("a", max_tokens=1))
-    (uid,) = [row["replica"] for row in pool.ledger()["replicas"] if row["model"] == "a"]
+    (uid,) = [row["replica"] for row in loaded(pool.ledger(), "a")]
     version, order = ray.get(effects.find_ledger().orders.remote(uid, 0, 5.0), timeout=10)
     assert isinstance(order, Load)
     next_order = effects.find_ledger().orders.remote(uid, version, 30.0)

@@ -16,7 +16,7 @@ import ray
 from cluster import effects, reservation
 from cluster.ledger.specs import NodeSpec
 from cluster.reservation import Reservation
-from tests.pool import Pool, fake, running_pool
+from tests.pool import Pool, fake, loaded, running_pool
 from tests.unit.raylet import lives
 
 MODELS = {
@@ -56,7 +56,7 @@ def supervisors() -> dict[str, int]:
 
 def engine(pool: Pool, model: str) -> int | None:
     """The process of a model's engine, by the ledger's book; None while none is loaded."""
-    rows = [row for row in pool.ledger()["replicas"] if row["model"] == model]
+    rows = loaded(pool.ledger(), model)
     return rows[0]["pid"] if rows else None
 
 
