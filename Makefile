@@ -6,6 +6,8 @@ PORT   ?= 8000
 GPUS   ?=
 CONFIG ?=
 ARGS   ?=
+# These run a second time in a pool whose replicas end with their engines, as on a cluster that was there before.
+ENDING := tests/serve/test_admin.py
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 # gcc 12 drops most of the tile configuration that llama.cpp's AMX kernels make (its `_tile_loadconfig` claims to read 8
@@ -22,6 +24,7 @@ serve: $(VENV)/.installed
 test: check
 	$(BIN)/pytest tests/unit/ledger --cov --cov-report=term:skip-covered -q
 	$(BIN)/pytest tests $(ARGS)
+	SLOTPOOL_TESTS_MAX_ASLEEP=0 $(BIN)/pytest $(ENDING) $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
