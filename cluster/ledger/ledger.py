@@ -162,7 +162,9 @@ class Ledger:
         from what everybody announces.
 
         A clock that goes back is taken to stand still. Whatever is due by `now` is done first, so a late `Ticked`
-        loses nothing.
+        loses nothing. Where very much is due at once (hundreds of deadlines or timers, thousands of replicas to be
+        looked at as victims), a part is done, and `next_deadline` stays in the past until the next events have done
+        the rest.
         """
         pool = self._pool
         wrong = fault(event)
@@ -221,6 +223,9 @@ class Ledger:
         times = [first.deadline] if first is not None else []
         if pool.recovering_until is not None:
             times.append(min(pool.recovering_until, pool.early_deadline))
+        elif pool.went_idle:
+            # There was more to look at than one event may: the rest is due.
+            times.append(pool.now)
         elif (timer := tree.next_due(pool)) is not None:
             times.append(timer)
         return min(times, default=None)

@@ -29,6 +29,9 @@ MAX_TRIES = 64
 MAX_OFFERS = 2
 RETRY_S = 0.25
 LOOK_COST_S = 0.002
+LOOK_COST_PER_REPLICA_S = 0.000_02
+# When a decision has looked at so many replicas, it looks for no more victims: the next one does, at once.
+MAX_LOOKED = 1000
 
 
 def place(pool: Pool, touched: list[Model], now: float) -> None:
@@ -264,6 +267,9 @@ def _go_on(pool: Pool, model: Model, claim: Claim, now: float) -> None:
 def choose(pool: Pool, touched: list[Model], now: float) -> None:
     """For those who wait and do not fit: drain the least hurtful victims, if it is time."""
     for model in touched:
+        if has_looked_enough(pool):
+            # Its time has come all the same, so its timer goes off at once.
+            break
         if model.claim is not None:
             if now >= claims.look_at(pool, model.claim):
                 _replan(pool, model, model.claim, now, None)
@@ -273,7 +279,10 @@ def choose(pool: Pool, touched: list[Model], now: float) -> None:
         return
     idle = [replica for replica in pool.went_idle if replica.state is READY and not replica.leases]
     pool.went_idle.clear()
-    for replica in idle:
+    for index, replica in enumerate(idle):
+        if has_looked_enough(pool):
+            pool.went_idle.update(dict.fromkeys(idle[index:]))
+            return
         node = pool.book.node(replica.place.node)
         for model in _takers(pool):
             if replica.state is READY and model.claim is not None:
@@ -282,19 +291,28 @@ def choose(pool: Pool, touched: list[Model], now: float) -> None:
                 _choose_for(pool, model, now, node)
 
 
+def has_looked_enough(pool: Pool) -> bool:
+    """So many replicas were looked at in this decision that whoever else needs victims has to wait for the next."""
+    return pool.looked > MAX_LOOKED
+
+
 def _takers(pool: Pool) -> list[Model]:
-    """Who is offered what became idle, best first: some of those who wait for a place, and who wait for victims."""
+    """Who is offered what became idle, best first: some of those who wait for a place, and who wait for victims.
+
+    In a long line of the latter the last look for a better way when their own time comes.
+    """
     waiting = pool.best_pending(MAX_OFFERS) + list(pool.claims)
-    return sorted(waiting, key=_line)
+    return sorted(waiting, key=_line)[:MAX_TRIES]
 
 
 def _choose_for(pool: Pool, model: Model, now: float, node: Node | None) -> None:
     """Look for victims for one model; without a result, note when to look again."""
     bound = _is_due(pool, model, now)
+    before = pool.looked
     plans = _search(pool, model, now, bound, node, {})
     pool.room_seen = pool.book.version
     if not (plans and _promise(pool, model, plans, now, bound, now)) and node is None:
-        _look_later(pool, model, now, bound)
+        _look_later(pool, model, now, bound, pool.looked - before)
 
 
 def _replan(pool: Pool, model: Model, claim: Claim, now: float, node: Node | None) -> None:
@@ -391,12 +409,13 @@ def _is_right(pool: Pool, model: Model, plan: policy.Plan, now: float, bound: bo
     return policy.pays(pool, model, plan, now)
 
 
-def _look_later(pool: Pool, model: Model, now: float, bound: bool) -> None:
+def _look_later(pool: Pool, model: Model, now: float, bound: bool, looked: int) -> None:
     """When to look again: at the bound at the latest, and until then now and then, for the moment may get cheaper.
 
-    A crowd of waiting models looks less often each, so that looking never takes more than a share of the time.
+    A crowd of waiting models looks less often each, so that looking never takes more than a share of the time; nor
+    does it where many replicas have to be looked at, as were this time.
     """
-    pause = max(RETRY_S, LOOK_COST_S * pool.pending_count)
+    pause = max(RETRY_S, max(LOOK_COST_S, LOOK_COST_PER_REPLICA_S * looked) * pool.pending_count)
     model.look_at = now + pause
     if not bound and model.queue.count:
         model.look_at = max(now + 0.01, min(model.look_at, crowd.due_at(pool, model, now)))

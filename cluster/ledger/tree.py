@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 # Each round moves replicas forward, so a few are enough; a mistake must not hang the pool's one scheduler.
 MAX_ROUNDS = 1000
+# An event acts on no more timers of models than these. Those that are left go off at the next one, at once.
+MAX_TIMERS = 64
 
 STARTING, LOADING, READY = ReplicaState.STARTING, ReplicaState.LOADING, ReplicaState.READY
 DRAINING, UNLOADING, ASLEEP = ReplicaState.DRAINING, ReplicaState.UNLOADING, ReplicaState.ASLEEP
@@ -39,8 +41,9 @@ def settle(pool: Pool, now: float) -> None:
     if pool.is_recovering:
         return
     pool.undecided = False
+    pool.looked = 0
     for _ in range(MAX_ROUNDS):
-        if not pool.touched and not pool.went_idle:
+        if not pool.touched and (not pool.went_idle or placing.has_looked_enough(pool)):
             break
         touched = list(pool.touched)
         pool.touched.clear()
@@ -123,7 +126,10 @@ def expire(pool: Pool, now: float) -> None:
         first = pool.deadlines.first()
         pool.wake = pool.recovering_until if first is None else min(first.deadline, pool.recovering_until)
         return
-    while (timer := pool.next_timer()) is not None and timer[0] <= now:
+    for _ in range(MAX_TIMERS):
+        timer = pool.next_timer()
+        if timer is None or timer[0] > now:
+            break
         model = timer[2]
         heapq.heappop(pool.timers)
         model.armed_at = INFINITY

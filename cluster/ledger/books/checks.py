@@ -44,6 +44,7 @@ def _check_replica(pool: Pool, replica: Replica) -> None:
     assert held == 0 or replica.state.may_hold_leases, f"{replica} holds leases in a state that may not"
     if replica.told_to_stop and not pool.is_recovering:
         assert replica.state.is_going, f"{replica} was told to stop, and serves"
+    assert stops.before(pool.book, replica) == stops.find_before(pool.book, replica), f"{replica}: stale notes on stops"
     if replica.state is ReplicaState.STOPPING:
         busy = [each for each in stops.before(pool.book, replica) if each.leases]
         assert not busy, f"{replica} is to stop, and Serve may stop {busy} in its stead"
@@ -105,9 +106,9 @@ def _check_head(pool: Pool, model: Model) -> None:
 
 def _check_node(node: Node, replicas: list[Replica]) -> None:
     assert set(node.replicas) == set(replicas), f"node {node.name} accounts for {set(node.replicas)}, not {replicas}"
-    assert set(node.going) == {each for each in replicas if each.state.is_going}, (
-        f"{node.name}: {set(node.going)} leave"
-    )
+    going = {each for each in replicas if each.state.is_going}
+    assert set(node.going) == going, f"node {node.name} lists {set(node.going)} as leaving, not {going}"
+    assert node.widest == max(node.gpu, default=0), f"node {node.name}: {node.widest} is not its widest room"
     gpu = [UNIT * (index < node.spec.gpus) for index in range(len(node.gpu))]
     ray = list(gpu)
     cpu, memory = round(node.spec.cpus * UNIT), node.spec.memory_mib

@@ -33,6 +33,7 @@ class Node:
         "replicas",
         "spec",
         "tenants",
+        "widest",
     )
 
     def __init__(self, name: str, ray_is_asked: bool = True) -> None:
@@ -44,6 +45,8 @@ class Node:
         # process elsewhere than planned.
         self.excused = False
         self.gpu: list[int] = []
+        # the largest share that a device has free, promises not counted
+        self.widest = 0
         self.device_memory: list[int] = []
         self.tenants: list[dict[Replica, None]] = []
         self.cpu = 0
@@ -60,8 +63,12 @@ class Node:
         for index in range(len(self.gpu)):
             self.gpu[index] += UNIT * ((index < spec.gpus) - (index < self.spec.gpus))
             self.device_memory[index] += spec.device_memory_mib - self.spec.device_memory_mib
+        self.widest = max(self.gpu, default=0)
         self.cpu += round(spec.cpus * UNIT) - round(self.spec.cpus * UNIT)
         self.memory += spec.memory_mib - self.spec.memory_mib
+        if spec.is_head != self.spec.is_head:
+            for replica in self.replicas:
+                replica.model.before.clear()
         self.spec = spec
         self.present = present
         self.excused = self.is_over()
@@ -73,6 +80,7 @@ class Node:
             self.gpu.append(0)
             self.device_memory.append(self.spec.device_memory_mib)
             self.tenants.append({})
+            self.widest = max(self.widest, 0)
 
     def take(self, place: Place, sign: int) -> None:
         """Take (1) or give back (-1) what a place needs."""
@@ -80,6 +88,7 @@ class Node:
         for index in place.devices:
             self.gpu[index] -= sign * shape.per_device
             self.device_memory[index] -= sign * shape.memory_per_device
+        self.widest = max(self.gpu, default=0)
         self.cpu -= sign * shape.cpu
         self.memory -= sign * shape.memory
         self.ray.take(place, sign)
@@ -209,6 +218,7 @@ class Book:
         self.nodes: dict[str, Node] = {}
         self.seen: dict[str, NodeSpec] = {}
         self.version = 0
+        self.present = 0
         self._keeps_replicas = False
         # what the models of each sharing group are bound to, as far as they are
         self.bonds: dict[str, set[tuple[str, ...]]] = {}
@@ -238,6 +248,7 @@ class Book:
             if name not in specs:
                 node.resize(NodeSpec(name), present=False)
                 self._forget(node)
+        self.present = len(specs)
         self._possible.clear()
         self.version += 1
 
@@ -278,7 +289,9 @@ class Book:
         hosts = self.hosts(shape)
         best: tuple[int, int, Place] | None = None
         for node in self.nodes.values():
-            place = node.fit(shape, hosts) if among is None or node.name in among else None
+            if node.widest < shape.per_device or (among is not None and node.name not in among):
+                continue
+            place = node.fit(shape, hosts)
             if place is not None:
                 left = (sum(node.gpu), node.cpu, place)
                 if best is None or left[:2] < best[:2]:
@@ -394,6 +407,7 @@ class Book:
         node = self.node(replica.place.node)
         node.take(replica.place, 1)
         node.replicas[replica] = None
+        replica.model.before.clear()
         if replica.state.is_going:
             node.going[replica] = None
         for index in replica.place.devices:
@@ -404,6 +418,7 @@ class Book:
         node = self.node(replica.place.node)
         node.take(replica.place, -1)
         del node.replicas[replica]
+        replica.model.before.clear()
         node.going.pop(replica, None)
         for index in replica.place.devices:
             del node.tenants[index][replica]

@@ -93,6 +93,8 @@ class Pool:
         self.went_idle: dict[Replica, None] = {}
         self.changed: dict[Model, None] = {}
         self.room_seen = -1
+        # how many replicas were looked at as victims in this decision
+        self.looked = 0
         self.capacity_was = 0
         self.timers: list[tuple[float, int, Model]] = []
         # nothing is due before this; it may be too early, never too late

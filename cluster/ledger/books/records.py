@@ -224,6 +224,7 @@ class Model:
         "armed_at",
         "asleep_shape",
         "backoff_until",
+        "before",
         "buckets",
         "by_priority",
         "claim",
@@ -271,6 +272,8 @@ class Model:
         self.spec = spec
         self.queue: WaitQueue[Waiter] = WaitQueue()
         self.replicas: dict[Replica, None] = {}
+        # what was found by `stops.before`, until one of them comes, goes or moves
+        self.before: dict[Replica, list[Replica]] = {}
         self.counts = [0] * len(ReplicaState)
         self.buckets: list[OrderedDict[Replica, None]] = [OrderedDict() for _ in range(spec.slots + 1)]
         self.low = 0
@@ -374,6 +377,7 @@ class Model:
     def sort_by_age(self) -> None:
         """Put the replicas in order, oldest first, as Serve sees them; after one of them has told its age."""
         self.replicas = dict.fromkeys(sorted(self.replicas, key=lambda replica: replica.age))
+        self.before.clear()
 
     def in_state(self, state: ReplicaState) -> Iterator[Replica]:
         """Records in a state, oldest first."""

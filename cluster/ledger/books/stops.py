@@ -33,6 +33,14 @@ def may_go_before(book: Book, other: Replica, replica: Replica) -> bool:
 
 def before(book: Book, replica: Replica) -> list[Replica]:
     """All that must leave with this one, for Serve may stop them, and what may go before them, in its stead."""
+    known = replica.model.before
+    if replica not in known:
+        known[replica] = find_before(book, replica)
+    return known[replica]
+
+
+def find_before(book: Book, replica: Replica) -> list[Replica]:
+    """The same, found anew."""
     if len(replica.model.replicas) == 1 or replica.uid is None:
         return []
     here = replica.place.node
@@ -50,7 +58,8 @@ def before(book: Book, replica: Replica) -> list[Replica]:
         there = each.place.node
         any_order = any_order or (there != here and each.uid is not None and book.node(there).spec.is_head == is_head)
     # One on another node of the kind may go before this one, and the older ones here before that one.
-    return found + [each for each in rest if each.place.node == here] if any_order else found
+    older = [each for each in rest if each.place.node == here and not each.told_to_stop] if any_order else []
+    return found + older
 
 
 def with_it(book: Book, replica: Replica) -> list[Replica]:

@@ -75,6 +75,7 @@ def _told_to_stop(pool: Pool, replica: Replica) -> None:
         return
     model = replica.model
     replica.told_to_stop = True
+    replica.model.before.clear()
     if replica.state is not ReplicaState.STOPPING:
         model.told_to_stop += 1
     pool.touched[model] = None

@@ -21,6 +21,9 @@ log = logging.getLogger(__name__)
 # Nobody is told to stay away for longer, however long the line is: clients take it literally.
 MAX_RETRY_AFTER_S = 20.0
 
+# How many requests are refused at once because their time is up.
+MAX_EXPIRED = 500
+
 READY, DRAINING = ReplicaState.READY, ReplicaState.DRAINING
 
 
@@ -124,8 +127,11 @@ def _time_out(pool: Pool, request: str, holder: str, model: Model) -> None:
 
 
 def expire_waiters(pool: Pool, now: float) -> None:
-    """Reject all whose deadline has come."""
-    while (waiter := pool.deadlines.first()) is not None and waiter.deadline <= now:
+    """Reject those whose deadline has come: all of them, or if they are very many, the next ones at the next event."""
+    for _ in range(MAX_EXPIRED):
+        waiter = pool.deadlines.first()
+        if waiter is None or waiter.deadline > now:
+            break
         pool.dequeue(waiter)
         pool.touched[waiter.model] = None
         _time_out(pool, waiter.request, waiter.holder, waiter.model)

@@ -16,14 +16,17 @@ from cluster.ledger.books.placement import Book, Node
 from cluster.ledger.books.shapes import Place, Shape, conflicts
 from cluster.ledger.rules import policy, sleepers
 from cluster.ledger.rules.policy import Plan, Tier
+from cluster.ledger.rules.victims import Standing, Standings
 from cluster.ledger.states import ReplicaState
 
 if TYPE_CHECKING:
     from cluster.ledger.books.pool import Pool
     from cluster.ledger.books.records import Model, Replica
 
-# A search looks at no more nodes than this; the next one goes on where it ended.
+# A search looks at no more nodes than this, and at no further one when they hold so many replicas; the next search
+# looks at others.
 MAX_NODES = 16
+MAX_REPLICAS = 1000
 
 
 class Candidate(NamedTuple):
@@ -43,23 +46,6 @@ class Leaver(NamedTuple):
     cost: float
     order: int
     model: Model
-
-
-class Standings:
-    """What replicas are as victims for one model at one moment: each is judged once in a search, however often met."""
-
-    __slots__ = ("_known", "bound", "now", "pool", "waiting")
-
-    def __init__(self, pool: Pool, waiting: Model, now: float, bound: bool) -> None:
-        self.pool, self.waiting, self.now, self.bound = pool, waiting, now, bound
-        self._known: dict[Replica, tuple[Tier, float] | None] = {}
-
-    def of(self, replica: Replica) -> tuple[Tier, float] | None:
-        """Its tier and its cost in there; None if it may not be a victim."""
-        known = self._known
-        if replica not in known:
-            known[replica] = policy.standing(self.pool, replica, self.waiting, self.now, self.bound)
-        return known[replica]
 
 
 class Prospect:
@@ -135,8 +121,9 @@ def find(
 ) -> Plan | None:
     """The least hurtful plan for one replica of a model, on one node, or over those that are looked at."""
     best: Plan | None = None
-    standings = Standings(pool, model, now, bound)
     surplus = _surplus(pool, model, gone)
+    # Of models that leave altogether no right is asked.
+    standings = Standings(pool, model, Tier.PROTECTED if surplus > 0 else rights, now, bound)
     ranked = _evictable(standings, gone) if surplus > 0 else []
     if len(ranked) < surplus:
         return None
@@ -150,16 +137,25 @@ def find(
                 break
             if best is None or plan[:2] < best[:2]:
                 best = plan
+    pool.looked += standings.count
     return best
 
 
 def _nodes(pool: Pool) -> list[Node]:
+    """The nodes that a search looks at."""
     nodes = [node for node in pool.book.nodes.values() if node.present]
-    if len(nodes) <= MAX_NODES:
+    is_small = len(pool.replicas) * min(MAX_NODES, len(nodes)) <= MAX_REPLICAS * len(nodes)
+    if is_small and len(nodes) <= MAX_NODES:
         return nodes
     pool.serial += 1
-    start = pool.serial * MAX_NODES % len(nodes)
-    return (nodes + nodes)[start : start + MAX_NODES]
+    start = pool.serial * (MAX_NODES if is_small else 1) % len(nodes)
+    chosen: list[Node] = []
+    seen = 0
+    for node in (nodes + nodes)[start : start + min(MAX_NODES, len(nodes))]:
+        if seen < MAX_REPLICAS:
+            chosen.append(node)
+            seen += len(node.replicas)
+    return chosen
 
 
 def _surplus(pool: Pool, model: Model, gone: dict[Replica, bool]) -> int:
@@ -291,17 +287,17 @@ def _candidates(standings: Standings, node: Node, rights: Tier, prospect: Prospe
     return found
 
 
-def _standing(standings: Standings, together: list[Replica]) -> tuple[Tier, float] | None:
+def _standing(standings: Standings, together: list[Replica]) -> Standing | None:
     """Replicas of one model that can only leave together, as victims: the worst that happens, and all that it costs."""
     pool, now, bound = standings.pool, standings.now, standings.bound
-    worst, cost = Tier.LEAVING, 0.0
+    worst, cost, ready = Tier.LEAVING, 0.0, 0
     for replica in together:
         standing = standings.of(replica)
         if standing is None:
             return None
         worst, cost = max(worst, standing[0]), cost + standing[1]
+        ready += replica.state is ReplicaState.READY
     model = together[0].model
-    ready = sum(1 for each in together if each.state is ReplicaState.READY)
     left = model.counts[ReplicaState.READY] - ready
     if ready < 2 or worst is Tier.PROTECTED:
         return worst, cost

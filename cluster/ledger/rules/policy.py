@@ -14,7 +14,7 @@ swap costs everybody two loads; it is drained before that only if
 Whatever it is, V has its *minimum turn* (`turn_end`): where everybody is overdue, shorter turns would only mean that
 more of the time goes into swaps. Where nobody waits for V, a configured bound need not wait for the end of the turn.
 A bound that is none of the pool's promises also lets V serve those who waited for it when the bound came near
-(`is_served_first`).
+(`gate`).
 
 `tests/bench/bench_policy.py` shows what that is worth: without bounds the rule above is as good as "whoever is loaded
 goes first", which nobody beats in mean wait as long as the resident models pause now and then, and which starves all
@@ -185,16 +185,24 @@ def swap_cost(pool: Pool, model: Model) -> float:
     return pool.stop_s + load_time(pool, model)
 
 
+def turn_s(pool: Pool, model: Model) -> float:
+    """For how long after its load a replica keeps its place while others wait for it, too."""
+    return pool.spec.turn_swaps * swap_cost(pool, model)
+
+
 def turn_end(pool: Pool, replica: Replica) -> float:
     """Until when a replica keeps its place while others wait for it, too; while it has any work, but for a promise."""
-    return replica.loaded_at + pool.spec.turn_swaps * swap_cost(pool, replica.model)
+    return replica.loaded_at + turn_s(pool, replica.model)
+
+
+def residency_s(pool: Pool, model: Model) -> float:
+    """For how long after its load a busy replica keeps its place against swaps that merely pay."""
+    return max(pool.spec.min_residency_s, pool.spec.residency_loads * load_time(pool, model))
 
 
 def residency_end(pool: Pool, replica: Replica) -> float:
     """Until when a busy replica keeps its place against swaps that merely pay."""
-    spec = pool.spec
-    stay = max(spec.min_residency_s, spec.residency_loads * load_time(pool, replica.model))
-    return replica.loaded_at + stay
+    return replica.loaded_at + residency_s(pool, replica.model)
 
 
 def arrival_rate(model: Model, now: float) -> float:
@@ -249,38 +257,10 @@ def pays(pool: Pool, waiting: Model, plan: Plan, now: float) -> bool:
     return expected >= MARGIN * cost and weight * waiting.queue.waited(now) >= cost
 
 
-def standing(pool: Pool, replica: Replica, waiting: Model, now: float, bound: bool) -> tuple[Tier, float] | None:
-    """A replica as a victim for `waiting`: its tier and its cost in there, or None if it may not be one."""
-    model = replica.model
-    if not replica.is_placed:
-        return None
-    if replica.claim is None and (replica.state.is_leaving or replica.state is DRAINING):
-        return Tier.LEAVING, 0.0
-    # While a newer one of its model starts, Serve would stop that one in its stead.
-    if replica.state is not READY or model is waiting or model.rising or is_held(pool, model, now, bound):
-        return None
-    spare = model.counts[READY] > model.floor
-    if not replica.leases and not model.queue.count and spare:
-        return Tier.IDLE, 1.0 / (1.0 + now - replica.idle_since)
-    ready = model.counts[READY]
-    if spare and ready > 1 and model.leased + model.queue.count <= (ready - 1) * model.spec.slots:
-        return Tier.SURPLUS, 1.0 + len(replica.leases)
-    if now < turn_end(pool, replica) and (model.queue.count or not (bound and is_promised(pool, waiting))):
-        return None
-    if spare and best_class(waiting) < best_class(model):
-        return Tier.LOWER, harm(pool, replica, waiting, now)
-    if bound and is_served_first(pool, replica, waiting):
-        return None
-    if bound:
-        return (Tier.BUSY if spare else Tier.PROTECTED), harm(pool, replica, waiting, now)
-    if not spare or now < residency_end(pool, replica):
-        return None
-    return Tier.BUSY, harm(pool, replica, waiting, now)
+def gate(pool: Pool, waiting: Model) -> tuple[int, float] | None:
+    """Whom the waiters of a model whose bound has come stand back for: (the lowest class, since when), None if nobody.
 
-
-def is_served_first(pool: Pool, replica: Replica, waiting: Model) -> bool:
-    """Somebody waited for the resident model when it was loaded, or when the others became due: he is served first.
-
+    Somebody waited for the resident model when it was loaded, or when the others became due: he is served first.
     That is gated service: who comes later waits for the next turn. It ends, whatever the flood, and where everybody is
     overdue a turn clears a whole line instead of a few batches. A bound that was configured, a deadline, and a higher
     class than his go before.
@@ -288,9 +268,8 @@ def is_served_first(pool: Pool, replica: Replica, waiting: Model) -> bool:
     head = waiting.queue.head()
     due = bound_at(pool, waiting)
     if head is None or is_promised(pool, waiting) or due >= waiting.queue.first_deadline() - lead_s(pool, waiting):
-        return False
-    gate = max(due, replica.loaded_at)
-    return any(each.priority <= head.priority and each.since < gate for each in replica.model.queue.heads())
+        return None
+    return head.priority, due
 
 
 def is_held(pool: Pool, model: Model, now: float, bound: bool) -> bool:

@@ -38,7 +38,7 @@ def most(pool: Pool, model: Model) -> int:
     """
     draining = model.in_state(ReplicaState.DRAINING) if model.counts[ReplicaState.DRAINING] else ()
     outdated = sum(1 for each in draining if stops.is_outdated(pool.book, each))
-    return outdated + max(model.spec.max_replicas, sum(1 for node in pool.book.nodes.values() if node.present))
+    return outdated + max(model.spec.max_replicas, pool.book.present)
 
 
 def startable(pool: Pool, model: Model) -> int:
