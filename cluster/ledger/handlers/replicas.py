@@ -127,9 +127,11 @@ def _adopt(pool: Pool, model: Model, event: ReplicaStarted, kept: bool, now: flo
     """Account for a process that nobody asked for."""
     level = logging.INFO if pool.is_recovering else logging.WARNING
     log.log(level, "replica %s of %s was not asked for: %s", event.replica, model.name, "kept" if kept else "stopped")
-    has_engine = event.loading or event.unloading or not pool.keeps_replicas
-    if has_engine:
-        replica = pool.place(model, pool.book.force(event.node, model.shape, event.booked), now)
+    has_engine = event.loading or event.unloading
+    if has_engine or not pool.keeps_replicas:
+        # Ray keeps its devices for it until it is gone. Memory it takes only if it has an engine, or is to get one.
+        shape = model.shape if has_engine or kept else model.shape._replace(memory=0)
+        replica = pool.place(model, pool.book.force(event.node, shape, event.booked), now)
     else:
         replica = pool.place(model, Place(event.node, (), model.asleep_shape), now, for_engine=False)
     replica.adopted = True

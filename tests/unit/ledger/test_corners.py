@@ -206,3 +206,19 @@ def test_two_wait_for_one_that_becomes_idle() -> None:
     desk.now = 0.1
     assert desk.release("a1") == ["quiesce A#1", "desire A 0"]
     assert desk.gone("A#1") == ["desire B 1"]
+
+
+@pytest.mark.parametrize("max_asleep", [0, None])
+def test_regression_memory_of_a_withdrawn_start(max_asleep: int | None) -> None:
+    """What is withdrawn before its process has come is credited at once, so that process must never load anything."""
+    nodes = {"n": NodeSpec("n", gpus=2, memory_mib=1000)}
+    desk = Desk(model("A", memory_mib=800), model("B", memory_mib=800), nodes=nodes, max_asleep=max_asleep)
+    assert desk.arrive("a1", "A") == ["desire A 1"]
+    assert desk.tell(RequestCancelled("a1")) == ["desire A 0"]
+    assert desk.arrive("b1", "B") == ["desire B 1"]
+    desk.tell(ReplicaStarted("A", "A#1", "n"))
+    desk.tell(ReplicaStarted("B", "B#1", "n"))
+    assert [each.replica for each in desk.loads] == ["B#1"]
+    assert desk.boot("B", "B#1") == ["grant b1 B#1"]
+    assert desk.at(5.0) == []
+    assert [each.replica for each in desk.loads] == ["B#1"]
