@@ -275,6 +275,10 @@ class Book:
                 return True
         return False
 
+    def could_stand_on(self, node: Node, shape: Shape) -> bool:
+        """A node has room for a shape if it is empty."""
+        return _holds(node.spec, shape, 1) > 0
+
     def has_named_devices(self, shape: Shape) -> bool:
         """Some node that was ever seen has a device that the shape is bound to, if it is bound to any."""
         return not shape.only or any(named_devices(spec, shape.only) for spec in self.seen.values())

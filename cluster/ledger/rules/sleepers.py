@@ -91,7 +91,22 @@ def superfluous(pool: Pool, model: Model) -> list[Replica]:
         return asleep
     lost = [each for each in asleep if not pool.book.node(each.place.node).present or pool.now >= stays_until(each)]
     above = len(model.replicas) - model.counts[STOPPING] - len(lost) - most(pool, model)
+    if not above and model.pending_rank is not None:
+        lost += _double(pool, model)
     return lost + [each for each in reversed(asleep) if each not in lost][: max(0, above)]
+
+
+def _double(pool: Pool, model: Model) -> list[Replica]:
+    """A sleeper beside another of its model, while a node that the model could load on has none: Ray chose for both.
+
+    It goes for one that is started there, sooner or later; only while the model waits for a place in vain.
+    """
+    doubles = [each for each in model.in_state(ASLEEP) if not each.is_placed and by_node(model)[each.place.node] > 1]
+    if not doubles or model.counts[STOPPING]:
+        return []
+    covered = {each.place.node for each in model.replicas}
+    others = (node for node in pool.book.nodes.values() if node.present and node.name not in covered)
+    return doubles[-1:] if any(pool.book.could_stand_on(node, model.shape) for node in others) else []
 
 
 def stays_until(replica: Replica) -> float:
