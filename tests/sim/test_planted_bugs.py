@@ -9,12 +9,15 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.ledger.books import pool, records, stops
-from cluster.ledger.handlers import starts
+from cluster.ledger.books import pool, records
 from cluster.ledger.rules import policy
 from tests.sim import test_spread
 from tests.sim.test_simulation import run
-from tests.stateful.test_planted_bugs import serve_stops_whom_we_like
+from tests.stateful.test_planted_bugs import (
+    a_start_is_planned_once,
+    serve_stops_whom_we_like,
+    the_newest_stops_on_any_node,
+)
 
 SEEDS = 100
 
@@ -28,16 +31,6 @@ def what_serves_is_too_large(patch: pytest.MonkeyPatch) -> None:
         return policy.Refusal("MemoryBudgetExceeded", f"the model {model.name!r} is larger than the pool", {})
 
     patch.setattr(policy, "too_large", wrong)
-
-
-def a_start_is_planned_once(patch: pytest.MonkeyPatch) -> None:
-    """Ray starts one process where another was planned, which keeps its place there and can never start."""
-    patch.setattr(starts, "replan", lambda *_, **__: None)
-
-
-def the_newest_stops_on_any_node(patch: pytest.MonkeyPatch) -> None:
-    """Serve is taken to stop the newest replica, as it does on one node only."""
-    patch.setattr(stops, "may_go_before", lambda book, other, replica: other.age > replica.age)
 
 
 BUGS = [

@@ -7,6 +7,7 @@ Serve are here; `machine.py` draws which of them happen, and when.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from cluster.ledger.events import (
@@ -44,6 +45,7 @@ from cluster.ledger.events import (
 from cluster.ledger.ledger import Ledger
 from cluster.ledger.specs import ModelSpec, NodeSpec, PoolSpec
 from cluster.ledger.states import TRANSITIONS, Cause, ReplicaState
+from tests.sim import ray, serve
 
 GPUS = 2
 MODELS = {
@@ -56,6 +58,12 @@ MODELS = {
 SPEC = PoolSpec(
     models=MODELS, nodes={"n": NodeSpec("n", gpus=GPUS, cpus=4.0)}, queue_max_size=12, bound_s=(5.0, 8.0, 12.0)
 )
+# Other machines than the one: a second of another size, with Serve's and Ray's own processes on the first, or on none.
+CLUSTERS = {
+    "one": dict(SPEC.nodes),
+    "head": {"n": NodeSpec("n", gpus=GPUS, cpus=4.0, is_head=True), "m": NodeSpec("m", gpus=1, cpus=4.0)},
+    "flat": {"n": NodeSpec("n", gpus=GPUS, cpus=4.0), "m": NodeSpec("m", gpus=1, cpus=4.0)},
+}
 # What an ingress of an earlier deploy would have it: judged by this, all would be drained or forgotten.
 OLD_SPEC = PoolSpec(
     models={"A": replace(MODELS["A"], revision="old", slots=1), "Z": replace(MODELS["A"], name="Z")},
@@ -96,6 +104,9 @@ class Seen:
     model: str
     number: int
     state: ReplicaState = LOADING
+    node: str = "n"
+    # the devices that Ray has booked for it
+    booked: tuple[int, ...] = ()
     leases: set[str] = field(default_factory=set)
     devices: tuple[int, ...] = ()
     # Serve was asked to stop it; it was told so by Serve
@@ -112,10 +123,12 @@ class Seen:
 class Outside:
     """The world around one ledger."""
 
-    def __init__(self, max_asleep: int | None = 0) -> None:
+    def __init__(self, max_asleep: int | None = 0, cluster: str = "one") -> None:
         """With `max_asleep` 0 a process ends with its engine, and is LOADING from its announcement on."""
         self.stays = max_asleep != 0
-        self.spec = replace(SPEC, max_asleep=max_asleep)
+        self.nodes = CLUSTERS[cluster]
+        self.gpus = sum(each.gpus for each in self.nodes.values())
+        self.spec = replace(SPEC, max_asleep=max_asleep, nodes=self.nodes)
         self.now = 0.0
         self.numbers = 0
         self.lives = 1
@@ -199,22 +212,25 @@ class Outside:
         alive, before = self.running(model), self.desired[model]
         outdated = [each for each in alive if each.leases and self.is_outdated(each)]
         most = MODELS[model].max_replicas + len(outdated)
+        # Where they stay, there may be one on each node.
+        most = max(most, len(self.nodes)) if self.stays else most
         assert 0 <= command.replicas <= most or self.unasked, f"{command} is out of bounds"
         if command.replicas > before:
             moving = (STOPPING,) if self.stays else (DRAINING, STOPPING, ASLEEP)
             leaving = [each for each in alive if each.state in moving and each not in outdated]
             assert not leaving, f"{command} rises beside {leaving}"
         self.desired[model] = command.replicas
-        # Serve stops the newest, whatever its engine does.
-        stopped = alive[command.replicas :]
+        # Serve stops those that come first by its own rules, whatever their engines do.
+        order = self.in_order_of_stops(alive)
+        stopped = order[: max(0, len(alive) - command.replicas)]
         assert not any(each.leases for each in stopped), f"{command} stops one of {stopped}"
         for each in stopped:
             each.is_asked = True
             if self.stays:
                 assert each.state in (ASLEEP, STOPPING), f"{command} stops {each} with its engine"
                 each.state = STOPPING
-        # From here on Serve may be killing what has run dry, the newest first: nobody may open it again.
-        empty = [each for each in reversed(alive) if each.state is DRAINING and not each.leases]
+        # From here on Serve may be killing what has run dry, in its order: nobody may open it again.
+        empty = [each for each in order if each.state is DRAINING and not each.leases]
         if not self.stays and not any(each.state is LOADING for each in alive):
             for each in empty[: max(0, before - command.replicas)]:
                 each.state = STOPPING
@@ -245,7 +261,8 @@ class Outside:
         if self.unasked:
             return
         for index in command.devices:
-            used = sum(min(1.0, MODELS[each.model].num_gpus) for each in self.seen.values() if index in each.devices)
+            here = [each for each in self.seen.values() if each.node == seen.node and index in each.devices]
+            used = sum(min(1.0, MODELS[each.model].num_gpus) for each in here)
             assert used <= 1.0 + 1e-9, f"{command}: device {index} is given out twice"
 
     def _unloadengine(self, command: UnloadEngine) -> None:
@@ -298,7 +315,17 @@ class Outside:
 
     def newest(self, model: str) -> Seen | None:
         """The process that Serve would stop first."""
-        return max(self.running(model), key=lambda each: each.number, default=None)
+        return next(iter(self.in_order_of_stops(self.running(model))), None)
+
+    def in_order_of_stops(self, running: list[Seen]) -> list[Seen]:
+        """Processes of a model in the order in which Serve would stop them."""
+        left, order = list(running), []
+        head = next((name for name, node in self.nodes.items() if node.is_head), None)
+        everywhere = Counter(each.node for each in self.seen.values() if not each.is_told)
+        while left:
+            order.append(serve.may_stop(left, everywhere, head)[0])
+            left.remove(order[-1])
+        return order
 
     def leaving(self) -> list[Seen]:
         """Processes that drain, that failed or that Serve may be killing."""
@@ -380,11 +407,20 @@ class Outside:
             assert not self.waiting(model), "somebody waits for a model that is being unloaded"
 
     def announce(self, model: str) -> None:
+        """Ray starts a process, if it has room for it on any node, and it announces itself, twice."""
+        # Where they stay, they take next to nothing of Ray's books.
+        choices: dict[str, tuple[int, ...]] = dict.fromkeys(self.nodes, ())
+        if not self.stays:
+            choices = ray.choices(MODELS[model], self.nodes, self.seen.values(), MODELS)
+        if not choices:
+            return
         self.numbers += 1
-        seen = Seen(f"{model}#{self.numbers}", model, self.numbers, ASLEEP if self.stays else LOADING)
+        node = list(choices)[self.numbers % len(choices)]
+        state = ASLEEP if self.stays else LOADING
+        seen = Seen(f"{model}#{self.numbers}", model, self.numbers, state, node, choices[node])
         self.seen[seen.uid] = seen
-        self.tell(ReplicaStarted(model, seen.uid, "n", float(seen.number)))
-        self.tell(ReplicaStarted(model, seen.uid, "n", float(seen.number)))
+        self.tell(ReplicaStarted(model, seen.uid, node, float(seen.number), booked=seen.booked))
+        self.tell(ReplicaStarted(model, seen.uid, node, float(seen.number), booked=seen.booked))
 
     def loading(self) -> list[Seen]:
         """Those whose engine was told to load."""
@@ -475,7 +511,7 @@ class Outside:
         self.dead.clear()
         self.unloaded.clear()
         self.ledger = Ledger(
-            self.spec if configured else replace(OLD_SPEC, max_asleep=self.spec.max_asleep),
+            self.spec if configured else replace(OLD_SPEC, max_asleep=self.spec.max_asleep, nodes=self.nodes),
             epoch=f"e{self.lives}",
             now=self.now,
             recovering_until=self.now + WINDOW_S,
@@ -516,7 +552,8 @@ class Outside:
             loads = seen.is_loading or seen.has_engine
             ends = seen.state is UNLOADING
             number, told = float(seen.number), seen.is_told
-            events.append(ReplicaStarted(seen.model, seen.uid, "n", number, loads, seen.devices, ends, told))
+            said = ReplicaStarted(seen.model, seen.uid, seen.node, number, loads, seen.devices, ends, told)
+            events.append(said._replace(booked=seen.booked))
             goes = seen.state in ((STOPPING,) if self.stays else (STOPPING, ASLEEP)) and not told
             if goes or seen.uid in dying:
                 events.append(ReplicaGone(seen.uid))
@@ -555,10 +592,11 @@ class Outside:
         assert not self.ledger.is_recovering
 
     def stop_one(self, model: str) -> None:
-        """Serve stops a process: the newest, whatever its engine does."""
-        newest = self.running(model)[-1]
-        assert not newest.leases, f"Serve must stop {newest}"
-        self.act(newest, Cause.GONE)
+        """Serve stops a process: the first by its rules, whatever its engine does."""
+        first = self.newest(model)
+        assert first is not None
+        assert not first.leases, f"Serve must stop {first}"
+        self.act(first, Cause.GONE)
 
     def serve_does_its_work(self) -> None:
         """The usual course of things: what must start starts and loads, what must stop stops."""

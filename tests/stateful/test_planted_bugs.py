@@ -27,7 +27,7 @@ from cluster.ledger.events import (
     ReplicaStarted,
     RequestArrived,
 )
-from cluster.ledger.handlers import engines, holders, replicas, requests
+from cluster.ledger.handlers import engines, holders, replicas, requests, starts
 from cluster.ledger.states import Cause, ReplicaState
 from tests.stateful.budget import run_machine
 
@@ -283,6 +283,16 @@ def who_is_told_to_stop_serves_on(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(front._HANDLERS, ReplicaStarted, wrong)
 
 
+def a_start_is_planned_once(patch: pytest.MonkeyPatch) -> None:
+    """Ray starts one process where another was planned, which keeps its place there and can never start."""
+    patch.setattr(starts, "replan", lambda *_, **__: None)
+
+
+def the_newest_stops_on_any_node(patch: pytest.MonkeyPatch) -> None:
+    """Serve is taken to stop the newest replica, as it does on one node only."""
+    patch.setattr(stops, "may_go_before", lambda book, other, replica: other.age > replica.age)
+
+
 BUGS = [
     stale_releases_count,
     memory_is_credited_early,
@@ -306,6 +316,8 @@ BUGS = [
     ages_of_a_former_life_are_forgotten,
     lines_are_too_long_in_the_recovery_window,
     who_is_told_to_stop_serves_on,
+    a_start_is_planned_once,
+    the_newest_stops_on_any_node,
 ]
 
 
