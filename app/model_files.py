@@ -50,11 +50,15 @@ FILE_TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class ModelFile:
-    """One model's file as far as it is known here; `metadata` is that of its GGUF header, without long texts."""
+    """One model's file as far as it is known here; `metadata` is that of its GGUF header, without long texts.
+
+    `is_base`: it brings no chat template, so it only continues texts.
+    """
 
     size: int = 0
     modified_at: float = 0.0
     metadata: dict[str, Any] = field(default_factory=dict)
+    is_base: bool = False
 
     @property
     def architecture(self) -> str:
@@ -89,5 +93,5 @@ def _read(path: Path, size: int, modified_at: float) -> ModelFile:
         metadata = {}
     # Short arrays are of the vocabulary as well, and the template is cut.
     kept = {name: value for name, value in metadata.items() if not isinstance(value, list)}
-    kept.pop("tokenizer.chat_template", None)
-    return ModelFile(size, modified_at, kept)
+    template = kept.pop("tokenizer.chat_template", None)
+    return ModelFile(size, modified_at, kept, is_base=bool(metadata) and not template)

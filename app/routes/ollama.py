@@ -66,7 +66,11 @@ async def chat(request: Request) -> Response:
 @router.post("/api/generate")
 async def generate(request: Request) -> Response:
     """Answer a prompt. Without one, as `chat` without messages."""
-    return await _run(request, OllamaAdapter(await _body(request), generates=True))
+    body = await _body(request)
+    gateway: Gateway = request.app.state.gateway
+    if await asyncio.to_thread(_only_continues, gateway.config, body["model"]):
+        body = {**body, "raw": True}
+    return await _run(request, OllamaAdapter(body, generates=True))
 
 
 @router.post("/api/embed")
@@ -221,6 +225,12 @@ def known_name(config: PoolConfig, name: Any) -> Any:
         return name or config.default_model
     plain = name.removesuffix(":latest")
     return next((each for each in (plain, f"{plain}:latest") if each in config.names.targets), name)
+
+
+def _only_continues(config: PoolConfig, name: str) -> bool:
+    """Whether a model has no chat template: its prompts are then the text itself, as Ollama has it. Blocks."""
+    model = config.models.get(config.resolve(name) or name)
+    return model is not None and model.prompt_format is None and model_file(model.model_path).is_base
 
 
 def _files(config: PoolConfig, names: list[str]) -> dict[str, ModelFile]:

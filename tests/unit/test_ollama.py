@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ollama
 import pytest
 
+from app import model_files
 from app.model_files import UNKNOWN, ModelFile, model_file
 from app.routes import ollama_rows
 from app.routes.ollama import known_name
@@ -105,6 +108,24 @@ async def test_generate_is_a_chat_or_a_raw_completion():
     for fields in ({"template": "t"}, {"context": [1]}, {"raw": True, "images": ["AA=="]}):
         with pytest.raises(errors.UnsupportedParameter):
             generate(**fields)
+
+
+@pytest.mark.parametrize(("model", "path"), [("base", COMPLETIONS), ("formatted", CHAT), ("fake", CHAT)])
+async def test_a_model_without_a_template_continues_the_prompt(
+    model: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = tmp_path / "base.gguf"
+    file.write_bytes(b"x")
+    metadata = {"general.architecture": "gemma3"}
+    monkeypatch.setattr(model_files, "read_header", lambda _: SimpleNamespace(metadata=metadata))
+    models = {
+        "base": {"model_path": str(file)},
+        "formatted": {"model_path": str(file), "prompt_format": "chatml"},
+        "fake": {"backend": "fake"},
+    }
+    gateway = Scripted([b'{"choices": [{"text": "x", "message": {"content": "x"}}]}'], args={"models": models})
+    assert (await ask(gateway, "/api/generate", model=model, stream=False)).json()["response"] == "x"
+    assert gateway.requests[0][0].path == path
 
 
 async def test_a_waiting_stream_has_empty_messages():
