@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import threading
 from collections.abc import Iterator
 
@@ -166,7 +167,8 @@ def test_a_cut_stream_ends_in_an_error_event(pool: Pool):
     seen = []
     with pytest.raises(openai.APIError, match="cuts the stream"):
         for chunk in pool.openai().chat.completions.create(**body("cut"), stream=True):
-            seen.append(chunk.choices[0].delta.content)
+            # A stream that waits is told so by deltas without a text.
+            seen.append(chunk.choices[0].delta.content or "")
     assert "".join(seen) == words("cut", 8)
 
 
@@ -179,7 +181,7 @@ def test_a_hung_engine_ends_at_the_requests_deadline(pool: Pool):
 def test_waiting_streams_hear_where_they_wait(pool: Pool):
     with pool.http() as http, http.stream("POST", "/v1/chat/completions", json=body("late", stream=True)) as answer:
         text = "".join(answer.iter_text())
-    assert text.startswith(": loading model=late\n\n")
+    assert re.match(r": loading model=late \d+%\n\n", text)
     assert "late:2 " in text
 
 
