@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from app.wire.responses.items import new_id
-from app.wire.thinking import ThinkingSplitter
+from deployments.engines.chat.thinking import ThinkingSplitter
 
 Event = dict[str, Any]
 

@@ -21,6 +21,7 @@ class Choice:
     """One whole answer, for a body that is not streamed."""
 
     text: str = ""
+    thoughts: str = ""
     calls: list[ToolCall] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: str = "stop"
@@ -101,6 +102,13 @@ class ChatWriter(_Envelope):
             f"{self._text_tail}"
         ).encode()
 
+    def thought(self, index: int, text: str) -> bytes:
+        """What the model thinks, under the name that llama-server, vLLM and their clients have for it."""
+        content = dumps({"reasoning_content": text})
+        return (
+            f'{self._role(index)}{self._start}{{"index":{index},"delta":{content},"logprobs":null{self._text_tail}'
+        ).encode()
+
     def tool_delta(self, index: int, delta: ToolDelta) -> bytes:
         entry: dict[str, Any] = {"index": delta.position}
         if delta.id is not None:
@@ -128,6 +136,8 @@ class ChatWriter(_Envelope):
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": choice.text or (None if choice.calls else "")}
         message["refusal"] = None
+        if choice.thoughts:
+            message["reasoning_content"] = choice.thoughts
         if choice.calls:
             message["tool_calls"] = [
                 {"id": c.id, "type": "function", "function": {"name": c.name, "arguments": c.arguments}}

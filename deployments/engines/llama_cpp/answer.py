@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from deployments.engines.chat.logprobs import TokenLogprob
 from deployments.engines.chat.metrics import metrics_object
+from deployments.engines.chat.thinking import ThinkingSplitter, Thought
 from deployments.engines.chat.tools import ToolDelta, ToolParser
 from deployments.engines.chat.wire import ChatWriter, Choice, CompletionWriter, usage_object
 from deployments.engines.llama_cpp.generation import Delta, Generation, Mailbox
 from deployments.engines.llama_cpp.prepare import Prepared
 from deployments.engines.protocol import Call, Report
 from deployments.sse import DONE
+
+Piece = str | Thought | ToolDelta
 
 
 class Answer:
@@ -48,6 +51,10 @@ class Answer:
         if prepared.plan.mode != "none":
             names = frozenset(tool["function"]["name"] for tool in prepared.plan.tools)
             self._parsers = {generation.index: ToolParser(names) for generation in generations}
+        self._splitters: dict[int, ThinkingSplitter] = {}
+        if prepared.chat:
+            start: Literal["opened", "start"] = "opened" if prepared.thinks else "start"
+            self._splitters = {generation.index: ThinkingSplitter(start) for generation in generations}
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """SSE bytes, one item for all that was pending. Raises the `PoolError` of a failed sequence."""
@@ -86,7 +93,9 @@ class Answer:
                 if delta.error is not None:
                     raise delta.error
                 choice = choices[delta.index]
-                choice.text += "".join(piece for piece in self._parsed(delta) if isinstance(piece, str))
+                pieces = self._parsed(delta)
+                choice.text += "".join(piece for piece in pieces if isinstance(piece, str))
+                choice.thoughts += "".join(piece.text for piece in pieces if isinstance(piece, Thought))
                 choice.logprobs.extend(delta.logprobs)
                 if delta.finish is not None:
                     running -= 1
@@ -96,12 +105,26 @@ class Answer:
         self.update_report()
         yield self._writer.body(choices, self._usage(), self._last())
 
-    def _parsed(self, delta: Delta) -> list[str | ToolDelta]:
-        parser = self._parsers.get(delta.index)
+    def _parsed(self, delta: Delta) -> list[Piece]:
+        """What a delta says: thoughts first, if its model marks them, then text and calls."""
+        splitter = self._splitters.get(delta.index)
+        if splitter is None:
+            return self._said(delta.index, delta.text, is_last=delta.finish is not None)
+        split = splitter.push(delta.text)
+        if delta.finish is not None:
+            split += splitter.finish()
+        if splitter.is_done:
+            del self._splitters[delta.index]
+        thoughts: list[Piece] = [Thought(text) for kind, text in split if kind == "reasoning"]
+        text = "".join(text for kind, text in split if kind == "text")
+        return thoughts + self._said(delta.index, text, is_last=delta.finish is not None)
+
+    def _said(self, index: int, text: str, *, is_last: bool) -> list[Piece]:
+        parser = self._parsers.get(index)
         if parser is None:
-            return [delta.text] if delta.text else []
-        pieces = parser.push(delta.text) if delta.text else []
-        return pieces + parser.finish() if delta.finish is not None else pieces
+            return [text] if text else []
+        pieces: list[Piece] = [*parser.push(text)] if text else []
+        return [*pieces, *parser.finish()] if is_last else pieces
 
     def _delta_chunk(self, delta: Delta) -> bytes:
         parts = []
@@ -111,7 +134,10 @@ class Answer:
                 parts.append(self._writer.delta(delta.index, piece, logprobs))
                 logprobs = None
             elif isinstance(self._writer, ChatWriter):
-                parts.append(self._writer.tool_delta(delta.index, piece))
+                if isinstance(piece, Thought):
+                    parts.append(self._writer.thought(delta.index, piece.text))
+                else:
+                    parts.append(self._writer.tool_delta(delta.index, piece))
         if logprobs and not parts:
             parts.append(self._writer.delta(delta.index, "", logprobs))
         return b"".join(parts)

@@ -15,6 +15,7 @@ from typing import Any
 from cluster.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
 from deployments.engines.chat.request import GenerationOptions, chat_options, completion_options
 from deployments.engines.chat.template import ChatTemplate
+from deployments.engines.chat.thinking import OPEN as THINK
 from deployments.engines.chat.tools import CLOSE, OPEN, ToolPlan, tool_plan
 from deployments.engines.llama_cpp.runtime import Runtime, schema_to_grammar
 from deployments.engines.protocol import Call
@@ -41,6 +42,8 @@ class Prepared:
     echo: bool = False
     #: Only the prompts' embeddings are wanted.
     embeds: bool = False
+    #: The template has opened the model's thoughts.
+    thinks: bool = False
 
     @property
     def prompt_tokens(self) -> int:
@@ -72,7 +75,7 @@ class Preparer:
     def tokens(self, body: Mapping[str, Any]) -> list[int]:
         """The tokens of a text, or of a chat as the model would see it. Raises `InvalidRequest`."""
         if body.get("messages") is not None:
-            return self._chat_tokens(body, tool_plan(body))
+            return self._chat_tokens(self._chat_text(body, tool_plan(body)))
         text = body["prompt"] if body.get("content") is None else body["content"]
         special = body.get("add_special")
         # llama-server adds none by default, vLLM does; so the name of the text decides.
@@ -103,14 +106,16 @@ class Preparer:
         nothing = [0] * len(prompts)
         return Prepared(False, completion_options({}), prompts, nothing, [""] * len(prompts), embeds=True)
 
-    def _chat_tokens(self, body: Mapping[str, Any], plan: ToolPlan) -> list[int]:
+    def _chat_text(self, body: Mapping[str, Any], plan: ToolPlan) -> str:
         if self._template is None:
             raise InvalidRequest(
                 "this model has no chat template: use /v1/completions, or configure prompt_format", param="messages"
             )
         shown = plan.tools if plan.mode != "none" else ()
         continues = bool(body.get("continue_final_message"))
-        text = self._template.render(body["messages"], shown, self._template_variables(body), continues=continues)
+        return self._template.render(body["messages"], shown, self._template_variables(body), continues=continues)
+
+    def _chat_tokens(self, text: str) -> list[int]:
         # A template that writes the BOS token itself must not get a second one.
         bos = self._runtime.bos_text()
         starts = bool(bos) and text.startswith(bos)
@@ -119,7 +124,8 @@ class Preparer:
     def _chat(self, body: Mapping[str, Any]) -> Prepared:
         options = chat_options(body)
         plan = tool_plan(body)
-        prompt = self._chat_tokens(body, plan)
+        text = self._chat_text(body, plan)
+        prompt = self._chat_tokens(text)
         return Prepared(
             chat=True,
             options=options,
@@ -128,6 +134,7 @@ class Preparer:
             echoes=[""],
             plan=plan,
             grammar=self._grammar(body, options, plan),
+            thinks=text.rstrip().endswith(THINK),
         )
 
     def _completion(self, body: Mapping[str, Any]) -> Prepared:

@@ -438,6 +438,15 @@ async def test_a_character_of_several_tokens_is_shown_whole(engine: LlamaCppEngi
     assert len([piece for piece in pieces if piece]) >= 3
 
 
+async def test_thoughts_that_the_model_marks_are_no_text(engine: LlamaCppEngine) -> None:
+    answer = ask("Think.", grammar='root ::= "<think>\\nHmm.</think>\\n\\nYes <b>."', max_tokens=40)
+    message = (await body(engine, answer))["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("Hmm.", "Yes <b>.")
+    deltas = [chunk["choices"][0]["delta"] for chunk in await events(engine, answer)]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Hmm."
+    assert "".join(delta.get("content", "") for delta in deltas) == "Yes <b>."
+
+
 async def test_n_choices_are_separate(engine: LlamaCppEngine) -> None:
     fields = ask(SEA, n=2, temperature=1.0, seed=5, max_tokens=12)
     choices = (await body(engine, fields))["choices"]

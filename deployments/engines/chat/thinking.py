@@ -10,12 +10,27 @@ OPEN, CLOSE = "<think>", "</think>"
 Piece = tuple[Literal["text", "reasoning"], str]
 
 
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """A piece of what a model thinks before it answers."""
+
+    text: str
+
+
 @dataclass(slots=True)
 class ThinkingSplitter:
-    """Splits a streamed text into thoughts and answer. Only a text that begins with the mark has thoughts."""
+    """Splits a streamed text into thoughts and answer. Only a text that begins with the mark has thoughts.
 
-    _state: Literal["start", "reasoning", "gap", "text"] = "start"
+    Some templates write the opening mark themselves, at the end of the prompt: the text then begins as `opened`.
+    """
+
+    _state: Literal["start", "opened", "reasoning", "gap", "text"] = "start"
     _held: str = ""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all that follows is the answer."""
+        return self._state == "text"
 
     def push(self, text: str) -> list[Piece]:
         """What this piece of text releases, in order. A tail that may become a mark is held back."""
@@ -29,7 +44,10 @@ class ThinkingSplitter:
                 return []
             if not begun.startswith(OPEN):
                 return self._rest("text")
-            self._state, self._held = "reasoning", begun.removeprefix(OPEN).lstrip("\n")
+            self._state, self._held = "opened", begun.removeprefix(OPEN)
+        if self._state == "opened":
+            self._held = self._held.lstrip("\n")
+            self._state = "reasoning" if self._held else "opened"
         if self._state == "reasoning":
             thought, mark, rest = self._held.partition(CLOSE)
             if not mark:
