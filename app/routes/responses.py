@@ -140,6 +140,12 @@ async def count_tokens(request: Request) -> Response:
     return await adapted.answer_whole(request, TokenCount(chat, ignored, is_remote=is_remote))
 
 
+@router.post(f"{PATH}/compact")
+async def compact(request: Request) -> Response:
+    """Not here: nothing in the pool can shorten a conversation. Clients that ask do it by themselves then."""
+    raise errors.InvalidRequest("conversations are not compacted here", status=404, code="NOT_FOUND")
+
+
 @router.get(PATH + "/{response}")
 @flat_router.get(PATH + "/{response}")
 async def retrieve(request: Request, response: str, stream: bool = False) -> Response:

@@ -122,6 +122,7 @@ def test_a_real_model_measures_itself_counts_and_calls_a_tool(pool: Pool):
         model="smol",
         input=[{"type": "function_call_output", "call_id": call.call_id, "output": "5"}],
         previous_response_id=answer.id,
+        tools=[TOOL],
         max_output_tokens=8,
     )
     assert again.usage.input_tokens > answer.usage.input_tokens

@@ -38,15 +38,20 @@ def response_object(request: ResponsesRequest, response_id: str, model: str) -> 
         "reasoning": _reasoning(request),
         "service_tier": "default",
         "store": request.store is not False,
-        "temperature": request.temperature,
+        # Those of the chat route, where a client has said nothing.
+        "temperature": 1.0 if request.temperature is None else request.temperature,
+        "top_p": 1.0 if request.top_p is None else request.top_p,
+        "presence_penalty": _number(request.extras.get("presence_penalty")),
+        "frequency_penalty": _number(request.extras.get("frequency_penalty")),
         "text": {"format": {"type": "text"}, **text},
         "tool_choice": _choice(request.tool_choice),
         "tools": [_tool(tool) for tool in functions(request, [])],
         "top_logprobs": request.top_logprobs or 0,
-        "top_p": request.top_p,
         "truncation": "disabled",
         "usage": None,
         "user": None,
+        "safety_identifier": _text(request.extras.get("safety_identifier")),
+        "prompt_cache_key": _text(request.extras.get("prompt_cache_key")),
         "metadata": _metadata(request.extras.get("metadata")),
         "metrics": None,
     }
@@ -96,6 +101,14 @@ def _choice(choice: str | dict[str, Any] | None) -> str | dict[str, Any]:
 def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
     known = ("type", "name", "description", "parameters", "strict")
     return {name: tool.get(name) for name in known}
+
+
+def _number(given: Any) -> float:
+    return float(given) if isinstance(given, int | float) else 0.0
+
+
+def _text(given: Any) -> str | None:
+    return given if isinstance(given, str) else None
 
 
 def _metadata(given: Any) -> dict[str, str]:
