@@ -83,7 +83,7 @@ def load_requested(pool: Pool, event: LoadRequested, now: float) -> None:
     if refusal is not None:
         pool.out.append(LoadRefused(model.name, *refusal))
         return
-    if not model.placed:
+    if not model.counts[ReplicaState.READY]:
         # What the last request asked for ended with its stay: `keep_alive: 0` would end this load at once.
         model.keep_alive_s = None
     model.held_down = False

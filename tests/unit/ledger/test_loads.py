@@ -29,13 +29,17 @@ def fail_once(desk: Desk, request: str, replica: str) -> float:
     return pause
 
 
-def test_an_operators_load_outlives_the_keep_alive_of_an_earlier_stay() -> None:
+@pytest.mark.parametrize("still_there", [False, True])
+def test_an_operators_load_outlives_the_keep_alive_of_an_earlier_stay(still_there: bool) -> None:
     desk = Desk(model("A", idle_timeout_s=100.0))
     desk.arrive("r1", "A", keep_alive=0.0)
     desk.boot("A", "A#1")
     assert desk.release("r1") == ["quiesce A#1", "desire A 0"]
+    if still_there:
+        desk.tell(LoadRequested("A", 1))
     desk.gone("A#1")
-    desk.tell(LoadRequested("A", 1))
+    if not still_there:
+        desk.tell(LoadRequested("A", 1))
     assert desk.boot("A", "A#2") == []
     assert desk.at(99.0) == []
     assert desk.at(100.0) == ["quiesce A#2", "desire A 0"]
