@@ -204,8 +204,9 @@ class LedgerActor:
             return
         self._attached.add_replica(state)
         busy = state.loading or state.engine is not None or state.failed is not None
+        asleep = None if state.asleep is None else (state.asleep.host_mib, state.asleep.device_mib)
         told = (state.model, state.replica, state.node, state.started_at, busy, state.devices, state.unloading)
-        self._post(ReplicaStarted(*told, state.stopping, state.booked))
+        self._post(ReplicaStarted(*told, state.stopping, state.booked, state.host_mib, asleep))
         if state.failed is not None:
             self._post(ReplicaFailed(state.replica, state.failed))
         elif state.engine is not None:

@@ -13,9 +13,10 @@ class ReplicaState(NamedTuple):
     """One replica. `started_at` is `time.time()` of its start, so that its age survives a restart of the ledger.
 
     Its engine is absent, or is being loaded (`loading`: another order to load is not needed), loaded (`engine`), asleep
-    (`asleep`) or being ended (`unloading`). `devices` are those of the order to load, as long as anything is held on
-    them. `failed` is why its last load failed. `stopping`: Serve has told it to stop, and it only lets what runs end.
-    `booked` are the devices that Ray has booked for its process.
+    (`asleep`), or being ended or put to sleep (`unloading`). `devices` are those of the order to load, as long as
+    anything is held on them. `failed` is why its last load failed. `stopping`: Serve has told it to stop, and it only
+    lets what runs end. `booked` are the devices that Ray has booked for its process, `host_mib` what that takes of the
+    host's memory.
     """
 
     model: str
@@ -31,6 +32,7 @@ class ReplicaState(NamedTuple):
     asleep: AsleepState | None = None
     stopping: bool = False
     booked: tuple[int, ...] = ()
+    host_mib: int = 0
 
 
 class HolderState(NamedTuple):

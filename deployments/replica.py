@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import AsyncGenerator
 
@@ -19,6 +20,7 @@ from cluster.client import LedgerClient
 from cluster.errors import ReplicaGone
 from cluster.home import home_of
 from deployments.engine_child import start_nursery
+from deployments.host_memory import held_mib
 from deployments.link import Links
 from deployments.supervisor import Place, Supervisor
 
@@ -29,6 +31,7 @@ class Replica:
     async def __init__(self, model: str) -> None:  # type: ignore[misc]
         self._model = model
         self._started_at = time.time()
+        self._host_mib = held_mib(os.getpid())
         self._uid: str = serve.get_replica_context().replica_id.unique_id
         self._actor_id, self._node = effects.this_actor()
         self._booked = effects.booked_devices()
@@ -57,6 +60,7 @@ class Replica:
             supervisor.asleep,
             supervisor.is_finishing,
             self._booked,
+            self._host_mib,
         )
 
     async def _find_place(self) -> Place:

@@ -19,6 +19,7 @@ from cluster.errors import ModelUnavailable, PoolError, ReplicaGone
 from cluster.home import Home
 from cluster.orders import Address, AsleepState, EngineState, Load, Order, Prefetch, Restart, Sleep, Unload, Wake
 from deployments.engine_child import EngineChild, EngineDied
+from deployments.host_memory import tree_mib
 from deployments.weights import prefetch
 
 logger = logging.getLogger("slotpool.replica")
@@ -28,8 +29,8 @@ ENGINE_ENVIRONMENT = {"GOMP_SPINCOUNT": "200"}
 
 #: What still runs when an engine is to be unloaded may take as long as this to end, in seconds, and so may the engine.
 UNLOAD_S = 5.0
-#: An engine goes to sleep within this time, in seconds, or is ended.
-SLEEP_S = 30.0
+#: An engine goes to sleep within this time, in seconds, or is ended: sooner than the ledger loses patience.
+SLEEP_S = 25.0
 
 
 class Ledger(Protocol):
@@ -81,6 +82,7 @@ class Supervisor:
         self._awake: EngineState | None = None
         self._load_order: Load | None = None
         self._loading: asyncio.Task[None] | None = None
+        self._falling_asleep: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self.is_finishing = False
@@ -136,17 +138,20 @@ class Supervisor:
                 self.is_unloading, self.engine, self.failed = True, None, None
                 self._run(self._in_turn(self._unload))
             case Sleep():
-                self._run(self._in_turn(self._sleep))
+                self._falling_asleep = self._run(self._in_turn(self._sleep))
             case Restart():
                 self._run(self._restart(order))
             case Prefetch():
                 self._run(prefetch(order.config["model_path"]))
 
     def _cut_short(self) -> None:
-        """End the load or the waking that is under way, and one that has not begun."""
+        """End the load, the waking or the falling asleep that is under way, and one that has not begun."""
         if self._loading is not None:
             self._loading.cancel()
             self._loading = self._load_order = None
+        if self._falling_asleep is not None:
+            self._falling_asleep.cancel()
+            self._falling_asleep = None
 
     # --- loading ------------------------------------------------------------------------------------------------------
 
@@ -157,7 +162,7 @@ class Supervisor:
             self._tell("replica_ready", self.engine)
             return
         await self._end_child()
-        self.devices = order.devices
+        self.devices, self.is_unloading = order.devices, False
         try:
             child, place = await self._start_child(order)
             self._child = child
@@ -262,16 +267,22 @@ class Supervisor:
             else:
                 self._tell("engine_asleep", *self.asleep)
             return
-        self.engine, self._awake = None, engine
+        self.engine, self._awake, self.is_unloading = None, engine, True
         try:
             async with asyncio.timeout(SLEEP_S):
                 said = await child.sleep()
-        except (TimeoutError, EngineDied, PoolError) as error:
-            logger.error("the engine of %s does not sleep and is ended: %s", self._model, error)
+                seen_mib = await asyncio.to_thread(tree_mib, engine.pid)
+        except (TimeoutError, EngineDied, PoolError, asyncio.CancelledError) as error:
             await self._end_child()
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            logger.error("the engine of %s does not sleep and is ended: %s", self._model, error)
+            self.is_unloading = False
             self._tell("engine_unloaded")
             return
-        self.asleep = AsleepState(said["host_mib"], said["device_mib"])
+        # An engine may know of memory that the kernel does not count as its process's.
+        self.asleep, self.is_unloading = AsleepState(max(said["host_mib"], seen_mib), said["device_mib"]), False
+        self._falling_asleep = None
         self._tell("engine_asleep", *self.asleep)
 
     async def _watch(self, child: EngineChild) -> None:

@@ -54,6 +54,8 @@ class LlamaCppKwargs(BaseModel):
 class FakeModel(ModelConfig):
     """An engine without a model, for trying policies and injecting faults."""
 
+    sleeps = True
+
     backend: Literal["fake"] = "fake"
     engine_kwargs: FakeFaults = FakeFaults()
 

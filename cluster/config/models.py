@@ -67,8 +67,9 @@ class ModelConfig(BaseModel):
     `weight` makes the model a variant: models that share an alias are variants of that one public name, which is
     then answered by each in proportion to its weight. An alias may be shared by models with a weight only.
 
-    `sleep_timeout` is how long a replica without an engine stays, 0 = until its room is needed. `sleep_level` 1 keeps
-    the engine's process with its weights in the host's memory, 2 does not, which the pool chooses for all so far.
+    `sleep_timeout` is how long a replica without a loaded engine stays, 0 = until its room is needed. `sleep_level` 1
+    keeps the process of an engine that loses its devices, with its weights in the host's memory, where that has room; 2
+    ends it. `auto` is whichever brings it back sooner, as learned. Engines that cannot sleep always end.
 
     `price` is what its tokens count for in a key's budget.
 
@@ -80,6 +81,8 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
 
+    #: Its engines can give back their devices and keep their weights in the host's memory (level 1).
+    sleeps: ClassVar[bool] = False
     #: The subclass of each backend's name. Any, since in this class `type` is a key of the configuration.
     backends: ClassVar[dict[str, Any]] = {}
 
@@ -124,6 +127,12 @@ class ModelConfig(BaseModel):
         if cls is not ModelConfig or not isinstance(data, dict):
             return handler(data)
         return backend_class(data).model_validate(data)  # type: ignore[return-value]
+
+    @model_validator(mode="after")
+    def _can_sleep_as_asked(self) -> Self:
+        if self.sleep_level == 1 and not self.sleeps:
+            raise ValueError(f"sleep_level: an engine of backend {self.backend} cannot sleep, only end: 2")
+        return self
 
     @field_validator("gpu", mode="before")
     @classmethod

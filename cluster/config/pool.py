@@ -65,7 +65,7 @@ class PoolConfig(BaseModel):
     `max_asleep` is how many replicas may be kept whose engine is not loaded: a swap then starts an engine, and no
     replica. `auto` is what fits in a quarter of a node's memory; with 0, the default on a Ray that was there before,
     a replica ends with its engine. `asleep_device_mib` is what an engine that sleeps (level 1) may hold on a device;
-    the pool puts none to sleep so far.
+    one that holds more ends instead.
     `max_keep_alive` (s) bounds the `keep_alive` of requests without an admin key. `model_roots` says where the files of
     models that are registered at run time may lie: folders, `package:NAME`, `hf:OWNER` or `hf:OWNER/REPO`.
     `store` says where stored responses are kept, and `decoding` what the pool dialect generates with by default.
@@ -195,6 +195,7 @@ class PoolConfig(BaseModel):
             max_keep_alive_s=self.max_keep_alive,
             node_memory_mib=self.mem_budget_mb,
             max_asleep=None if self.max_asleep == "auto" else self.max_asleep,
+            asleep_device_mib=self.asleep_device_mib,
             servers=tuple(server.spec() for server in self.servers),
         )
 
@@ -227,4 +228,6 @@ class PoolConfig(BaseModel):
             revision=model.revision,
             devices=model.gpu if model.num_gpus else (),
             sleep_timeout_s=model.sleep_timeout,
+            # Without devices there is nothing to give back.
+            sleep_level={"auto": 0, 1: 1, 2: 2}[model.sleep_level] if model.sleeps and model.num_gpus else 2,
         )

@@ -69,6 +69,8 @@ class ReplicaStarted(NamedTuple):
     `loading`: its engine is loaded, is being loaded or has failed already, so no `LoadEngine` is wanted; `unloading`:
     it is being ended. `devices` are those that a former life of the ledger ordered for it. `stopping`: Serve has told
     it to stop, as in `ReplicaStopping`. `booked` are those that Ray has booked for it; none if that is not known.
+    `host_mib` is what the process itself takes of its host's memory (0 = not measured); where its engine sleeps,
+    `asleep_mib` is what that holds beside it of the host's memory, and of each of its devices.
     """
 
     model: str
@@ -80,6 +82,8 @@ class ReplicaStarted(NamedTuple):
     unloading: bool = False
     stopping: bool = False
     booked: tuple[int, ...] = ()
+    host_mib: int = 0
+    asleep_mib: tuple[int, int] | None = None
 
 
 class ReplicaStopping(NamedTuple):

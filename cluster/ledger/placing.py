@@ -13,7 +13,7 @@ from cluster.ledger.books.placement import Node
 from cluster.ledger.books.records import Claim, Model, Replica
 from cluster.ledger.books.shapes import Place
 from cluster.ledger.events import PrefetchModel
-from cluster.ledger.rules import autoscale, claims, crowd, eviction, policy, sleepers
+from cluster.ledger.rules import autoscale, claims, crowd, eviction, levels, policy, sleepers
 from cluster.ledger.rules.policy import Tier
 from cluster.ledger.states import ReplicaState
 from cluster.ledger.transitions import SwapBegun
@@ -65,14 +65,19 @@ def _free_places(pool: Pool, model: Model, count: int, node: Node | None = None)
     places: list[Place] = []
     seats, starts = sleepers.by_node(model), sleepers.startable(pool, model)
     for _ in range(count):
-        # A process is started only where no replica waits for an engine.
-        found = pool.book.find(model.shape, +seats) if +seats else None
-        if found is None and (starts or not pool.keeps_replicas):
-            found = pool.book.find(model.shape)
+        found = sleepers.can_wake(pool, model, places) if model.sleeping and levels.wakes_sooner(model) else None
+        if found is None:
+            # A process is started only where no replica waits for an engine.
+            found = pool.book.find(model.shape, +seats) if +seats else None
+            if found is None and (starts or not pool.keeps_replicas):
+                found = pool.book.find(model.shape)
+            if found is not None:
+                starts -= not seats[found.node]
+                seats[found.node] -= 1
+            elif model.sleeping:
+                found = sleepers.can_wake(pool, model, places)
         if found is None:
             break
-        starts -= not seats[found.node]
-        seats[found.node] -= 1
         places.append(found)
         pool.book.hold(found, 1)
     for found in places:
@@ -82,7 +87,7 @@ def _free_places(pool: Pool, model: Model, count: int, node: Node | None = None)
 
 def _start(pool: Pool, model: Model, places: list[Place], now: float) -> None:
     for each in places:
-        replica = sleepers.seat_on(model, each.node)
+        replica = sleepers.seat_for(model, each)
         if replica is None:
             replica = pool.place(model, each, now)
         else:
@@ -121,6 +126,8 @@ def _promise(pool: Pool, model: Model, plans: list[policy.Plan], now: float, bou
     for victim in claim.victims:
         if victim.state is READY:
             pool.quiesce(victim, now, reason)
+        elif victim.engine_sleeps:
+            engine_moves.demote(pool, victim, now, reason)
     _prepare(pool, model, claim, now)
     pool.touched[model] = None
     return True
@@ -130,8 +137,10 @@ def _prepare(pool: Pool, model: Model, claim: Claim, now: float) -> None:
     """Have processes started for the engines to come while the victims drain, where no replica waits for them."""
     seats = sleepers.by_node(model)
     for place in claim.places:
+        if sleepers.sleeper_at(model, place) is not None:
+            continue
         if not seats[place.node] and pool.keeps_replicas and sleepers.startable(pool, model):
-            pool.place(model, Place(place.node, (), model.asleep_shape), now, for_engine=False)
+            pool.place(model, pool.asleep_place(place.node), now, for_engine=False)
         else:
             seats[place.node] -= 1
     _prefetch(pool, model, claim)
@@ -139,7 +148,7 @@ def _prepare(pool: Pool, model: Model, claim: Claim, now: float) -> None:
 
 def _prefetch(pool: Pool, model: Model, claim: Claim) -> None:
     """Have the files of a model read while its victims drain: once for these waiters on each node."""
-    for name in dict.fromkeys(place.node for place in claim.places):
+    for name in dict.fromkeys(each.node for each in claim.places if sleepers.sleeper_at(model, each) is None):
         reader = sleepers.reader_on(pool.book.node(name), model)
         if reader is not None and model.prefetched.get(name) != claim.began:
             model.prefetched[name] = claim.began

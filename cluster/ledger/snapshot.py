@@ -271,7 +271,7 @@ def state(model: Model) -> str:
         return "loaded"
     if model.rising:
         return "loading"
-    if counts[ReplicaState.DRAINING] or counts[ReplicaState.UNLOADING]:
+    if model.making_room:
         return "unloading"
     if model.placed and counts[ReplicaState.STOPPING] and not model.failures:
         return "unloading"

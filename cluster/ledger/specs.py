@@ -19,7 +19,8 @@ class ModelSpec:
     means any. A node is named as in `NodeSpec.name` or one of its `hosts`.
     `revision` is any text that changes whenever the engine's own configuration did: replicas of an older revision
     are drained and started anew on demand. `sleep_timeout_s` is how long a replica without an engine stays, 0 = until
-    there are too many.
+    there are too many. `sleep_level` says what an engine that loses its devices does: 2 = it ends, 1 = it sleeps with
+    its weights in the host's memory where there is room for them, 0 = whichever brings it back sooner.
     """
 
     name: str
@@ -42,6 +43,7 @@ class ModelSpec:
     revision: str = ""
     devices: tuple[str, ...] = ()
     sleep_timeout_s: float = 0.0
+    sleep_level: int = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,8 @@ class PoolSpec:
     longer whatever is chosen: the bound is what the pool strives for, not an admission limit (`queue_max_size` is).
 
     `max_asleep` is how many replicas are kept without an engine, ready to load one without a new process; None: as many
-    as the hosts have room for. With 0 a replica ends with its engine.
+    as the hosts have room for. With 0 a replica ends with its engine. `asleep_device_mib` is the most that an engine
+    which sleeps may still hold of each of its devices.
 
     `variants`          public name -> ((model, weight), ...): A/B variants, chosen in turn by weight.
     `bound_s`           the longest wait for a *place* that the pool strives for, per class (high, medium, low). The
@@ -135,6 +138,7 @@ class PoolSpec:
     backoff_s: tuple[float, float] = (1.0, 60.0)
     node_memory_mib: int = 0
     max_asleep: int | None = 0
+    asleep_device_mib: int = 600
     servers: tuple[ServerSpec, ...] = ()
     server_batch_s: float = 20.0
     server_turn_s: float = 20.0

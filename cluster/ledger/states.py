@@ -8,30 +8,37 @@ process is *confirmed*: it is credited at UNLOADED (the engine has ended as orde
 or at COLD, and nowhere else.
 
     COLD ──placed──▶ STARTING ──announced──▶ ASLEEP ──assigned──▶ LOADING ──loaded──▶ READY ──quiesced──▶ DRAINING
-                                             ▲    │                  │                  ▲                  │   │
-                                             │    │                  │withdrawn         └─────reopened─────┘   │emptied
-                                             │    │                  ▼                                         ▼
-                                             │    │              UNLOADING ◀───────────────────────────────────┘
-                                             └────┼─────unloaded─────┘
+                                             ▲    │ │                │                  ▲                  │   │
+                                             │    │ │demoted         │withdrawn         └─────reopened─────┘   │emptied
+                                             │    │ └────────────┐   ▼                                         ▼
+                                             │    │              ▶ UNLOADING ◀─────────────────────────────────┘
+                                             └────┼── unloaded, slept ─┘
                                                   └──dismissed──▶ STOPPING ──gone──▶ COLD
 
     LOADING, READY, DRAINING ──failed, engine died──▶ ASLEEP                            any ──gone──▶ COLD
 
 STARTING   a process was asked for and has not announced itself: the record is *unbound*. Only such a one may vanish
            without a death (by way of `gone`): there is nothing yet that could hold memory.
-ASLEEP     the replica is there and has no engine. It is *placed* as long as devices are booked for it all the same,
-           which is so only in a pool that keeps no replicas without engines.
-LOADING    its engine loads, or will when the pause after a failure is over, on devices that are its own.
+ASLEEP     the replica is there and has no engine (level 2), or one that sleeps with its weights in the host's memory
+           (level 1). It is *placed* as long as devices are booked for it all the same, which is so only in a pool that
+           keeps no replicas without engines. What a sleeping engine still holds of its devices is booked without that.
+LOADING    its engine loads or wakes, or will when the pause after a failure is over, on devices that are its own.
 READY      serves, and is the only state that gets new leases.
 DRAINING   no new lease, the leases that it holds go on. Its leases never grow. It may be reopened, since nobody has
            been told to end anything. An empty one moves on in the same step.
-UNLOADING  its engine was told to end, and there is no way back. It holds no lease.
+UNLOADING  its engine was told to end, or to sleep, and there is no way back. It holds no lease.
 STOPPING   the desired count was lowered and Serve may be killing it right now, so there is no way back, and it holds
            no lease.
 
 An engine may die apart from its replica (`engine died`). A LOADING or READY one loads again in place, in the same
 replica and on the same devices: it is ASLEEP and LOADING again in one step, its leases end, its waiters stay. A
 DRAINING one has no leases left and nothing to be reopened for.
+
+An engine that sleeps wakes on the devices that it has slept on, or not at all: anywhere else it must be loaded, and
+ends first (`demoted`). So it ends when what it holds there is in somebody's way, is more than the configuration
+allows, or when the host has no room for it. One that dies asleep costs nothing but the quick way back (`unloaded`). A
+waking that fails or takes too long is a load from then on, in the same state; a falling asleep that takes too long is
+an unload.
 
 Where no replicas are kept without an engine (`max_asleep` 0) a replica ends with its engine: DRAINING and LOADING go
 straight to STOPPING (`dismissed`), what is ASLEEP only waits to be stopped, and what was booked for the engine is
@@ -106,6 +113,8 @@ class Cause(IntEnum):
     ENGINE_DIED = 10
     DISMISSED = 11
     GONE = 12
+    SLEPT = 13
+    DEMOTED = 14
 
 
 _S, _C = ReplicaState, Cause
@@ -115,6 +124,8 @@ TRANSITIONS: dict[tuple[ReplicaState, Cause], ReplicaState] = {
     (_S.STARTING, _C.ANNOUNCED): _S.ASLEEP,
     (_S.STARTING, _C.GONE): _S.COLD,
     (_S.ASLEEP, _C.ASSIGNED): _S.LOADING,
+    (_S.ASLEEP, _C.DEMOTED): _S.UNLOADING,
+    (_S.ASLEEP, _C.UNLOADED): _S.ASLEEP,
     (_S.ASLEEP, _C.DISMISSED): _S.STOPPING,
     (_S.ASLEEP, _C.GONE): _S.COLD,
     (_S.LOADING, _C.LOADED): _S.READY,
@@ -134,6 +145,7 @@ TRANSITIONS: dict[tuple[ReplicaState, Cause], ReplicaState] = {
     (_S.DRAINING, _C.DISMISSED): _S.STOPPING,
     (_S.DRAINING, _C.GONE): _S.COLD,
     (_S.UNLOADING, _C.UNLOADED): _S.ASLEEP,
+    (_S.UNLOADING, _C.SLEPT): _S.ASLEEP,
     (_S.UNLOADING, _C.GONE): _S.COLD,
     (_S.STOPPING, _C.GONE): _S.COLD,
 }

@@ -30,8 +30,8 @@ class Moved(NamedTuple):
     """A replica changed its state, for a cause of `states.py` in lower case, or `announced`: its process came.
 
     `record` numbers the replica records of this life of the ledger, since `replica`, the process, comes later. `reason`
-    says why it drains or was taken back: `idle_timeout`, `surplus`, `operator`, `config`, `lost_node`, `unasked`,
-    `stopped`, `withdrawn`, or why the swap began that it makes room for.
+    says why it drains, ends or was taken back: `max_asleep` (too many sleep, or too much), `idle_timeout`, `surplus`,
+    `operator`, `config`, `lost_node`, `unasked`, `stopped`, `withdrawn`, or why the swap began that it makes room for.
     """
 
     model: str

@@ -19,7 +19,7 @@ from cluster.ledger.books.servers import is_remote
 from cluster.ledger.events import LoadRefused
 from cluster.ledger.handlers.engines import UNLOAD_LIMIT_S, give_orders, load_overdue, unload_overdue
 from cluster.ledger.handlers.requests import expire_waiters, refuse_or_reroute, serve
-from cluster.ledger.rules import autoscale, claims, policy, sleepers
+from cluster.ledger.rules import autoscale, claims, levels, policy, sleepers
 from cluster.ledger.states import Cause, ReplicaState
 
 if TYPE_CHECKING:
@@ -59,8 +59,12 @@ def settle(pool: Pool, now: float) -> None:
         for model in touched:
             _stop_idle(pool, model, now)
             pool.arm(model, due(pool, model))
-        while pool.keeps_replicas and (replica := sleepers.next_to_go(pool)) is not None:
-            pool.move(replica, Cause.DISMISSED, now, "max_asleep")
+        while pool.keeps_replicas and (first := sleepers.next_to_go(pool)) is not None:
+            replica, whole = first
+            if whole:
+                pool.move(replica, Cause.DISMISSED, now, "max_asleep")
+            else:
+                engine_moves.demote(pool, replica, now, "max_asleep")
     else:
         pool.undecided = True
         log.error("no decision after %d rounds, %d models left for the next event", MAX_ROUNDS, len(pool.touched))
@@ -202,13 +206,17 @@ def _end_engines(pool: Pool, model: Model, now: float) -> None:
                 pool.move(replica, Cause.DISMISSED, now, "stopped")
     if pool.keeps_replicas:
         for replica in list(model.in_state(DRAINING)):
-            if not replica.leases:
+            if not replica.leases and levels.may_sleep(pool, replica):
+                engine_moves.put_to_sleep(pool, replica, levels.asleep_host_mib(replica), now)
+            elif not replica.leases:
                 engine_moves.unload(pool, replica, Cause.EMPTIED, now)
         useless = sleepers.superfluous(pool, model) if model.counts[ASLEEP] else []
     if useless or model.counts[DRAINING] or model.counts[ASLEEP]:
         # One waits for those that Serve would stop in its stead.
         for replica in stops.certain(pool.book, model, useless):
             pool.move(replica, Cause.DISMISSED, now)
+    for replica in levels.unfit(pool, model) if model.sleeping else ():
+        engine_moves.demote(pool, replica, now)
 
 
 def _why_trimmed(pool: Pool, replica: Replica) -> str:

@@ -28,8 +28,8 @@ class Backend(Generic[M]):
 
     `build` makes the engine of a model, by its id, configuration and file, not loaded yet and so cheap. `estimate`
     tells from the files what a replica will take, in MiB, or None; it may block for milliseconds. `paths` are the
-    OpenAI routes that its engines serve, and `raw` says whether they answer other paths too. `sleeps`: its engines are
-    `Sleeper`s. `unused` are the fields of the pool dialect's `decoding` that they cannot use.
+    OpenAI routes that its engines serve, and `raw` says whether they answer other paths too. `unused` are the fields of
+    the pool dialect's `decoding` that they cannot use.
     """
 
     config: type[M]
@@ -37,7 +37,6 @@ class Backend(Generic[M]):
     estimate: Callable[[M, Path], int | None]
     paths: frozenset[str]
     raw: bool = False
-    sleeps: bool = False
     unused: frozenset[str] = frozenset()
 
     @property
@@ -109,6 +108,6 @@ def _estimate_llama_cpp(model: LlamaCppModel, path: Path) -> int | None:
 
 BACKENDS: tuple[Backend[Any], ...] = (
     Backend(LlamaCppModel, _build_llama_cpp, _estimate_llama_cpp, PATHS, unused=frozenset({"beam_size"})),
-    Backend(FakeModel, _build_fake, _estimate_nothing, PATHS, raw=True, sleeps=True, unused=frozenset({"beam_size"})),
+    Backend(FakeModel, _build_fake, _estimate_nothing, PATHS, raw=True, unused=frozenset({"beam_size"})),
 )
 _BY_CONFIG = {backend.config: backend for backend in BACKENDS}

@@ -19,16 +19,21 @@ from cluster.reservation import Reservation
 from tests.pool import Pool, fake, loaded, running_pool
 from tests.unit.raylet import lives
 
+BOTH = ("one", "two")
 MODELS = {
-    name: {**fake(tokens=30, tokens_per_s=100, load_s=0.05), "num_gpus": 1, "target_inflight": 2}
-    for name in ("one", "two")
+    **{
+        name: {**fake(tokens=30, tokens_per_s=100, load_s=0.05), "num_gpus": 1, "target_inflight": 2, "sleep_level": 2}
+        for name in BOTH
+    },
+    "dozes": {**fake(tokens=30, load_s=0.5, wake_s=0.05), "num_gpus": 1, "sleep_level": 1},
+    "wakes_badly": {**fake(tokens=30, load_s=0.1, fault="wake_fails"), "num_gpus": 1, "sleep_level": 1},
 }
 TITLE = b"ray::ServeReplica:slotpool:"
 
 
 @pytest.fixture(scope="module")
 def pool(port: int) -> Iterator[Pool]:
-    with running_pool(port, {"models": MODELS, "max_asleep": 2}) as pool:
+    with running_pool(port, {"models": MODELS, "max_asleep": 3}) as pool:
         yield pool
         pool.check()
 
@@ -41,8 +46,8 @@ def say(pool: Pool, model: str, tokens: int = 2) -> str:
     return text
 
 
-def supervisors() -> dict[str, int]:
-    """The process of each model's replica."""
+def supervisors(models: tuple[str, ...] = BOTH) -> dict[str, int]:
+    """The process of the replica of each of these models."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -51,7 +56,7 @@ def supervisors() -> dict[str, int]:
             continue
         if title.startswith(TITLE) and b":ingress" not in title:
             found[title.removeprefix(TITLE).decode().strip()] = int(folder.name)
-    return found
+    return {model: pid for model, pid in found.items() if model in models}
 
 
 def engine(pool: Pool, model: str) -> int | None:
@@ -77,7 +82,56 @@ def test_a_swap_keeps_the_replicas_and_ends_the_engine(pool: Pool):
         seen.add(pid)
         assert sum(map(lives, seen)) == 1
     assert supervisors() == kept
-    assert len(pool.ledger()["replicas"]) == 2
+    assert sum(row["model"] in BOTH for row in pool.ledger()["replicas"]) == 2
+
+
+def statuses(pool: Pool) -> dict[str, str]:
+    with pool.http() as http:
+        return {row["id"]: row["status"] for row in http.get("/v1/models").json()["data"]}
+
+
+def environment(pool: Pool, model: str) -> dict[str, Any]:
+    """The engine's process and its devices, as it tells them."""
+    with pool.http() as http:
+        return http.get("/fake/environment", params={"model": model}).json()  # type: ignore[no-any-return]
+
+
+def test_an_engine_sleeps_and_wakes_in_its_process_on_the_device_that_it_had(pool: Pool):
+    say(pool, "dozes")
+    before = engine(pool, "dozes")
+    assert before is not None
+    for other in BOTH:
+        say(pool, other)
+        assert lives(before)
+        assert (statuses(pool)["dozes"], statuses(pool)[other]) == ("sleeping", "loaded")
+        row = next(row for row in pool.ledger()["replicas"] if row["model"] == "dozes")
+        assert (row["state"], row["devices"]) == ("ASLEEP", [0])
+        asked_at = time.monotonic()
+        say(pool, "dozes")
+        assert time.monotonic() - asked_at < 0.5, "to load takes half a second"
+        assert engine(pool, "dozes") == before
+        assert environment(pool, "dozes") == {"pid": before, "CUDA_VISIBLE_DEVICES": "0"}
+
+
+def test_an_engine_that_does_not_wake_is_loaded_and_its_client_waits(pool: Pool):
+    say(pool, "wakes_badly")
+    before = engine(pool, "wakes_badly")
+    say(pool, "one")
+    assert before is not None
+    assert lives(before)
+    say(pool, "wakes_badly")
+    assert not lives(before)
+    assert engine(pool, "wakes_badly") not in (None, before)
+
+
+def test_a_death_of_the_ledger_lets_an_engine_sleep(pool: Pool):
+    say(pool, "dozes")
+    before = engine(pool, "dozes")
+    say(pool, "two")
+    ray.kill(effects.find_ledger(), no_restart=False)
+    say(pool, "two")
+    say(pool, "dozes")
+    assert engine(pool, "dozes") == before
 
 
 def test_no_stream_is_cut_by_swaps(pool: Pool):

@@ -26,7 +26,13 @@ def draw_spec(rng: random.Random) -> PoolSpec:
     head = rng.choice((0, 0, 1, 9))
     nodes = {
         f"n{index}": NodeSpec(
-            f"n{index}", gpus=rng.randint(1, 3), cpus=8.0, memory_mib=rng.choice((0, 3000)), is_head=index == head
+            f"n{index}",
+            gpus=rng.randint(1, 3),
+            cpus=8.0,
+            memory_mib=rng.choice((0, 3000)),
+            is_head=index == head,
+            device_memory_mib=rng.choice((0, 1100)),
+            host_memory_mib=rng.choice((0, 4 * 2000)),
         )
         for index in range(rng.randint(1, 3))
     }
@@ -46,6 +52,7 @@ def draw_spec(rng: random.Random) -> PoolSpec:
             preload=rng.random() < 0.1,
             fallbacks=rng.choice(((), (), ("A",))),
             group=rng.choice((None, None, "g")),
+            sleep_level=rng.choice((0, 1, 2)),
         )
     return PoolSpec(
         models=models,
@@ -55,6 +62,7 @@ def draw_spec(rng: random.Random) -> PoolSpec:
         variants={"public": (("A", 2.0), ("B", 1.0))},
         drain_timeout_s=60.0,
         max_asleep=rng.choice((0, 0, None, 2)),
+        asleep_device_mib=200,
     )
 
 
@@ -77,6 +85,10 @@ def draw_faults(rng: random.Random) -> Faults:
         engine_dies_after_s=maybe(15.0),
         engine_hangs=maybe(0.05),
         unload_hangs=maybe(0.05),
+        sleep_fails=maybe(0.1),
+        sleep_hangs=maybe(0.05),
+        wake_fails=maybe(0.2),
+        wake_hangs=maybe(0.05),
         loses=maybe(0.2),
         cancels=maybe(0.2),
         load_spread=0.5,
@@ -101,6 +113,7 @@ def simulate(seed: int) -> World:
 
     world = World(spec, new, seed=seed, load_s=rng.uniform(0.2, 3.0), faults=faults, after_step=check)
     world.spec = spec
+    world.asleep_mib = {name: (rng.choice((50, 800)), rng.choice((0, 50, 150, 300))) for name in spec.models}
     world.others.update(rng.choices(list(spec.nodes), k=rng.randint(0, 3)))
     arrives_s = rng.choice((0.5, 5.0))
     names = [*spec.models, "public", "nonsense"]
@@ -124,7 +137,12 @@ def simulate(seed: int) -> World:
         world.at(now * turn / 20, world.announce_holders)
     if rng.random() < 0.5:
         factor = {name: rng.choice((0.8, 1.2, 1.2, 4.0)) for name in spec.models}
-        world.memory_mib = {name: round(each.memory_mib * factor[name]) for name, each in spec.models.items()}
+        # What fits on no device is refused where it comes; who waits for it already waits until his deadline.
+        most = min((each.device_memory_mib or 9999 for each in spec.nodes.values()), default=9999)
+        world.memory_mib = {
+            name: min(round(each.memory_mib * factor[name]), most * max(1, round(each.num_gpus)))
+            for name, each in spec.models.items()
+        }
     if rng.random() < 0.3:
         name = rng.choice(list(spec.models))
         changed = replace(spec.models[name], slots=rng.randint(1, 4), revision=rng.choice(("", "new")))

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from cluster.ledger.events import (
     Command,
     EndReplica,
+    EngineAsleep,
     EngineDied,
     EngineUnloaded,
     Event,
@@ -37,8 +38,10 @@ from cluster.ledger.events import (
     RequestCancelled,
     RestartEngine,
     SetDesired,
+    SleepEngine,
     Ticked,
     UnloadEngine,
+    WakeEngine,
 )
 from cluster.ledger.specs import PoolSpec
 from tests.sim import ray, serve
@@ -66,6 +69,10 @@ class Faults:
     engine_dies_after_s: float = 0.0
     engine_hangs: float = 0.0
     unload_hangs: float = 0.0
+    sleep_fails: float = 0.0
+    sleep_hangs: float = 0.0
+    wake_fails: float = 0.0
+    wake_hangs: float = 0.0
     loses: float = 0.0
     cancels: float = 0.0
     leaks: float = 0.0
@@ -102,7 +109,8 @@ class Request:
 class Process:
     """A replica's real process: pending, starting, waiting for its order to load, loading, ready, failed, stopping.
 
-    `number` grows in the order in which processes come to run.
+    `number` grows in the order in which processes come to run. Asleep it has an engine, which holds something of
+    `devices`; falling asleep and waking are on the way there and back. `turn` counts its orders.
     """
 
     uid: str
@@ -119,6 +127,9 @@ class Process:
     before: str = ""
     # what Ray has booked for it, which it keeps until the process is gone
     booked: tuple[int, ...] = ()
+    turn: int = 0
+    # its engine has slept and not woken: it holds next to nothing of its devices
+    rests: bool = False
     streams: dict[str, Request] = field(default_factory=dict)
     # when its last word reaches the ledger: they keep their order
     heard_at: float = 0.0
@@ -154,12 +165,16 @@ class World:
             or self.faults.engine_dies_after_s
             or self.faults.engine_hangs
             or self.faults.unload_hangs
+            or self.faults.sleep_hangs
+            or self.faults.wake_hangs
             or self.faults.loses
         )
         # Where everything starts and loads at once, nobody is told that a load took too long.
         self.is_prompt = self.is_gentle and not (self.faults.load_hangs or self.faults.never_starts)
         # replicas of other applications, by node: Serve counts them when it chooses
         self.others: Counter[str] = Counter()
+        # what an engine that sleeps holds of its host and of each device, by model
+        self.asleep_mib: dict[str, tuple[int, int]] = {}
         # what engines are measured to take, by model; nothing is measured of the others
         self.memory_mib: dict[str, int] = {}
         self.restarted = False
@@ -335,6 +350,10 @@ class World:
             self._load(command)
         elif isinstance(command, UnloadEngine):
             self._unload(command)
+        elif isinstance(command, SleepEngine):
+            self._sleep(command)
+        elif isinstance(command, WakeEngine):
+            self._wakes(command)
         elif isinstance(command, EndReplica):
             process = self.processes.get(command.replica)
             if process is not None:
@@ -412,9 +431,12 @@ class World:
     def _load(self, order: LoadEngine) -> None:
         """The order to load reaches its replica, which may have died or been stopped meanwhile."""
         process = self.processes.get(order.replica)
-        if process is None or process.state not in ("waiting", "failed"):
+        if process is None or process.state not in ("waiting", "failed", "asleep", "waking", "falling asleep"):
             return
-        process.state = "loading"
+        if process.state == "asleep" and self.is_gentle:
+            self.crimes.append(f"{process.uid} is to load, and has an engine that sleeps")
+        process.state, process.rests = "loading", False
+        process.turn += 1
         process.devices = order.devices
         process.slots = self.spec.models[process.model].slots
         process.revision = self.spec.models[process.model].revision
@@ -432,7 +454,8 @@ class World:
     def _unload(self, order: UnloadEngine) -> None:
         """The order to end its engine reaches a replica; it may hang over it."""
         process = self.processes.get(order.replica)
-        if process is None or process.state not in ("waiting", "loading", "ready", "failed"):
+        busy = ("waiting", "loading", "ready", "failed", "asleep", "waking", "falling asleep")
+        if process is None or process.state not in busy:
             return
         if process.streams and self.is_gentle:
             self.cut.append(f"{process.uid} unloaded with {len(process.streams)} streams")
@@ -448,6 +471,66 @@ class World:
             process.state, process.devices = "waiting", ()
             self.tell(EngineUnloaded(process.uid), process)
 
+    def _sleep(self, order: SleepEngine) -> None:
+        """The order to sleep reaches a replica: its engine does, or ends, or hangs over it."""
+        process = self.processes.get(order.replica)
+        if process is None or process.state not in ("waiting", "loading", "ready", "failed"):
+            return
+        if process.streams and self.is_gentle:
+            self.cut.append(f"{process.uid} put to sleep with {len(process.streams)} streams")
+        fails = process.state != "ready" or (self.faults.sleep_fails and self.random.random() < self.faults.sleep_fails)
+        process.state, process.turn = "unloading" if fails else "falling asleep", process.turn + 1
+        if self.faults.sleep_hangs and self.random.random() < self.faults.sleep_hangs:
+            return
+        turn = process.turn
+        self.at(self.now + 0.1, lambda: self._unloaded(process) if fails else self._slept(process, turn))
+
+    def _slept(self, process: Process, turn: int) -> None:
+        if process.state != "falling asleep" or process.turn != turn:
+            return
+        for request in list(process.streams.values()):
+            self._finish(request)
+        process.state, process.rests = "asleep", True
+        self.tell(EngineAsleep(process.uid, *self.asleep_mib.get(process.model, (0, 0))), process)
+        if self.faults.engine_dies_after_s:
+            after = self.random.expovariate(0.3 / self.faults.engine_dies_after_s)
+            self.at(self.now + after, lambda: self._dies_asleep(process, turn))
+
+    def _dies_asleep(self, process: Process, turn: int) -> None:
+        if process.state == "asleep" and process.turn == turn:
+            process.state, process.devices = "waiting", ()
+            self.tell(EngineUnloaded(process.uid), process)
+
+    def _wakes(self, order: WakeEngine) -> None:
+        """The order to wake reaches a replica whose engine sleeps, or has died meanwhile."""
+        process = self.processes.get(order.replica)
+        if process is None or process.state not in ("waiting", "failed", "asleep"):
+            return
+        if process.state != "asleep":
+            self.tell(ReplicaFailed(process.uid, "the engine that slept is gone"), process)
+            return
+        if order.devices != process.devices and not self.restarted:
+            self.crimes.append(f"{process.uid} is to wake on {order.devices}, and sleeps on {process.devices}")
+        process.state, process.turn, process.rests = "waking", process.turn + 1, False
+        self._check_devices(process)
+        turn = process.turn
+        if self.faults.wake_hangs and self.random.random() < self.faults.wake_hangs:
+            return
+        fails = self.faults.wake_fails and self.random.random() < self.faults.wake_fails
+        took = process.load_s / 5
+        self.at(self.now + took, lambda: self._woken(process, turn, bool(fails)))
+
+    def _woken(self, process: Process, turn: int, fails: bool) -> None:
+        if process.state != "waking" or process.turn != turn:
+            return
+        if fails:
+            process.state = "failed"
+            self._free_devices(process)
+            self.tell(ReplicaFailed(process.uid, "it does not wake"), process)
+        else:
+            process.state = "ready"
+            self.tell(self._is_ready(process), process)
+
     def _check_devices(self, process: Process) -> None:
         """No device is used twice, and no two of a group that keeps apart meet. A restarted ledger may guess wrong."""
         if self.restarted or not process.devices:
@@ -457,7 +540,7 @@ class World:
             here = [
                 self.spec.models[each.model]
                 for each in self.processes.values()
-                if each.node == process.node and index in each.devices
+                if each.node == process.node and index in each.devices and not each.rests
             ]
             if sum(min(1.0, each.num_gpus) for each in here) > 1.0 + 1e-9:
                 self.crimes.append(f"device {index} of {process.node} is given out twice, to {process.uid} at last")
@@ -536,12 +619,12 @@ class World:
             stops = process.state == "stopping"
             state = process.before if stops else process.state
             if state != "pending" and not (stops and state == "starting"):
-                loads, ends = state in ("loading", "ready", "failed"), state == "unloading"
-                devices = process.devices if loads or ends else ()
-                started = ReplicaStarted(
-                    process.model, process.uid, process.node, float(process.number), loads, devices, ends, stops
-                )
-                self.tell(started._replace(booked=process.booked), process)
+                loads = state in ("loading", "waking", "ready", "failed")
+                ends = state in ("unloading", "falling asleep")
+                asleep = self.asleep_mib.get(process.model, (0, 0)) if state == "asleep" else None
+                devices = process.devices if loads or ends or asleep is not None else ()
+                told = (process.model, process.uid, process.node, float(process.number), loads, devices, ends)
+                self.tell(ReplicaStarted(*told, stops, process.booked, 100, asleep), process)
                 if state == "ready":
                     self.tell(self._is_ready(process), process)
                 elif state == "failed":

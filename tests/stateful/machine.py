@@ -37,7 +37,7 @@ from cluster.ledger.states import TRANSITIONS, Cause, ReplicaState
 from tests.stateful.outside import ASLEEP, LOADING, MODELS, READY, SPEC, STOPPING, UNLOADING, Outside, Seen
 
 # What a process can do by itself, and the event by which the ledger hears of it.
-BY_ITSELF = (Cause.LOADED, Cause.FAILED, Cause.GONE, Cause.ENGINE_DIED, Cause.UNLOADED)
+BY_ITSELF = (Cause.LOADED, Cause.FAILED, Cause.GONE, Cause.ENGINE_DIED, Cause.UNLOADED, Cause.SLEPT)
 PAUSES = (0.0, 0.0, 0.1, 1.0, 4.0, 15.0)
 SHORT = PAUSES[:4]
 
@@ -283,7 +283,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def _by_itself(self, model: str, cause: Cause) -> None:
         if not self.out.alive(model) and model in self.out.missing():
             self.out.announce(model)
-        if cause in (Cause.ANNOUNCED, Cause.ASSIGNED, Cause.DISMISSED):
+        if cause in (Cause.ANNOUNCED, Cause.ASSIGNED, Cause.DEMOTED, Cause.DISMISSED):
             # The ledger's own affair.
             return
         able: list[Seen] = [each for each in self.out.alive(model) if self.out.able(each, (cause,))]

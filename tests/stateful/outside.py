@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from cluster.ledger.events import (
     Command,
     EndReplica,
+    EngineAsleep,
     EngineDied,
     EngineUnloaded,
     Event,
@@ -38,9 +39,11 @@ from cluster.ledger.events import (
     RequestCancelled,
     RestartEngine,
     SetDesired,
+    SleepEngine,
     Ticked,
     UnloadEngine,
     UnloadRequested,
+    WakeEngine,
 )
 from cluster.ledger.ledger import Ledger
 from cluster.ledger.specs import ModelSpec, NodeSpec, PoolSpec
@@ -48,21 +51,27 @@ from cluster.ledger.states import TRANSITIONS, Cause, ReplicaState
 from tests.sim import ray, serve
 
 GPUS = 2
+# A and B sleep with their engines, where replicas stay, and then C has no room beside what they hold; A always, B where
+# that takes less than to load it.
+DEVICE_MIB, HELD_MIB = 100, 20
 MODELS = {
-    "A": ModelSpec("A", slots=2, num_gpus=1.0, idle_timeout_s=5.0, load_timeout_s=20.0),
-    "B": ModelSpec("B", slots=1, num_gpus=1.0, max_replicas=2, idle_timeout_s=30.0, load_timeout_s=20.0),
-    "C": ModelSpec("C", slots=2, num_gpus=2.0, idle_timeout_s=0.0, load_timeout_s=20.0, fallbacks=("A",)),
+    "A": ModelSpec("A", slots=2, num_gpus=1.0, idle_timeout_s=5.0, load_timeout_s=20.0, memory_mib=40, sleep_level=1),
+    "B": ModelSpec("B", slots=1, num_gpus=1.0, max_replicas=2, idle_timeout_s=30.0, load_timeout_s=20.0, sleep_level=0),
+    "C": ModelSpec(
+        "C", slots=2, num_gpus=2.0, idle_timeout_s=0.0, load_timeout_s=20.0, fallbacks=("A",), memory_mib=180
+    ),
     "D": ModelSpec("D", slots=1, num_gpus=0.5, idle_timeout_s=0.0, max_queued=3, load_timeout_s=20.0),
     "P": ModelSpec("P", slots=1, num_gpus=0.5, pinned=True, manual=True, load_timeout_s=20.0),
 }
+NODE = NodeSpec("n", gpus=GPUS, cpus=4.0, device_memory_mib=DEVICE_MIB, host_memory_mib=4 * 1000)
 SPEC = PoolSpec(
-    models=MODELS, nodes={"n": NodeSpec("n", gpus=GPUS, cpus=4.0)}, queue_max_size=12, bound_s=(5.0, 8.0, 12.0)
+    models=MODELS, nodes={"n": NODE}, queue_max_size=12, bound_s=(5.0, 8.0, 12.0), asleep_device_mib=HELD_MIB
 )
 # Other machines than the one: a second of another size, with Serve's and Ray's own processes on the first, or on none.
 CLUSTERS = {
     "one": dict(SPEC.nodes),
-    "head": {"n": NodeSpec("n", gpus=GPUS, cpus=4.0, is_head=True), "m": NodeSpec("m", gpus=1, cpus=4.0)},
-    "flat": {"n": NodeSpec("n", gpus=GPUS, cpus=4.0), "m": NodeSpec("m", gpus=1, cpus=4.0)},
+    "head": {"n": replace(NODE, is_head=True), "m": replace(NODE, name="m", gpus=1)},
+    "flat": {"n": NODE, "m": replace(NODE, name="m", gpus=1)},
 }
 # What an ingress of an earlier deploy would have it: judged by this, all would be drained or forgotten.
 OLD_SPEC = PoolSpec(
@@ -118,6 +127,10 @@ class Seen:
     is_loading: bool = False
     has_engine: bool = False
     is_restarting: bool = False
+    # told to sleep; what the engine that sleeps holds; told to wake it
+    falls_asleep: bool = False
+    sleeps_on: tuple[int, ...] = ()
+    wakes: bool = False
 
 
 class Outside:
@@ -250,10 +263,26 @@ class Outside:
 
     def _loadengine(self, command: LoadEngine) -> None:
         seen = self.seen[command.replica]
-        assert seen.state is (ASLEEP if self.stays else LOADING), f"{command} of {seen}"
-        assert not seen.is_loading, f"{command} of {seen}, which loads already"
+        # A waking that takes too long becomes a load.
+        asleep = LOADING if seen.wakes or not self.stays else ASLEEP
+        assert seen.state is asleep, f"{command} of {seen}"
+        assert seen.wakes or not seen.is_loading, f"{command} of {seen}, which loads already"
         assert not seen.has_engine, f"{command} of {seen}, which has an engine"
         assert not seen.is_told, f"{command} of {seen}, which obeys nobody any more"
+        assert not seen.sleeps_on, f"{command} of {seen}, which has an engine that sleeps"
+        seen.wakes = False
+        self._takes(seen, command)
+
+    def _wakeengine(self, command: WakeEngine) -> None:
+        seen = self.seen[command.replica]
+        assert seen.state is ASLEEP, f"{command} of {seen}"
+        assert not seen.is_told, f"{command} of {seen}, which obeys nobody any more"
+        assert seen.sleeps_on == command.devices, f"{command} of {seen}: it can wake where it sleeps only"
+        seen.wakes, seen.sleeps_on = True, ()
+        self._takes(seen, command)
+
+    def _takes(self, seen: Seen, command: LoadEngine | WakeEngine) -> None:
+        """The devices of an order belong to one engine."""
         seen.slots = self.spec.models[seen.model].slots
         seen.is_loading, seen.devices, seen.state = True, command.devices, LOADING
         share = MODELS[seen.model].num_gpus
@@ -264,12 +293,29 @@ class Outside:
             here = [each for each in self.seen.values() if each.node == seen.node and index in each.devices]
             used = sum(min(1.0, MODELS[each.model].num_gpus) for each in here)
             assert used <= 1.0 + 1e-9, f"{command}: device {index} is given out twice"
+            self._judge_memory(seen.node, index)
+
+    def _judge_memory(self, node: str, index: int) -> None:
+        """All that is loaded on a device, or sleeps there, has room."""
+        here = [each for each in self.seen.values() if each.node == node]
+        loaded = [MODELS[each.model] for each in here if index in each.devices]
+        taken = sum(each.memory_mib // -(-each.num_gpus // 1) for each in loaded)
+        held = HELD_MIB * sum(index in each.sleeps_on for each in here)
+        assert taken + held <= DEVICE_MIB, f"device {index}: {taken} MiB are loaded, and {held} held asleep"
 
     def _unloadengine(self, command: UnloadEngine) -> None:
         seen = self.seen[command.replica]
         assert self.stays, f"{command}, though it ends with its engine"
         assert not seen.leases, f"{command} of {seen}, which is in use"
-        seen.state = UNLOADING
+        seen.state, seen.falls_asleep, seen.wakes = UNLOADING, False, False
+
+    def _sleepengine(self, command: SleepEngine) -> None:
+        seen = self.seen[command.replica]
+        assert self.stays, f"{command}, though it ends with its engine"
+        assert MODELS[seen.model].sleep_level != 2, f"{command}: it cannot"
+        assert not seen.leases, f"{command} of {seen}, which is in use"
+        assert seen.state is DRAINING, f"{command} of {seen}"
+        seen.state, seen.falls_asleep = UNLOADING, True
 
     def _prefetchmodel(self, command: PrefetchModel) -> None:
         seen = self.seen[command.replica]
@@ -432,6 +478,10 @@ class Outside:
         if seen.is_told:
             # It only lets end what runs, and says nothing more.
             return [cause for cause in able if cause is Cause.GONE]
+        if not seen.falls_asleep:
+            able = [cause for cause in able if cause is not Cause.SLEPT]
+        if seen.state is not UNLOADING and not seen.sleeps_on:
+            able = [cause for cause in able if cause is not Cause.UNLOADED]
         if seen.is_loading or seen.has_engine:
             return [cause for cause in able if cause is not Cause.LOADED or seen.is_loading]
         # Where it stays, an engine that was never ordered cannot fail either.
@@ -470,13 +520,20 @@ class Outside:
             if self.inside(seen) is LOADING:
                 seen.state = READY
             seen.is_loading, seen.has_engine, seen.is_restarting = False, True, False
+            seen.wakes = False
             self.tell(self.is_ready(seen))
+            return
+        if cause is Cause.SLEPT:
+            seen.state, seen.sleeps_on, seen.devices = ASLEEP, seen.devices, ()
+            seen.has_engine = seen.is_restarting = seen.falls_asleep = False
+            self.tell(EngineAsleep(seen.uid, 100, HELD_MIB))
             return
         for name in list(seen.leases):
             self.end(self.sent[name])
         seen.is_loading = seen.has_engine = seen.is_restarting = False
+        seen.falls_asleep = seen.wakes = False
         if self.stays:
-            seen.devices = ()
+            seen.devices = seen.sleeps_on = ()
         if cause is Cause.UNLOADED:
             seen.state = ASLEEP
             self.tell(EngineUnloaded(seen.uid))
@@ -551,9 +608,10 @@ class Outside:
         for seen in list(self.seen.values()):
             loads = seen.is_loading or seen.has_engine
             ends = seen.state is UNLOADING
-            number, told = float(seen.number), seen.is_told
-            said = ReplicaStarted(seen.model, seen.uid, seen.node, number, loads, seen.devices, ends, told)
-            events.append(said._replace(booked=seen.booked))
+            asleep = (100, HELD_MIB) if seen.sleeps_on and not ends else None
+            devices, told = seen.devices or seen.sleeps_on, seen.is_told
+            about = (seen.model, seen.uid, seen.node, float(seen.number), loads, devices, ends, told, seen.booked)
+            events.append(ReplicaStarted(*about, 80, asleep))
             goes = seen.state in ((STOPPING,) if self.stays else (STOPPING, ASLEEP)) and not told
             if goes or seen.uid in dying:
                 events.append(ReplicaGone(seen.uid))
@@ -609,7 +667,7 @@ class Outside:
             for model in self.missing():
                 self.announce(model)
             for seen in [each for each in self.seen.values() if each.state is UNLOADING]:
-                self.act(seen, Cause.UNLOADED)
+                self.act(seen, Cause.SLEPT if seen.falls_asleep else Cause.UNLOADED)
             for seen in self.loading():
                 if seen.uid in self.seen:
                     self.act(seen, Cause.LOADED)

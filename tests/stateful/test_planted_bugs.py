@@ -15,7 +15,7 @@ from hypothesis import Phase
 
 from cluster.ledger import ledger as front
 from cluster.ledger import placing, states, tree
-from cluster.ledger.books import pool, queue, records, stops
+from cluster.ledger.books import engine_moves, pool, queue, records, stops
 from cluster.ledger.books.placement import Book, Node
 from cluster.ledger.books.shapes import Place, Shape
 from cluster.ledger.events import (
@@ -28,6 +28,7 @@ from cluster.ledger.events import (
     RequestArrived,
 )
 from cluster.ledger.handlers import engines, holders, replicas, requests, starts
+from cluster.ledger.rules import sleepers
 from cluster.ledger.states import Cause, ReplicaState
 from tests.stateful.budget import run_machine
 
@@ -293,6 +294,26 @@ def the_newest_stops_on_any_node(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(stops, "may_go_before", lambda book, other, replica: other.age > replica.age)
 
 
+def sleepers_wake_anywhere(patch: pytest.MonkeyPatch) -> None:
+    """An engine that sleeps is woken on whichever devices are free."""
+    patch.setattr(Node, "fit_awake", lambda self, sleeper, shape, hosts: self.fit(shape, hosts))
+
+    def wrong(model: records.Model, place: Place) -> records.Replica | None:
+        return next((each for each in model.replicas if each.engine_sleeps), None)
+
+    patch.setattr(sleepers, "sleeper_at", wrong)
+
+
+def what_sleepers_hold_is_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """What an engine that sleeps still holds of its devices is given to others."""
+    right = engine_moves.lay_down
+
+    def wrong(books: pool.Pool, replica: records.Replica, host: int, held: int, devices: tuple[int, ...]) -> None:
+        right(books, replica, host, 0, devices)
+
+    patch.setattr(engine_moves, "lay_down", wrong)
+
+
 BUGS = [
     stale_releases_count,
     memory_is_credited_early,
@@ -312,6 +333,8 @@ BUGS = [
     dead_engines_keep_their_leases,
     grants_under_way_are_reconciled_away,
     serve_stops_whom_we_like,
+    sleepers_wake_anywhere,
+    what_sleepers_hold_is_forgotten,
     slots_of_a_former_life_are_forgotten,
     ages_of_a_former_life_are_forgotten,
     lines_are_too_long_in_the_recovery_window,

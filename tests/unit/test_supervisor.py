@@ -288,8 +288,10 @@ async def test_an_engine_sleeps_and_wakes_in_its_process(supervisor: Supervisor,
     _, _, engine = await ledger.hears()
     for _ in range(2):
         ledger.give(Sleep())
-        assert await ledger.hears() == ("engine_asleep", "uid", 0, 0)
-        assert supervisor.engine is None
+        kind, _, host_mib, device_mib = await ledger.hears()
+        assert (kind, device_mib) == ("engine_asleep", 0)
+        assert 5 < host_mib < 500, "what its process holds, as the kernel sees it"
+        assert (supervisor.engine, supervisor.is_unloading, supervisor.asleep) == (None, False, (host_mib, 0))
         with pytest.raises(ReplicaGone):
             supervisor.address()
         with pytest.raises(ReplicaGone):
@@ -301,7 +303,7 @@ async def test_an_engine_sleeps_and_wakes_in_its_process(supervisor: Supervisor,
     ledger.give(Sleep())
     await ledger.hears()
     ledger.give(Sleep())
-    assert await ledger.hears() == ("engine_asleep", "uid", 0, 0)
+    assert (await ledger.hears())[0] == "engine_asleep", "it sleeps already"
     ledger.give(UNLOAD)
     assert await ledger.hears() == ("engine_unloaded", "uid")
     assert not lives(engine.pid)
@@ -354,6 +356,25 @@ async def test_an_engine_that_does_not_fall_asleep_is_unloaded(
     ledger.give(Sleep())
     assert await ledger.hears() == ("engine_unloaded", "uid")
     assert not lives(engine.pid)
+
+
+@pytest.mark.parametrize("then", ["unload", "load"])
+async def test_an_order_cuts_a_falling_asleep_short(supervisor: Supervisor, ledger: Ledger, then: str):
+    ledger.order()
+    _, _, engine = await ledger.hears()
+    os.kill(engine.pid, signal.SIGSTOP)
+    ledger.give(Sleep())
+    while not supervisor.is_unloading:
+        await asyncio.sleep(0.01)
+    assert supervisor.engine is None, "and so it announces itself to a ledger that has restarted"
+    if then == "unload":
+        ledger.give(UNLOAD)
+        assert await ledger.hears() == ("engine_unloaded", "uid")
+    else:
+        ledger.order(tokens=3)
+        assert (await ledger.hears())[0] == "replica_ready"
+    assert not lives(engine.pid)
+    assert not supervisor.is_unloading
 
 
 async def test_a_prefetch_reads_what_is_there_and_disturbs_nothing(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 STARTING, READY = ReplicaState.STARTING, ReplicaState.READY
 DRAINING, ASLEEP = ReplicaState.DRAINING, ReplicaState.ASLEEP
+UNLOADING, STOPPING = ReplicaState.UNLOADING, ReplicaState.STOPPING
 
 
 def check(pool: Pool) -> None:
@@ -27,6 +28,8 @@ def check(pool: Pool) -> None:
         _check_model(pool, model)
     for node in pool.book.nodes.values():
         _check_node(node, [replica for replica in replicas if replica.place.node == node.name])
+        if not (pool.is_recovering or node.has_host_room(node.host)):
+            _check_crowded(node)
     _check_requests(pool, replicas)
     _check_claims(pool, replicas)
     server_moves.check(pool)
@@ -45,7 +48,7 @@ def _check_replica(pool: Pool, replica: Replica) -> None:
     if replica.told_to_stop and not pool.is_recovering:
         assert replica.state.is_going, f"{replica} was told to stop, and serves"
     assert stops.before(pool.book, replica) == stops.find_before(pool.book, replica), f"{replica}: stale notes on stops"
-    if replica.state is ReplicaState.STOPPING:
+    if replica.state is STOPPING:
         busy = [each for each in stops.before(pool.book, replica) if each.leases]
         assert not busy, f"{replica} is to stop, and Serve may stop {busy} in its stead"
     slots = sorted([slot for lease in replica.leases.values() for slot in lease.slots] + replica.free)
@@ -56,17 +59,31 @@ def _check_replica(pool: Pool, replica: Replica) -> None:
     assert (replica.uid is None) == (replica.state is STARTING), f"{replica} is in use without a process, or has one"
     if pool.keeps_replicas and not pool.is_recovering:
         assert held or replica.state is not DRAINING, f"{replica} has drained and its engine does not end"
-    assert replica.is_placed or replica.state in (STARTING, ASLEEP, ReplicaState.STOPPING), f"{replica} has no place"
+    assert replica.is_placed or replica.state in (STARTING, ASLEEP, UNLOADING, STOPPING), f"{replica} has no place"
+    _check_sleeper(pool, replica)
     assert (replica in pool.asleep) == (replica.state is ASLEEP), f"{replica} is wrongly (not) listed as asleep"
     if replica.uid is not None:
         assert pool.replicas.get(replica.uid) is replica, f"{replica} is not found by its id"
     assert (replica in pool.idle) == (replica.state is READY and not held), f"{replica} is wrongly (not) listed as idle"
 
 
+def _check_sleeper(pool: Pool, replica: Replica) -> None:
+    """An engine sleeps in a replica without a place, on devices that stay its own to wake on."""
+    state, shape = replica.state, replica.place.shape
+    assert not replica.engine_sleeps or (state is ASLEEP and not replica.is_placed), f"{replica} is used and sleeps"
+    assert not replica.falls_asleep or (state is UNLOADING and replica.is_placed), f"{replica} is to sleep, unordered"
+    assert not replica.wakes or state is ReplicaState.LOADING, f"{replica} wakes, unordered"
+    holds = replica.is_placed or replica.engine_sleeps or state in (UNLOADING, STOPPING)
+    assert holds or not replica.place.devices, f"{replica} has no engine, and has devices {replica.place.devices}"
+    if replica.engine_sleeps and not pool.is_recovering:
+        assert shape.held <= pool.spec.asleep_device_mib, f"{replica} holds {shape.held} MiB of each device, asleep"
+
+
 def _check_model(pool: Pool, model: Model) -> None:
     name = model.name
     told = sum(each.told_to_stop and each.state is not ReplicaState.STOPPING for each in model.replicas)
     assert model.told_to_stop == told, f"{name}: {model.told_to_stop} counted as told to stop, {told} are"
+    assert model.sleeping == sum(each.engine_sleeps for each in model.replicas), f"{name}: wrongly counted as sleeping"
     assert model.placed == sum(each.is_placed for each in model.replicas), f"{name}: wrongly counted as placed"
     if not pool.is_recovering:
         assert not (idle := stops.certain(pool.book, model)), f"{idle} have drained and do not stop"
@@ -123,12 +140,24 @@ def _check_node(node: Node, replicas: list[Replica]) -> None:
         memory -= shape.memory
     assert node.ray.free == ray, f"node {node.name}: Ray's books have {ray} free, not {node.ray.free}"
     assert (node.gpu, node.cpu, node.memory) == (gpu, cpu, memory), f"node {node.name}: its account does not add up"
+    assert node.host == sum(each.place.shape.host for each in replicas), f"host {node.name}: its account is wrong"
     assert sum(map(len, node.tenants)) == sum(len(each.place.devices) for each in replicas), f"ghosts on {node.name}"
     _check_devices(node)
     if node.is_over():
         assert node.excused or not node.present or any(each.adopted for each in replicas), (
             f"node {node.name} is over its budget: gpu {gpu}, cpu {cpu}, memory {memory}"
         )
+
+
+def _check_crowded(node: Node) -> None:
+    """No engine sleeps on for nobody where its host has no room for it, unless that is being made."""
+    for_nobody = [
+        each
+        for each in node.replicas
+        if each.engine_sleeps and not (each.model.queue.count or each.model.order or each.model.claim)
+    ]
+    being_made = any(each.state in (UNLOADING, STOPPING) for each in node.replicas)
+    assert not for_nobody or being_made, f"{for_nobody} sleep, though their host has no room for them"
 
 
 def _check_devices(node: Node) -> None:

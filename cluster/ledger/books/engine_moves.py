@@ -7,14 +7,19 @@ from __future__ import annotations
 
 from cluster.ledger.books.pool import Pool
 from cluster.ledger.books.queue import INFINITY
-from cluster.ledger.books.records import Replica
-from cluster.ledger.books.shapes import Place
+from cluster.ledger.books.records import Replica, learned
+from cluster.ledger.books.shapes import Place, asleep_shape
 from cluster.ledger.states import Cause, ReplicaState
 
 
 def seat(pool: Pool, replica: Replica, place: Place, now: float) -> None:
-    """Give a replica without an engine, or one that is still to come, an engine's place; one that is here loads."""
+    """Give a replica without an engine, or one that is still to come, an engine's place; one that is here loads.
+
+    An engine that sleeps is woken: the place must be its own devices.
+    """
     model = replica.model
+    wakes = replica.engine_sleeps
+    assert not wakes or place.devices == replica.place.devices, f"{replica} cannot wake on {place}"
     replica.revision = model.revision
     replica.resize(model.spec.slots)
     replica.deaths = 0
@@ -24,6 +29,7 @@ def seat(pool: Pool, replica: Replica, place: Place, now: float) -> None:
     pool.set_placed(replica, True)
     if replica.state is ReplicaState.ASLEEP:
         assign(pool, replica, now)
+        replica.wakes = wakes
 
 
 def assign(pool: Pool, replica: Replica, now: float, due: float | None = None) -> None:
@@ -39,7 +45,7 @@ def unseat(pool: Pool, replica: Replica, node: str | None = None) -> None:
     `node` is where the replica turned out to be.
     """
     pool.leave_plans(replica)
-    pool.book.move(replica, Place(node or replica.place.node, (), replica.model.asleep_shape))
+    pool.book.move(replica, pool.asleep_place(node or replica.place.node, replica.host_mib))
     if replica.is_placed:
         pool.set_placed(replica, False)
 
@@ -49,14 +55,61 @@ def unload(pool: Pool, replica: Replica, cause: Cause, now: float, reason: str =
     if not pool.keeps_replicas:
         pool.move(replica, Cause.DISMISSED, now, reason)
         return
-    replica.has_engine = False
+    replica.has_engine = replica.wakes = False
     replica.order_began = replica.order_due = now
     pool.move(replica, cause, now, reason)
 
 
+def put_to_sleep(pool: Pool, replica: Replica, host_mib: int, now: float) -> None:
+    """The engine of a replica that has drained is to sleep, and will take about so much of the host's memory."""
+    unload(pool, replica, Cause.EMPTIED, now)
+    replica.falls_asleep = True
+    shape = replica.place.shape._replace(host=host_mib)
+    pool.book.reseat(replica, replica.place._replace(shape=shape))
+
+
+def slept(pool: Pool, replica: Replica, host_mib: int, held_mib: int, now: float) -> None:
+    """The engine sleeps, and holds so much of the host's memory and of each of its devices."""
+    model = replica.model
+    model.sleep_s = learned(model.sleep_s, now - replica.order_began)
+    replica.falls_asleep = False
+    replica.order_due = INFINITY
+    pool.move(replica, Cause.SLEPT, now)
+    pool.leave_plans(replica)
+    pool.set_placed(replica, False)
+    lay_down(pool, replica, host_mib, held_mib, replica.place.devices)
+
+
+def lay_down(pool: Pool, replica: Replica, host_mib: int, held_mib: int, devices: tuple[int, ...]) -> None:
+    """Book a replica as one whose engine sleeps on these devices."""
+    model = replica.model
+    model.asleep_host_mib, model.asleep_device_mib = host_mib, held_mib
+    replica.engine_sleeps = True
+    model.sleeping += 1
+    shape = asleep_shape(replica.host_mib + host_mib, held_mib, len(devices))
+    pool.book.node(replica.place.node).widen(max(devices, default=-1) + 1)
+    pool.book.reseat(replica, Place(replica.place.node, devices, shape))
+
+
+def demote(pool: Pool, replica: Replica, now: float, reason: str = "") -> None:
+    """An engine that sleeps is to end; what it holds stays booked until it has."""
+    replica.order_began = replica.order_due = now
+    pool.move(replica, Cause.DEMOTED, now, reason)
+
+
+def load_instead(pool: Pool, replica: Replica, now: float) -> None:
+    """A waking has failed, or takes too long: the engine is loaded, in the same place. Its waiters stay."""
+    model = replica.model
+    # As if it had taken that long to wake: a model that cannot is not put to sleep again by choice.
+    model.wake_s = learned(model.wake_s, now - replica.order_began + (model.load_s or 0.0))
+    replica.wakes = False
+    replica.wanted_at = replica.order_began = replica.order_due = now
+    pool.touched[model] = None
+
+
 def lose(pool: Pool, replica: Replica, cause: Cause, now: float) -> None:
     """The engine of a replica has failed or died, and is not loaded again in its place."""
-    replica.has_engine = False
+    replica.has_engine = replica.wakes = False
     replica.order_due = INFINITY
     pool.move(replica, cause, now)
     if pool.keeps_replicas:

@@ -15,6 +15,9 @@ from cluster.ledger.books.records import Replica
 from cluster.ledger.books.shapes import UNIT, Place, Shape, conflicts, device_index, named_devices
 from cluster.ledger.specs import NodeSpec
 
+# Which part of a host's memory all replicas without a loaded engine may take together.
+HOST_SHARE = 0.25
+
 
 class Node:
     """The account of one machine."""
@@ -25,6 +28,7 @@ class Node:
         "excused",
         "going",
         "gpu",
+        "host",
         "marked",
         "memory",
         "name",
@@ -51,6 +55,8 @@ class Node:
         self.tenants: list[dict[Replica, None]] = []
         self.cpu = 0
         self.memory = 0
+        # what is taken of the host's memory by what is not loaded
+        self.host = 0
         self.replicas: dict[Replica, None] = {}
         # those of them whose engine serves no more
         self.going: dict[Replica, None] = {}
@@ -92,6 +98,11 @@ class Node:
         self.cpu -= sign * shape.cpu
         self.memory -= sign * shape.memory
         self.ray.take(place, sign)
+        self.host += sign * shape.host
+
+    def has_host_room(self, host_mib: int) -> bool:
+        """So much of the host's memory may be taken by what is not loaded, all of it together."""
+        return not self.spec.host_memory_mib or host_mib <= self.spec.host_memory_mib * HOST_SHARE
 
     def is_over(self) -> bool:
         """More stands here than the node has."""
@@ -131,6 +142,14 @@ class Node:
             place = Place(self.name, tuple(sorted(index for _, index in sorted(room)[: shape.devices])), shape, booked)
         leaving = (each.place for each in self.replicas if each.claim is not None)
         return None if is_new and self.ray.breaks((mark.shape for mark in marks), leaving, place) else place
+
+    def fit_awake(self, sleeper: Replica, shape: Shape, hosts: set[tuple[str, int]] | None) -> Place | None:
+        """The place of an engine that sleeps here, once it wakes: on its own devices. None if they have no room."""
+        own = {(self.name, index) for index in sleeper.place.devices}
+        self.take(sleeper.place, -1)
+        place = self.fit(shape, own if hosts is None else own & hosts)
+        self.take(sleeper.place, 1)
+        return place
 
     def beside_processes(self, shape: Shape, hosts: set[tuple[str, int]] | None) -> Place | None:
         """A place on shares that no process has; None if there is none. Plans, promises and estimates stand back.

@@ -16,7 +16,7 @@ from cluster.ledger.books.placement import Book
 from cluster.ledger.books.queue import INFINITY, Deadlines
 from cluster.ledger.books.records import Lease, Model, Replica, Waiter
 from cluster.ledger.books.servers import Servers
-from cluster.ledger.books.shapes import Place
+from cluster.ledger.books.shapes import Place, asleep_shape
 from cluster.ledger.events import (
     Command,
     Event,
@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 
 COLD, READY, DRAINING = ReplicaState.COLD, ReplicaState.READY, ReplicaState.DRAINING
 STOPPING = ReplicaState.STOPPING
+
+# What a replica without an engine is taken to hold of its host's memory as long as none has told.
+ASLEEP_MIB = 200
 
 
 class Pool:
@@ -63,7 +66,7 @@ class Pool:
         self.servers = Servers()
         self.idle: OrderedDict[Replica, None] = OrderedDict()
         # replicas without an engine, the longest unused first
-        self.asleep: dict[Replica, None] = {}
+        self.asleep: OrderedDict[Replica, None] = OrderedDict()
         self.generation = 0
         # the highest generation among leases of a former epoch; see `lease_reannounced`
         self.inherited = 0
@@ -82,6 +85,8 @@ class Pool:
         self.stop_s = 0.0
         self.drain_s = 0.0
         self.drained = False
+        # what a replica without an engine takes of its host's memory: assumed, then as the last one has said
+        self.asleep_mib = ASLEEP_MIB
         # work for the decision tree
         self.touched: dict[Model, None] = {}
         # the tree went round and round without an end, which is a mistake
@@ -247,10 +252,15 @@ class Pool:
         """A replica stays when its engine ends."""
         return self.book.keeps_replicas
 
+    def asleep_place(self, node: str, host_mib: int | None = None) -> Place:
+        """What a replica without an engine takes of a node."""
+        return Place(node, (), asleep_shape(self.asleep_mib if host_mib is None else host_mib))
+
     def place(self, model: Model, place: Place, now: float, for_engine: bool = True) -> Replica:
         """Make a record in STARTING on a place; it waits for a process to announce itself."""
         self.serial += 1
         replica = Replica(model, place, self.serial, now)
+        replica.host_mib = self.asleep_mib
         model.replicas[replica] = None
         self.book.take(replica)
         if for_engine:
@@ -286,7 +296,7 @@ class Pool:
         after = TRANSITIONS[before, cause]
         if before >= DRAINING:
             took = now - replica.since
-            if before is ReplicaState.STOPPING or cause is Cause.UNLOADED:
+            if before is ReplicaState.STOPPING or (replica.is_placed and cause in (Cause.UNLOADED, Cause.SLEPT)):
                 self.stop_s += 0.3 * (took - self.stop_s)
             elif before is DRAINING and cause in (Cause.EMPTIED, Cause.DISMISSED) and took > 0.0:
                 longer = took > self.drain_s or not self.drained
@@ -299,6 +309,8 @@ class Pool:
             self.went_idle.pop(replica, None)
         elif before is ReplicaState.ASLEEP:
             del self.asleep[replica]
+            model.sleeping -= replica.engine_sleeps
+            replica.engine_sleeps = False
         if replica.told_to_stop and before is not STOPPING and after in (STOPPING, COLD):
             model.told_to_stop -= 1
         model.counts[before] -= before is not COLD
@@ -315,12 +327,20 @@ class Pool:
                 if self.pending_count or self.claims:
                     self.went_idle[replica] = None
         elif after is ReplicaState.ASLEEP:
-            self.asleep[replica] = None
+            self._rest(replica, before, now)
         elif after is COLD:
             self._remove(replica)
         self.touched[model] = None
         self.changed[model] = None
         self.note(replica, before, cause.name.lower(), reason)
+
+    def _rest(self, replica: Replica, before: ReplicaState, now: float) -> None:
+        """A replica has nothing loaded from now on, unless it had not before: then it was used least recently."""
+        self.asleep[replica] = None
+        if replica.is_placed or before is ReplicaState.STARTING:
+            replica.rested_at = now
+        if not replica.is_placed:
+            self.asleep.move_to_end(replica, last=False)
 
     def note(self, replica: Replica, before: ReplicaState, cause: str, reason: str = "") -> None:
         """Tell those who watch of a change that was made."""

@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 STARTING, LOADING, READY = ReplicaState.STARTING, ReplicaState.LOADING, ReplicaState.READY
+DRAINING, UNLOADING = ReplicaState.DRAINING, ReplicaState.UNLOADING
 ASLEEP, STOPPING = ReplicaState.ASLEEP, ReplicaState.STOPPING
+
+# An engine that has not woken after so many seconds, and so many times what a load takes, is loaded in its place.
+WAKE_LIMIT_S = 10.0
+WAKE_LIMIT_LOADS = 2.0
 
 
 class Waiter:
@@ -98,6 +103,9 @@ class Replica:
     takes of its node.
     `told_to_stop`: Serve has told its process to stop.
     `deaths` counts how often its engine died in short succession. `strayed`: the engine is on other devices than told.
+    `host_mib` is what the replica itself takes of its host's memory. `engine_sleeps`: it is ASLEEP with its engine, at
+    level 1; `falls_asleep`: it is UNLOADING for that; `wakes`: it is LOADING by waking it. `rested_at` is since when it
+    has had nothing loaded.
     """
 
     __slots__ = (
@@ -106,8 +114,11 @@ class Replica:
         "claim",
         "deaths",
         "devices",
+        "engine_sleeps",
+        "falls_asleep",
         "free",
         "has_engine",
+        "host_mib",
         "idle_since",
         "is_placed",
         "leases",
@@ -117,6 +128,7 @@ class Replica:
         "order_due",
         "ordered",
         "place",
+        "rested_at",
         "revision",
         "serial",
         "since",
@@ -127,6 +139,7 @@ class Replica:
         "suspected",
         "told_to_stop",
         "uid",
+        "wakes",
         "wanted_at",
     )
 
@@ -152,6 +165,9 @@ class Replica:
         self.loaded_at = -INFINITY
         self.ordered = self.strayed = self.has_engine = False
         self.told_to_stop = False
+        self.engine_sleeps = self.falls_asleep = self.wakes = False
+        self.host_mib = 0
+        self.rested_at = now
         self.deaths = 0
         self.address: object = None
         self.devices: tuple[str, ...] | None = None
@@ -175,7 +191,10 @@ class Replica:
         """When its load has taken too long: counted from the order to load, or from the call for a process."""
         if self.order_due < INFINITY:
             return INFINITY
-        return self.order_began + self.model.spec.load_timeout_s
+        limit_s = self.model.spec.load_timeout_s
+        if self.wakes:
+            limit_s = min(limit_s, max(WAKE_LIMIT_S, WAKE_LIMIT_LOADS * (self.model.load_s or 0.0)))
+        return self.order_began + limit_s
 
     @property
     def is_rising(self) -> bool:
@@ -222,7 +241,8 @@ class Model:
 
     __slots__ = (
         "armed_at",
-        "asleep_shape",
+        "asleep_device_mib",
+        "asleep_host_mib",
         "backoff_until",
         "before",
         "buckets",
@@ -262,9 +282,12 @@ class Model:
         "resend",
         "service_s",
         "shape",
+        "sleep_s",
+        "sleeping",
         "spec",
         "told_to_stop",
         "unloading",
+        "wake_s",
     )
 
     def __init__(self, spec: ModelSpec, now: float) -> None:
@@ -303,6 +326,12 @@ class Model:
         self.loads_seen = 0
         self.loaded_at = -INFINITY
         self.measured_mib: int | None = None
+        # of an engine that sleeps: what going to sleep and waking take, what it holds of the host and of each device
+        self.sleep_s: float | None = None
+        self.wake_s: float | None = None
+        self.asleep_host_mib: int | None = None
+        self.asleep_device_mib: int | None = None
+        self.sleeping = 0
         self.service_s = 0.0
         self.drain_s = 0.0
         self.gap_s = INFINITY
@@ -316,7 +345,6 @@ class Model:
         self.peak = 0
         self.peak_since = now
         self.shape: Shape = shape_of(spec, None)
-        self.asleep_shape = Shape(0, 0, 0, None, False, "")
 
     def reshape(self) -> None:
         """Recompute the need of one replica, after a new spec or a measurement."""
@@ -338,6 +366,13 @@ class Model:
         """Replicas that will serve."""
         starting = sum(1 for each in self.in_state(STARTING) if each.is_placed) if self.counts[STARTING] else 0
         return starting + self.counts[LOADING]
+
+    @property
+    def making_room(self) -> bool:
+        """One of its replicas gives up its devices, for another model perhaps."""
+        if self.counts[DRAINING]:
+            return True
+        return self.counts[UNLOADING] > 0 and any(each.is_placed for each in self.in_state(UNLOADING))
 
     @property
     def desired(self) -> int:
@@ -439,3 +474,8 @@ class Model:
                 if index + min(slots, replica.slots) <= replica.slots:
                     return replica
         return None
+
+
+def learned(known: float | None, took: float) -> float:
+    """What something takes, after it has taken so long once more."""
+    return took if known is None else known + 0.3 * (took - known)

@@ -17,7 +17,8 @@ UNIT = 10_000
 class Shape(NamedTuple):
     """What one replica of a model needs, and whom it must or must not meet on a device.
 
-    `only` are the devices that it is bound to, as in `ModelSpec.devices`.
+    `only` are the devices that it is bound to, as in `ModelSpec.devices`. Without a loaded engine it takes `host` MiB
+    of its host's memory, and `held` of each device where its engine sleeps.
     """
 
     gpu: int
@@ -27,6 +28,8 @@ class Shape(NamedTuple):
     share: bool
     model: str
     only: tuple[str, ...] = ()
+    host: int = 0
+    held: int = 0
 
     @property
     def devices(self) -> int:
@@ -38,7 +41,12 @@ class Shape(NamedTuple):
 
     @property
     def memory_per_device(self) -> int:
-        return self.memory // self.devices if self.gpu else 0
+        return self.memory // self.devices if self.gpu else self.held
+
+
+def asleep_shape(host_mib: int, held_mib: int = 0, devices: int = 0) -> Shape:
+    """What a replica takes whose engine is not loaded, and of so many devices if the engine sleeps."""
+    return Shape(0, 0, held_mib * devices, None, False, "", host=host_mib, held=held_mib)
 
 
 def shape_of(spec: ModelSpec, measured_mib: int | None) -> Shape:

@@ -69,7 +69,10 @@ def with_it(book: Book, replica: Replica) -> list[Replica]:
 
 def is_going(book: Book, replica: Replica) -> bool:
     """Its engine leaves, and so does all that Serve may stop before it."""
-    if not (replica.is_placed and replica.state.is_going):
+    if not replica.is_placed:
+        # An engine that slept holds something until it has ended.
+        return replica.state in (ReplicaState.UNLOADING, STOPPING) and bool(replica.place.devices)
+    if not replica.state.is_going:
         return False
     return all(each.state.is_going for each in with_it(book, replica))
 

@@ -16,7 +16,9 @@ from cluster.ledger.events import (
     LoadEngine,
     ReplicaSuspected,
     RestartEngine,
+    SleepEngine,
     UnloadEngine,
+    WakeEngine,
 )
 from cluster.ledger.handlers.requests import refuse_or_reroute, turn_away_late
 from cluster.ledger.rules import policy
@@ -25,7 +27,7 @@ from cluster.ledger.states import Cause, ReplicaState
 log = logging.getLogger(__name__)
 
 LOADING, READY, DRAINING = ReplicaState.LOADING, ReplicaState.READY, ReplicaState.DRAINING
-UNLOADING = ReplicaState.UNLOADING
+UNLOADING, ASLEEP = ReplicaState.UNLOADING, ReplicaState.ASLEEP
 
 # A process that dies while it loads (a node that went down, an out-of-memory kill), and an engine that dies again and
 # again, are tried this often before the waiters are refused; an engine that *says* that it cannot load is believed at
@@ -38,7 +40,7 @@ STEADY_S = 60.0
 
 
 def give_orders(pool: Pool, model: Model, now: float) -> None:
-    """Tell the replicas of a model whose time has come to load their engines, on their own devices, or to end them."""
+    """Tell the replicas of a model whose time has come to load, wake, put to sleep or end their engines."""
     for replica in list(model.in_state(LOADING)):
         # The failure of one may take back the others of an order.
         if replica.state is LOADING and now >= replica.order_due:
@@ -47,12 +49,17 @@ def give_orders(pool: Pool, model: Model, now: float) -> None:
         if now >= replica.order_due:
             assert replica.uid is not None, "an UNLOADING replica has a process"
             replica.order_due = INFINITY
-            pool.out.append(UnloadEngine(model.name, replica.uid))
+            order = SleepEngine if replica.falls_asleep else UnloadEngine
+            pool.out.append(order(model.name, replica.uid))
 
 
 def _order_load(pool: Pool, replica: Replica, now: float) -> None:
     model = replica.model
     assert replica.uid is not None, "a LOADING replica has a process"
+    if replica.wakes:
+        replica.order_due, replica.order_began, replica.ordered = INFINITY, now, True
+        pool.out.append(WakeEngine(model.name, replica.uid, replica.place.devices))
+        return
     if not pool.book.settle_devices(replica):
         # It started on another node than planned, or beside what nobody asked for, and there is no room for it. That
         # is no failure of the model: Ray may choose better the next time.
@@ -74,6 +81,9 @@ def engine_died(pool: Pool, event: EngineDied, now: float) -> None:
     pool.early_ready.pop(event.replica, None)
     if replica is None or replica.state not in (LOADING, READY, DRAINING):
         log.info("death of an engine of replica %s ignored: unknown or leaving", event.replica)
+        return
+    if replica.wakes:
+        engine_moves.load_instead(pool, replica, now)
         return
     pool.revoke(replica, now)
     replica.has_engine = replica.suspected = False
@@ -100,26 +110,39 @@ def engine_died(pool: Pool, event: EngineDied, now: float) -> None:
 
 
 def engine_unloaded(pool: Pool, event: EngineUnloaded, now: float) -> None:
-    """The engine has ended as ordered: what it took is free."""
+    """The engine has ended as ordered, instead of falling asleep, or asleep: what it took is free."""
     replica = pool.replicas.get(event.replica)
-    if replica is None or replica.state is not UNLOADING:
+    if replica is None or not (replica.state is UNLOADING or replica.engine_sleeps):
         log.info("end of the engine of replica %s ignored: unknown, or not ordered", event.replica)
         return
     replica.order_due = INFINITY
+    replica.falls_asleep = False
     pool.move(replica, Cause.UNLOADED, now)
     engine_moves.unseat(pool, replica)
 
 
 def unload_overdue(pool: Pool, replica: Replica, now: float) -> None:
-    """An engine that was told to end is still there, for all that is known: its replica hangs, and is ended."""
+    """An engine that was told to end is still there, for all that is known: its replica hangs, and is ended.
+
+    One that was told to sleep is told to end first.
+    """
     assert replica.uid is not None, "an UNLOADING replica has a process"
     replica.order_began = now
+    if replica.falls_asleep:
+        replica.falls_asleep, replica.order_due = False, now
+        return
     pool.out.append(EndReplica(replica.uid))
 
 
 def engine_asleep(pool: Pool, event: EngineAsleep, now: float) -> None:
-    """No engine is ordered to sleep yet."""
+    """The engine sleeps as ordered: what it took is free, but for what it has told."""
+    replica = pool.replicas.get(event.replica)
+    if replica is not None and replica.falls_asleep:
+        engine_moves.slept(pool, replica, event.host_mib, event.device_mib, now)
+        return
     log.info("the engine of replica %s sleeps: ignored, since nobody told it to", event.replica)
+    if replica is not None and replica.state is ASLEEP and not (replica.engine_sleeps or replica.is_placed):
+        pool.out.append(UnloadEngine(replica.model.name, event.replica))
 
 
 def replica_suspected(pool: Pool, event: ReplicaSuspected, now: float) -> None:
@@ -133,8 +156,11 @@ def replica_suspected(pool: Pool, event: ReplicaSuspected, now: float) -> None:
 
 
 def load_overdue(pool: Pool, replica: Replica, now: float) -> None:
-    """A load takes too long: as if it had failed, but its waiters hear of a timeout."""
+    """A load takes too long: as if it had failed, but its waiters hear of a timeout. A waking becomes a load."""
     model = replica.model
+    if replica.wakes:
+        engine_moves.load_instead(pool, replica, now)
+        return
     reason = f"not loaded within {model.spec.load_timeout_s:g} s"
     if replica.uid is None:
         # Without a process there is nobody whose death could be waited for.

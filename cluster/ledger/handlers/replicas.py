@@ -7,8 +7,7 @@ import logging
 from cluster.ledger.books import engine_moves, stops
 from cluster.ledger.books.pool import Pool
 from cluster.ledger.books.queue import INFINITY
-from cluster.ledger.books.records import Model, Replica
-from cluster.ledger.books.shapes import Place
+from cluster.ledger.books.records import Model, Replica, learned
 from cluster.ledger.events import (
     ReplicaFailed,
     ReplicaGone,
@@ -44,6 +43,7 @@ def replica_started(pool: Pool, event: ReplicaStarted, now: float) -> None:
     if not pool.keeps_replicas:
         pool.book.rebook(replica, event.booked)
         starts.replan(pool, replica, now, is_new=not (event.loading or event.unloading))
+    _weigh(pool, replica, event)
     if not (kept or replica.is_placed) and stops.certain(pool.book, model, [replica]):
         # Its count is not raised for it, least of all beside one that Serve has yet to stop.
         pool.move(replica, Cause.DISMISSED, now, "unasked")
@@ -133,10 +133,22 @@ def _adopt(pool: Pool, model: Model, event: ReplicaStarted, kept: bool, now: flo
         shape = model.shape if has_engine or kept else model.shape._replace(memory=0)
         replica = pool.place(model, pool.book.force(event.node, shape, event.booked), now)
     else:
-        replica = pool.place(model, Place(event.node, (), model.asleep_shape), now, for_engine=False)
+        replica = pool.place(model, pool.asleep_place(event.node), now, for_engine=False)
     replica.adopted = True
     model.resend = model.resend or not kept
     return replica
+
+
+def _weigh(pool: Pool, replica: Replica, event: ReplicaStarted) -> None:
+    """Book what a process has told that it, and an engine that sleeps in it, hold."""
+    if event.host_mib:
+        pool.asleep_mib = replica.host_mib = event.host_mib
+    if replica.is_placed:
+        return
+    if event.asleep_mib is None:
+        pool.book.move(replica, pool.asleep_place(replica.place.node, replica.host_mib))
+    else:
+        engine_moves.lay_down(pool, replica, *event.asleep_mib, event.devices)
 
 
 def replica_ready(pool: Pool, event: ReplicaReady, now: float) -> None:
@@ -147,7 +159,10 @@ def replica_ready(pool: Pool, event: ReplicaReady, now: float) -> None:
         return
     if replica.state is ReplicaState.ASLEEP and not replica.is_placed:
         # It was ordered by a former life of the ledger, and nobody knows of it: it must not stay where it is.
-        pool.out.append(UnloadEngine(replica.model.name, event.replica))
+        if replica.engine_sleeps:
+            engine_moves.demote(pool, replica, now)
+        else:
+            pool.out.append(UnloadEngine(replica.model.name, event.replica))
     if replica.state is not ReplicaState.LOADING:
         # One that was suspected and answers does not hang; it may be suspected again.
         replica.suspected = False
@@ -166,9 +181,12 @@ def replica_ready(pool: Pool, event: ReplicaReady, now: float) -> None:
     replica.order_due = INFINITY
     replica.has_engine, replica.suspected = True, False
     took = now - replica.wanted_at
-    # A load in place is no measure of a swap.
-    if not replica.adopted and not replica.deaths:
-        model.load_s = took if model.load_s is None else model.load_s + 0.3 * (took - model.load_s)
+    if replica.wakes:
+        model.wake_s = learned(model.wake_s, took)
+        replica.wakes = False
+    elif not replica.adopted and not replica.deaths:
+        # A load in place is no measure of a swap.
+        model.load_s = learned(model.load_s, took)
     model.loaded_at = replica.loaded_at = now
     model.last_load.append((replica.wanted_at, now))
     model.failures = 0
@@ -210,6 +228,9 @@ def replica_failed(pool: Pool, event: ReplicaFailed, now: float) -> None:
     replica = pool.replicas.get(event.replica)
     if replica is None or replica.state not in (ReplicaState.LOADING, ReplicaState.READY, ReplicaState.DRAINING):
         log.info("failure of replica %s ignored: unknown or leaving", event.replica)
+        return
+    if replica.wakes:
+        engine_moves.load_instead(pool, replica, now)
         return
     pool.revoke(replica, now)
     engine_moves.lose(pool, replica, Cause.FAILED, now)

@@ -16,7 +16,10 @@ _FIELDS: dict[type[Any], tuple[tuple[type[Any], ...], ...]] = {
     events.LeaseReleased: (_TEXT, _COUNT),
     events.HolderDied: (_TEXT,),
     events.HolderAnnounced: (_TEXT, (tuple,), (tuple,)),
-    events.ReplicaStarted: (_TEXT, _TEXT, _TEXT, _NUMBER, (bool,), (tuple,), (bool,), (bool,), (tuple,)),
+    events.ReplicaStarted: (
+        *(_TEXT, _TEXT, _TEXT, _NUMBER, (bool,), (tuple,), (bool,), (bool,), (tuple,)),
+        *(_COUNT, (tuple, type(None))),
+    ),
     events.ReplicaReady: (_TEXT, (int, type(None)), (object,), (tuple, type(None)), _COUNT, (str, type(None))),
     events.ReplicaFailed: (_TEXT, _TEXT),
     events.EngineDied: (_TEXT, _TEXT),
@@ -95,6 +98,8 @@ def _fault(event: Any) -> str | None:
         type(each) is int and 0 <= each < MAX_DEVICES for each in (*event.devices, *event.booked)
     ):
         return f"devices is {event.devices!r}, booked is {event.booked!r}"
+    if type(event) is events.ReplicaStarted and not _is_weight(event):
+        return f"what it holds is {event.host_mib!r} and {event.asleep_mib!r}"
     if type(event) is events.ReplicaReady:
         if event.memory_mib is not None and event.memory_mib < 0:
             return f"memory_mib is {event.memory_mib!r}"
@@ -105,6 +110,14 @@ def _fault(event: Any) -> str | None:
     if type(event) is events.EngineAsleep and min(event.host_mib, event.device_mib) < 0:
         return f"what it holds is {event.host_mib!r} and {event.device_mib!r}"
     return None
+
+
+def _is_weight(event: events.ReplicaStarted) -> bool:
+    """What a process says that it holds could be true."""
+    held = event.asleep_mib
+    if held is not None and not (len(held) == 2 and all(type(each) is int and each >= 0 for each in held)):
+        return False
+    return event.host_mib >= 0
 
 
 def _holder_fault(event: events.HolderAnnounced) -> str | None:

@@ -55,7 +55,7 @@ def _makes_room(pool: Pool, model: Model) -> bool:
     One that only must not serve any longer keeps nobody waiting: its streams may last for hours.
     """
     for replica in model.replicas:
-        if replica.state in (DRAINING, UNLOADING):
+        if replica.is_placed and replica.state in (DRAINING, UNLOADING):
             if replica.claim is not None and replica.claim.model is not model:
                 return True
             if not stops.is_outdated(pool.book, replica):

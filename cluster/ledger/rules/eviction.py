@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cluster.ledger.books import stops
 from cluster.ledger.books.packing import packed
 from cluster.ledger.books.placement import Book, Node
+from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.shapes import Place, Shape, conflicts
 from cluster.ledger.rules import policy, sleepers
 from cluster.ledger.rules.policy import Plan, Tier
@@ -121,6 +122,7 @@ def find(
 ) -> Plan | None:
     """The least hurtful plan for one replica of a model, on one node, or over those that are looked at."""
     best: Plan | None = None
+    least = (Tier.PROTECTED, INFINITY)
     surplus = _surplus(pool, model, gone)
     # Of models that leave altogether no right is asked.
     standings = Standings(pool, model, Tier.PROTECTED if surplus > 0 else rights, now, bound)
@@ -130,15 +132,38 @@ def find(
     for node in sleepers.usable(pool, model, _nodes(pool) if only is None else [only]):
         for crowd in _crowds(ranked, surplus, node):
             # Each crowd hurts no less than the one before it, and each can clear the node if one can.
-            if best is not None and best[:2] <= _hurt(crowd):
+            if best is not None and least <= _hurt(crowd):
                 break
-            plan = clear(pool, node, standings, rights, gone, crowd)
-            if plan is None:
+            plans = _ways(pool, node, standings, rights, gone, crowd)
+            if not plans:
                 break
-            if best is None or plan[:2] < best[:2]:
-                best = plan
+            for plan, delay_s in plans:
+                hurts = plan.tier, plan.cost + delay_s * max(1, model.queue.count)
+                if best is None or hurts < least:
+                    best, least = plan, hurts
     pool.looked += standings.count
     return best
+
+
+def _ways(
+    pool: Pool, node: Node, standings: Standings, rights: Tier, gone: dict[Replica, bool], crowd: list[Leaver]
+) -> list[tuple[Plan, float]]:
+    """The plans for a node, each with what it takes until the model is loaded, as far as that differs between them.
+
+    An engine of the model that sleeps here may wake on its own devices; it ends where it would have to load elsewhere.
+    """
+    model, found = standings.waiting, []
+    for sleeper in sleepers.sleepers_on(model, node) if model.sleeping else ():
+        plan = clear(pool, node, standings, rights, gone, crowd, sleeper)
+        if plan is not None:
+            found.append((plan, model.wake_s or 0.0))
+    plan = clear(pool, node, standings, rights, gone, crowd)
+    if plan is not None:
+        ends = sleepers.in_the_way(pool, model, node) if model.sleeping else None
+        victims = plan.victims if ends is None or ends in plan.victims else [*plan.victims, ends]
+        loads_s = pool.spec.load_prior_s if model.load_s is None else model.load_s
+        found.append((plan._replace(victims=victims), loads_s if model.sleeping else 0.0))
+    return found
 
 
 def _nodes(pool: Pool) -> list[Node]:
@@ -205,11 +230,23 @@ def _is_leaving(model: Model, gone: dict[Replica, bool]) -> bool:
 
 
 def clear(
-    pool: Pool, node: Node, standings: Standings, rights: Tier, gone: dict[Replica, bool], crowd: list[Leaver]
+    pool: Pool,
+    node: Node,
+    standings: Standings,
+    rights: Tier,
+    gone: dict[Replica, bool],
+    crowd: list[Leaver],
+    wakes: Replica | None = None,
 ) -> Plan | None:
-    """The cheapest victims on one node that make room for a replica of the model."""
+    """The cheapest victims on one node that make room for a replica of the model; for the one that wakes, if given."""
     shape = standings.waiting.shape
-    prospect = Prospect(pool.book, node, gone, pool.book.hosts(shape))
+    hosts = pool.book.hosts(shape)
+    if wakes is not None:
+        own = {(node.name, index) for index in wakes.place.devices}
+        hosts = own if hosts is None else own & hosts
+    prospect = Prospect(pool.book, node, gone, hosts)
+    if wakes is not None and wakes not in prospect.gone:
+        prospect.remove(wakes)
     chosen = [replica for each in crowd for replica in each.model.placed_replicas() if replica not in gone]
     for replica in chosen:
         if replica.place.node == node.name and replica not in prospect.gone:

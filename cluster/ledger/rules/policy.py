@@ -177,7 +177,9 @@ CLASS_WEIGHT = {1: 4.0, 2: 2.0, 3: 1.0}
 
 
 def load_time(pool: Pool, model: Model) -> float:
-    return pool.spec.load_prior_s if model.load_s is None else model.load_s
+    """What it takes to load a model, or to wake it where an engine of it sleeps."""
+    loads_s = pool.spec.load_prior_s if model.load_s is None else model.load_s
+    return min(loads_s, model.wake_s) if model.sleeping and model.wake_s is not None else loads_s
 
 
 def swap_cost(pool: Pool, model: Model) -> float:

@@ -1,7 +1,10 @@
-"""Replicas without an engine: where a model can load without a new process, how many there may be, and which go.
+"""Replicas without a loaded engine: where a model can load without a new process, how many may stay, and which go.
 
 Only in a pool that keeps replicas when their engines end. An engine is loaded where a replica of its model waits, and a
 process is started only where none does. How many processes Serve runs of a model is nothing that a swap changes.
+
+An engine that can sleep (level 1) stays in its process with its weights in the host's memory, where that has room and
+where it has proved to come back sooner than by a load; `levels.py` judges that.
 """
 
 from __future__ import annotations
@@ -18,17 +21,21 @@ from cluster.ledger.states import ReplicaState
 if TYPE_CHECKING:
     from cluster.ledger.books.placement import Node
     from cluster.ledger.books.pool import Pool
-
-# What a replica without an engine takes of its host's memory, and which part of that all of them may take together.
-ASLEEP_MIB = 200
-HOST_SHARE = 0.25
+    from cluster.ledger.books.shapes import Place
 
 ASLEEP, STARTING, STOPPING = ReplicaState.ASLEEP, ReplicaState.STARTING, ReplicaState.STOPPING
+UNLOADING = ReplicaState.UNLOADING
 
 
 def spare(model: Model) -> Iterator[Replica]:
-    """The replicas that can be given an engine: asleep, or still to come and meant for none yet. Oldest first."""
-    return (each for each in model.replicas if each.state in (ASLEEP, STARTING) and not each.is_placed)
+    """The replicas that can load an engine: without one, or still to come and meant for none yet. Oldest first."""
+    return (each for each in to_be_spare(model) if each.state is not UNLOADING and not each.engine_sleeps)
+
+
+def to_be_spare(model: Model) -> Iterator[Replica]:
+    """Those, and the ones that can once the engine that sleeps in them has ended."""
+    able = (each for each in model.replicas if not (each.is_placed or each.told_to_stop))
+    return (each for each in able if each.state in (ASLEEP, STARTING, UNLOADING))
 
 
 def most(pool: Pool, model: Model) -> int:
@@ -49,7 +56,7 @@ def startable(pool: Pool, model: Model) -> int:
 
 def seats(pool: Pool, model: Model) -> int:
     """How many engines of a model could be loaded, now or after the start of a process, if there were room for them."""
-    return sum(1 for _ in spare(model)) + startable(pool, model)
+    return sum(1 for _ in to_be_spare(model)) + startable(pool, model)
 
 
 def by_node(model: Model) -> Counter[str]:
@@ -61,8 +68,41 @@ def usable(pool: Pool, model: Model, nodes: list[Node]) -> list[Node]:
     """The nodes on which an engine of the model could be loaded: where it sleeps, or any if a process may start."""
     if not pool.keeps_replicas or startable(pool, model):
         return nodes
-    seats_there = by_node(model)
+    seats_there = {each.place.node for each in to_be_spare(model)}
     return [node for node in nodes if node.name in seats_there]
+
+
+def sleepers_on(model: Model, node: Node) -> list[Replica]:
+    """The replicas of a model on a node whose engines sleep."""
+    return [each for each in model.in_state(ASLEEP) if each.engine_sleeps and each.place.node == node.name]
+
+
+def in_the_way(pool: Pool, model: Model, node: Node) -> Replica | None:
+    """The one whose sleeping engine must end so that the model can load on a node; None if a replica is free for it."""
+    if startable(pool, model) or by_node(model)[node.name]:
+        return None
+    return next(iter(sleepers_on(model, node)), None)
+
+
+def can_wake(pool: Pool, model: Model, but: list[Place]) -> Place | None:
+    """Where one of the model's sleeping engines has room to wake now; not at any of those places."""
+    hosts = pool.book.hosts(model.shape)
+    asleep = [each for each in model.in_state(ASLEEP) if each.engine_sleeps]
+    found = (pool.book.node(each.place.node).fit_awake(each, model.shape, hosts) for each in asleep)
+    return next((place for place in found if place is not None and place not in but), None)
+
+
+def sleeper_at(model: Model, place: Place) -> Replica | None:
+    """The replica whose engine sleeps on just these devices."""
+    if not model.sleeping:
+        return None
+    there = (each for each in model.in_state(ASLEEP) if each.engine_sleeps)
+    return next((each for each in there if each.place[:2] == place[:2]), None)
+
+
+def seat_for(model: Model, place: Place) -> Replica | None:
+    """The replica that gets an engine on a place: one that has only to wake it, or any that waits on that node."""
+    return sleeper_at(model, place) or seat_on(model, place.node)
 
 
 def seat_on(model: Model, node: str) -> Replica | None:
@@ -112,27 +152,49 @@ def _double(pool: Pool, model: Model) -> list[Replica]:
 def stays_until(replica: Replica) -> float:
     """Until when a replica without an engine stays for its model's sake; infinite for as long as there is room."""
     timeout_s = replica.model.spec.sleep_timeout_s
-    return replica.since + timeout_s if timeout_s and not _is_wanted(replica.model) else INFINITY
+    return replica.rested_at + timeout_s if timeout_s and not is_wanted(replica.model) else INFINITY
 
 
-def most_asleep(pool: Pool) -> float:
-    """How many replicas without an engine are kept: as configured, or what fits into a part of the hosts' memory."""
-    if pool.spec.max_asleep is not None:
-        return pool.spec.max_asleep
-    host_mib = sum(node.spec.host_memory_mib for node in pool.book.nodes.values())
-    return host_mib * HOST_SHARE // ASLEEP_MIB if host_mib else INFINITY
+def next_to_go(pool: Pool) -> tuple[Replica, bool] | None:
+    """The least recently used sleeper, if there are too many or their host has no room for them, and whether all of it
+    goes or only the engine that sleeps in it.
 
-
-def next_to_go(pool: Pool) -> Replica | None:
-    """The least recently used sleeper, if there are too many and Serve is sure to stop it; None otherwise.
-
+    For want of room such an engine goes before any replica does. A replica only goes where Serve is sure to stop it.
     Not one of a model that waits for a place, for it will be needed in a moment.
     """
-    if len(pool.asleep) <= most_asleep(pool):
+    many = pool.spec.max_asleep is not None and len(pool.asleep) > pool.spec.max_asleep
+    crowded = [node for node in pool.book.nodes.values() if not node.has_host_room(node.host)]
+    if not (many or crowded):
         return None
-    unneeded = (each for each in pool.asleep if not _is_wanted(each.model))
-    return next((each for each in unneeded if stops.certain(pool.book, each.model, [each])), None)
+    unneeded = [each for each in pool.asleep if not is_wanted(each.model)]
+    if many and (first := _first_certain(pool, unneeded)) is not None:
+        return first, True
+    full = {node.name for node in crowded if not node.has_host_room(_host_mib(node, True))}
+    engines = (each for each in unneeded if each.engine_sleeps and each.place.node in full)
+    if (first := next(engines, None)) is not None:
+        return first, False
+    # What falls asleep comes in the place of one that wakes, as a rule, and what starts will load: none goes for that.
+    full = {node.name for node in crowded if not node.has_host_room(_host_mib(node, False))}
+    first = _first_certain(pool, [each for each in unneeded if each.place.node in full])
+    return None if first is None else (first, True)
 
 
-def _is_wanted(model: Model) -> bool:
+def _first_certain(pool: Pool, replicas: list[Replica]) -> Replica | None:
+    """The first that Serve is sure to stop before all others of its model."""
+    return next((each for each in replicas if stops.certain(pool.book, each.model, [each])), None)
+
+
+def _host_mib(node: Node, to_come: bool) -> int:
+    """What sleepers will hold of a host's memory when all that ends has ended; with what is to come, or without."""
+    ending = [each for each in node.replicas if not each.is_placed and each.state in (UNLOADING, STOPPING)]
+    host_mib = node.host - sum(each.place.shape.host for each in ending)
+    host_mib += sum(each.host_mib for each in ending if each.state is UNLOADING)
+    if to_come:
+        return host_mib
+    host_mib -= sum(each.place.shape.host for each in node.replicas if each.state is STARTING)
+    return host_mib - sum(each.place.shape.host - each.host_mib for each in node.replicas if each.falls_asleep)
+
+
+def is_wanted(model: Model) -> bool:
+    """Somebody waits for it."""
     return model.queue.count > 0 or model.order is not None or model.claim is not None

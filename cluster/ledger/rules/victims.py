@@ -87,7 +87,9 @@ class Standings:
     def _judge(self, replica: Replica) -> Standing | None:
         state = replica.state
         if not replica.is_placed:
-            return None
+            # What an engine that sleeps holds of its devices costs nobody more than the quick way back.
+            holds = replica.engine_sleeps and replica.place.shape.held
+            return (Tier.LEAVING, 0.0) if holds else None
         if state is not READY:
             leaves = replica.claim is None and (state is DRAINING or state.is_leaving)
             return (Tier.LEAVING, 0.0) if leaves else None

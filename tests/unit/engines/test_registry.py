@@ -11,6 +11,7 @@ import pytest
 from cluster.config import ModelConfig
 from deployments.engines import registry
 from deployments.engines.fake import FakeEngine
+from deployments.engines.protocol import Sleeper
 
 
 def test_every_configurable_backend_has_an_entry() -> None:
@@ -25,6 +26,12 @@ def test_an_engine_is_built_from_its_models_configuration() -> None:
     assert registry.backend_of(gguf).names[0] == "llama_cpp"
     assert registry.capabilities(gguf) == ["chat", "completions", "detokenize", "embeddings", "tokenize"]
     assert "/v1/chat/completions" in registry.backend_of(gguf).paths
+
+
+@pytest.mark.parametrize("backend", registry.BACKENDS, ids=lambda backend: backend.names[0])
+def test_a_backend_sleeps_if_its_engines_can(backend: registry.Backend) -> None:
+    model = backend.config.model_validate({"backend": backend.names[0], "model_path": "/nowhere.gguf"})
+    assert isinstance(registry.build_engine("m", model, "/nowhere.gguf"), Sleeper) == backend.config.sleeps
 
 
 @pytest.mark.parametrize("library", ["llama_cpp", "numpy", "jinja2"])
