@@ -193,7 +193,7 @@ class LedgerActor:
     # --- replicas -----------------------------------------------------------------------------------------------
 
     async def attach_replica(self, state: ReplicaState) -> None:
-        """Announce a replica. Parks for as long as this ledger lives, so that its end is an event for the caller.
+        """Announce a replica. Parks for as long as both live, so that this ledger's end is an event for the caller.
 
         In the first seconds of a later life it may return early: the replica is then to announce itself again, with
         what has become of it meanwhile.
@@ -540,8 +540,8 @@ class LedgerActor:
     async def _park_while_alive(self, actor_id: str) -> None:
         if await effects.is_dead(actor_id):
             self._on_actor_dead(actor_id)
-        else:
-            await asyncio.Event().wait()
+        # What waits on for one that is gone would keep its connection open.
+        await self._attached.until_gone(actor_id)
 
     def _on_actor_dead(self, actor_id: str) -> None:
         replica, holder = self._attached.remove(actor_id)

@@ -30,6 +30,7 @@ class Attached:
         self.progress: dict[str, float] = {}
         self._replica_of_actor: dict[str, str] = {}
         self._holder_of_actor: dict[str, str] = {}
+        self._gone: dict[str, asyncio.Event] = {}
         self._sent: dict[str, int] = {}
         self._restarts: dict[str, asyncio.TimerHandle] = {}
         self._ending: set[asyncio.Task[None]] = set()
@@ -41,9 +42,17 @@ class Attached:
     def add_replica(self, state: ReplicaState) -> None:
         self.replicas[state.replica] = state
         self._replica_of_actor[state.actor_id] = state.replica
+        self._gone.setdefault(state.actor_id, asyncio.Event())
 
     def add_holder(self, state: HolderState) -> None:
         self._holder_of_actor[state.actor_id] = state.holder
+        self._gone.setdefault(state.actor_id, asyncio.Event())
+
+    async def until_gone(self, actor_id: str) -> None:
+        """Wait until an actor that has attached itself is removed."""
+        gone = self._gone.get(actor_id)
+        if gone is not None:
+            await gone.wait()
 
     def has_holder(self, state: HolderState) -> bool:
         return state.actor_id in self._holder_of_actor
@@ -58,6 +67,9 @@ class Attached:
         holder = self._holder_of_actor.pop(actor_id, None)
         if holder is not None:
             self._sent.pop(holder, None)
+        gone = self._gone.pop(actor_id, None)
+        if gone is not None:
+            gone.set()
         return replica, holder
 
     # --- holders --------------------------------------------------------------------------------------------------

@@ -51,6 +51,19 @@ async def test_a_lost_answer_is_given_again_and_a_seen_one_is_not(cluster: Clust
     assert await actor.orders("u", version, timeout_s=0.01) == (version, None)
 
 
+async def test_the_announcements_of_the_dead_end(cluster: Cluster):
+    """What stays parked for a caller that is gone keeps its connection open, one more with every replica that ends."""
+    actor = await cluster.life(CONFIG)
+    announced = [actor.attach_replica(started("a", "u")), actor.attach_holder(holder(CONFIG))]
+    replica, ingress = map(cluster.park, announced)
+    await turns()
+    for parked, actor_id in ((replica, "actor-of-u"), (ingress, "actor-of-h")):
+        assert not parked.done()
+        await cluster.dead.put(actor_id)
+        await turns()
+        assert parked.done()
+
+
 async def test_the_orders_of_two_lives_have_different_versions():
     former, present = OrderBoard(), OrderBoard()
     former.give("u", Restart("x"))
