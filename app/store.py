@@ -193,7 +193,7 @@ class Store:
             connection.execute(insert(_responses).values(id=response["id"], **values))
         else:
             connection.execute(delete(_items).where(_items.c.response == response["id"]))
-        ids = {item["id"] for item in stored.items if 0 < len(str(item.get("id") or "")) <= MAX_ID}
+        ids = {item["id"] for item in stored.items if _is_id(item.get("id"))}
         taken = set(connection.scalars(select(_items.c.id).where(_items.c.id.in_(ids)))) if ids else set()
         if ids - taken:
             connection.execute(insert(_items), [{"id": each, "response": response["id"]} for each in ids - taken])
@@ -240,7 +240,14 @@ def _connect(url: str) -> Engine:
     return engine
 
 
+def _is_id(value: Any) -> bool:
+    """Whether this may be an id: no database need be asked for anything else, and not every one could be."""
+    return isinstance(value, str) and 0 < len(value) <= MAX_ID and value.isascii() and value.isprintable()
+
+
 def _row(connection: Connection, response: str, principal: str) -> Any:
+    if not _is_id(response):
+        return None
     wanted = (_responses.c.id == response, _responses.c.principal == principal, _responses.c.expires_at >= time.time())
     return connection.execute(select(_responses).where(*wanted)).one_or_none()
 
@@ -267,7 +274,7 @@ def _conversation(connection: Connection, response: str, principal: str) -> list
 
 
 def _find_items(connection: Connection, ids: Sequence[str], principal: str) -> dict[str, dict[str, Any]]:
-    wanted = set(ids)
+    wanted = {each for each in ids if _is_id(each)}
     found: dict[str, dict[str, Any]] = {}
     for part in _parts(list(wanted), 500):
         owners = set(connection.scalars(select(_items.c.response).where(_items.c.id.in_(part))))
@@ -280,6 +287,8 @@ def _find_items(connection: Connection, ids: Sequence[str], principal: str) -> d
 
 
 def _delete(connection: Connection, response: str, principal: str) -> bool:
+    if not _is_id(response):
+        return False
     wanted = (_responses.c.id == response, _responses.c.principal == principal, _responses.c.expires_at >= time.time())
     if connection.execute(delete(_responses).where(*wanted)).rowcount == 0:
         return False

@@ -19,7 +19,7 @@ METRICS = 13
 
 async def post(gateway: Scripted, body: dict[str, Any], path: str = "/v1/responses") -> Any:
     async with gateway.http() as http:
-        return await http.post(path, json={"model": "m", "input": "x", **body})
+        return await http.post(path, content=json.dumps({"model": "m", "input": "x", **body}))
 
 
 async def stream(script: list[Any], **body: Any) -> list[dict[str, Any]]:
@@ -265,6 +265,14 @@ async def test_what_only_a_hosted_service_has_is_left_out_and_said():
         ({"temperature": 3}, 400, "temperature"),
         ({"max_output_tokens": 0}, 400, "max_output_tokens"),
         ({"previous_response_id": "resp_none"}, 400, "previous_response_id"),
+        ({"previous_response_id": "\ud800"}, 400, "previous_response_id"),
+        ({"input": [{"id": "\x00"}]}, 404, "input.0"),
+        ({"input": [{"type": ["x"]}]}, 400, "input.0"),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "tools": [{"name": []}], "mode": 7}},
+            400,
+            "tool_choice",
+        ),
         ({"background": True, "store": False}, 400, "background"),
         ({"decoding": {"beam_size": 17}}, 422, "decoding.beam_size"),
         ({"decoding": {"top_k": 0}}, 422, "decoding.top_k"),

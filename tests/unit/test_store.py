@@ -112,6 +112,15 @@ async def test_any_text_can_be_stored(store: Store):
     assert found.response["output"][0]["text"] == "\x00 \ud800 ü"
 
 
+@pytest.mark.parametrize("name", ["\ud800", "\x00", "x" * 1000, ""])
+async def test_what_can_be_no_id_is_not_there(store: Store, name: str):
+    assert await store.save(Stored("me", {"id": "a", "output": []}, [{"id": name}]))
+    assert await store.find(name, "me") is None
+    assert await store.conversation(name, "me") is None
+    assert await store.items([name], "me") == {}
+    assert not await store.delete(name, "me")
+
+
 async def count(store: Store, table: str) -> Any:
     from sqlalchemy import text
 

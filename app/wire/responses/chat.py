@@ -85,9 +85,11 @@ def _tools(request: ResponsesRequest, ignored: list[str]) -> dict[str, Any]:
     choice = request.tool_choice
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         listed = choice.get("tools")
-        names = {tool.get("name") for tool in listed if isinstance(tool, dict)} if isinstance(listed, list) else set()
-        given = [tool for tool in given if tool["name"] in names]
+        named = [tool.get("name") for tool in listed if isinstance(tool, dict)] if isinstance(listed, list) else []
+        given = [tool for tool in given if tool["name"] in named]
         choice = choice.get("mode", "auto")
+        if choice not in ("auto", "required"):
+            raise InvalidRequest("tool_choice.mode: must be auto or required", param="tool_choice")
     elif isinstance(choice, dict) and choice.get("type") == "function":
         choice = {"type": "function", "function": {"name": choice.get("name")}}
     elif isinstance(choice, dict):
