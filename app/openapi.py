@@ -93,7 +93,7 @@ def document(app: FastAPI, operations: Sequence[Operation]) -> Callable[[], dict
 def _entry(operation: Operation, schema: dict[str, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
     if operation.streams:
-        content[operation.streams] = {"schema": {"type": "string"}}
+        content[operation.streams] = {}
     return {
         "tags": [operation.tag],
         "summary": operation.summary,

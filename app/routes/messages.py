@@ -61,7 +61,7 @@ async def count_tokens(request: Request) -> Response:
     return JSONResponse({"input_tokens": counted["count"]}, headers={"request-id": wanted.trace})
 
 
-@router.head("/")
+@router.head("/", response_class=Response)
 async def root() -> Response:
     """Whether there is a server, as Claude Code and Ollama's clients ask."""
     return Response()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 from cluster import errors
 from cluster.ledger.snapshot import ModelRow, ServerRow, Snapshot, as_dict
@@ -62,7 +62,7 @@ async def status(request: Request) -> dict[str, Any]:
     return {"execution_mode": gateway.config.mode, "backends": backends, "ledger": as_dict(ledger)}
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """The pool's figures as Prometheus text (`docs/metrics.md`)."""
     gateway: Gateway = request.app.state.gateway
