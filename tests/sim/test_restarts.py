@@ -11,7 +11,10 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.ledger.events import ConfigChanged
+from cluster.ledger import ledger as front
+from cluster.ledger.books.pool import Pool
+from cluster.ledger.events import ConfigChanged, ReplicaStarted
+from cluster.ledger.handlers import replicas
 from cluster.ledger.ledger import Ledger
 from cluster.ledger.specs import ModelSpec, NodeSpec, PoolSpec
 from tests.sim.world import World
@@ -97,10 +100,20 @@ def test_a_new_life_of_the_ledger_costs_nobody_anything() -> None:
             raise
 
 
+def who_is_told_to_stop_serves_on(patch: pytest.MonkeyPatch) -> None:
+    """A replica that Serve stops gets requests, as in a new life that does not know whom Serve was told to stop."""
+    right = replicas.replica_started
+
+    def wrong(books: Pool, event: ReplicaStarted, now: float) -> None:
+        right(books, event._replace(stopping=False), now)
+
+    patch.setitem(front._HANDLERS, ReplicaStarted, wrong)
+
+
 BUGS = (
     planted.slots_of_a_former_life_are_forgotten,
     planted.ages_of_a_former_life_are_forgotten,
-    planted.who_is_told_to_stop_serves_on,
+    who_is_told_to_stop_serves_on,
 )
 
 

@@ -274,11 +274,7 @@ def lines_are_too_long_in_the_recovery_window(patch: pytest.MonkeyPatch) -> None
     patch.setitem(front._HANDLERS, RequestArrived, wrong)
 
 
-def who_is_told_to_stop_serves_on(patch: pytest.MonkeyPatch) -> None:
-    """A replica that Serve stops gets requests, as in a new life that does not know whom Serve was told to stop."""
-    right = replicas.replica_started
-
-    def wrong(books: pool.Pool, event: ReplicaStarted, now: float) -> None:
+def wrong(books: pool.Pool, event: ReplicaStarted, now: float) -> None:
         right(books, event._replace(stopping=False), now)
 
     patch.setitem(front._HANDLERS, ReplicaStarted, wrong)
@@ -338,7 +334,6 @@ BUGS = [
     slots_of_a_former_life_are_forgotten,
     ages_of_a_former_life_are_forgotten,
     lines_are_too_long_in_the_recovery_window,
-    who_is_told_to_stop_serves_on,
     a_start_is_planned_once,
     the_newest_stops_on_any_node,
 ]
