@@ -203,6 +203,7 @@ def _end_engines(pool: Pool, model: Model, now: float) -> None:
         for replica in [each for each in model.replicas if each.told_to_stop and not each.leases]:
             # Nobody carries out orders there any more, so its engine ends with it.
             if replica.state in (LOADING, DRAINING, ASLEEP):
+                replica.wakes = False
                 pool.move(replica, Cause.DISMISSED, now, "stopped")
     if pool.keeps_replicas:
         for replica in list(model.in_state(DRAINING)):

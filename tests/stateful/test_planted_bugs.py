@@ -274,12 +274,6 @@ def lines_are_too_long_in_the_recovery_window(patch: pytest.MonkeyPatch) -> None
     patch.setitem(front._HANDLERS, RequestArrived, wrong)
 
 
-def wrong(books: pool.Pool, event: ReplicaStarted, now: float) -> None:
-        right(books, event._replace(stopping=False), now)
-
-    patch.setitem(front._HANDLERS, ReplicaStarted, wrong)
-
-
 def a_start_is_planned_once(patch: pytest.MonkeyPatch) -> None:
     """Ray starts one process where another was planned, which keeps its place there and can never start."""
     patch.setattr(starts, "replan", lambda *_, **__: None)

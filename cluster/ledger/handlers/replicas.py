@@ -174,7 +174,7 @@ def replica_ready(pool: Pool, event: ReplicaReady, now: float) -> None:
     if replica.adopted and event.revision is not None:
         replica.revision = (event.revision, replica.slots, *replica.model.revision[2:])
     model = replica.model
-    if replica.ordered and replica.order_due == INFINITY:
+    if replica.ordered and replica.order_due == INFINITY and not replica.wakes:
         model.loads_seen += 1
         model.fastest_load_s = min(model.fastest_load_s, now - replica.order_began)
     replica.address, replica.devices = event.address, event.devices

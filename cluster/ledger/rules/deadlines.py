@@ -3,8 +3,8 @@
 No estimate is good enough to send somebody away, so this is a lower bound. A request for a model M with the deadline d
 is refused where all of this is true:
 
-* nothing of M could serve it any moment: no replica of M is READY, or DRAINING and may be opened again, and no server
-  offers M;
+* nothing of M could serve it any moment: no replica of M is READY, or DRAINING and may be opened again, no engine of M
+  sleeps or wakes, and no server offers M;
 * an engine of M was ordered to load, by this life of the ledger, at the time b; and
 * d <= b + SHARE * f, where f is the shortest of at least two loads of M by its present configuration.
 
@@ -41,7 +41,9 @@ def ready_after(pool: Pool, model: Model) -> float:
         return -INFINITY
     # One that is not ordered to load yet will take its whole time from now on, so it is not the first.
     loading = [each for each in model.in_state(LOADING) if each.order_due == INFINITY]
-    # What a former life has ordered began nobody knows when.
-    if not all(each.ordered for each in loading) or pool.servers.offers(model.name):
+    # What a former life has ordered began nobody knows when, and an engine that sleeps is there in a moment.
+    if not all(each.ordered and not each.wakes for each in loading) or model.sleeping:
+        return -INFINITY
+    if pool.servers.offers(model.name):
         return -INFINITY
     return min((each.order_began for each in loading), default=-INFINITY) + SHARE * model.fastest_load_s

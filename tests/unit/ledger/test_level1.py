@@ -17,6 +17,7 @@ from cluster.ledger.events import (
     ReplicaFailed,
     ReplicaReady,
     ReplicaStarted,
+    ReplicaStopping,
     ReplicaSuspected,
     UnloadRequested,
 )
@@ -476,3 +477,35 @@ def test_nonsense_about_memory_is_ignored(wrong: tuple[Any, Any]) -> None:
     desk = Desk(sleeper("a"), max_asleep=None)
     assert desk.tell(ReplicaStarted("a", "u", "n", 1.0, False, (), False, False, (), *wrong)) == []
     assert desk.state("u") is None
+
+
+@pytest.mark.parametrize("wakes", [True, False])
+def test_a_sleeper_that_serve_stops_goes_with_its_engine(wakes: bool) -> None:
+    desk = two()
+    if wakes:
+        desk.arrive("b1", "b")
+        assert desk.tell(EngineAsleep("u", 900, 50)) == ["wake v 0"]
+    assert desk.tell(ReplicaStopping("v")) == ["desire b 0"]
+    assert desk.state("v") == "STOPPING"
+    assert desk.gone("v") == (["desire b 1"] if wakes else [])
+
+
+def test_who_will_not_wait_for_a_load_may_be_served_by_an_engine_that_wakes() -> None:
+    """Two loads took 20 s each, and no waking was seen yet."""
+    desk = Desk(sleeper("a"), sleeper("b"), max_asleep=None, nodes=node())
+    for turn in range(2):
+        desk.arrive(f"load{turn}", "b")
+        if not turn:
+            desk.tell(ReplicaStarted("b", "v", "n"))
+        desk.now += 20.0
+        desk.tell(ReplicaReady("v"))
+        desk.release(f"load{turn}")
+        if not turn:
+            desk.tell(UnloadRequested("b"), EngineUnloaded("v"))
+    assert desk.arrive("a1", "a") == ["quiesce v", "sleep v", "desire a 1"]
+    desk.tell(EngineAsleep("v", 1000, 100), ReplicaStarted("a", "u", "n"), ReplicaReady("u"))
+    desk.release("a1")
+    assert desk.arrive("b1", "b", timeout=5.0) == ["quiesce u", "sleep u"]
+    assert desk.tell(EngineAsleep("u", 1000, 100)) == ["wake v 0"]
+    assert desk.arrive("b2", "b", timeout=5.0) == []
+    assert desk.tell(ReplicaReady("v")) == ["grant b1 v"]
