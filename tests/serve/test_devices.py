@@ -11,7 +11,7 @@ import pytest
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("name", ["two_devices.py", "four_devices.py"])
+@pytest.mark.parametrize("name", ["two_devices.py", "four_devices.py", "two_nodes.py"])
 def test_engines_run_on_the_devices_that_the_ledger_assigned(name: str):
     file = Path(__file__).with_name(name)
     # Ray tells the processes that it starts where it is; this one is to have another.

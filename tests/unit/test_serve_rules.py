@@ -9,13 +9,16 @@ from types import SimpleNamespace
 import pytest
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray.serve._private.common import DeploymentID, ReplicaID
-from ray.serve._private.deployment_scheduler import DeploymentScheduler
+from ray.serve._private.deployment_scheduler import DeploymentScheduler, ReplicaSchedulingRequest
 
+from app.build import replicas
 from cluster import effects
+from cluster.config import load_config
 from cluster.ledger.books import stops
 from cluster.ledger.books.placement import Book
 from cluster.ledger.books.records import Model, Replica
 from cluster.ledger.books.shapes import Place
+from cluster.ledger.rules import sleepers
 from cluster.ledger.specs import ModelSpec, NodeSpec
 from tests.sim.serve import may_stop
 
@@ -93,3 +96,31 @@ def test_what_the_ledger_is_certain_of_serve_stops(seed: int) -> None:
             gone = stopped(serve(running, others, head), len(asked))
             assert len(gone) == len(asked)
             assert running_ones == gone & {each.uid for each in running if each.node}
+
+
+def test_serve_leaves_the_choice_of_a_node_to_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the ledger's plan of a node is no more than that, and what starts elsewhere is planned anew."""
+    asked: list[dict[str, object]] = []
+
+    class Actor:
+        def options(self, **options: object) -> SimpleNamespace:
+            asked.append(options)
+            return SimpleNamespace(remote=lambda *_: None)
+
+    one = ReplicaID("r1", OURS)
+    request = ReplicaSchedulingRequest(one, Actor(), {}, {"num_gpus": 0.5}, (), lambda *_, **__: None)  # type: ignore[arg-type]
+    scheduler = SimpleNamespace(_pending_replicas={OURS: {one: request}}, _on_replica_launching=lambda *_, **__: None)
+    scheduler._schedule_replica = lambda **more: DeploymentScheduler._schedule_replica(scheduler, **more)
+    DeploymentScheduler._schedule_with_spread_strategy(scheduler)
+    assert asked == [{"scheduling_strategy": "SPREAD", "num_gpus": 0.5}]
+    assert not DeploymentScheduler._use_pack_strategy(SimpleNamespace(_deployments={}))
+
+
+def test_serves_own_bound_allows_one_replica_on_each_node() -> None:
+    """Where replicas stay, the ledger may want one on each node, however few a model may have loaded at once."""
+    config = load_config({"models": {"a": {"backend": "fake", "num_gpus": 1}}, "max_asleep": 3}, environ={})
+    book = Book()
+    book.set_nodes({f"n{index}": NodeSpec(f"n{index}", gpus=1) for index in range(100)})
+    wanted = sleepers.most(SimpleNamespace(book=book), Model(config.spec().models["a"], 0.0))  # type: ignore[arg-type]
+    deployment = replicas(config, "a")._bound_deployment
+    assert deployment._deployment_config.autoscaling_config.max_replicas >= wanted == 100
