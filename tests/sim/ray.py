@@ -1,4 +1,5 @@
-"""Ray's own rules, as the simulation and the state machine play them; `tests/serve/two_devices.py` checks each.
+"""Ray's own rules, as the simulation and the state machine play them; `tests/serve/two_devices.py` and
+`two_nodes.py` check each.
 
 Which node a start gets: any on which Ray's own books have room for it. Which devices Ray books for it there: whole ones
 in their order, a fraction on the device that it fills most, the first of several. What an engine really uses is no

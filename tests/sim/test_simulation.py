@@ -36,6 +36,7 @@ def draw_spec(rng: random.Random) -> PoolSpec:
         )
         for index in range(rng.randint(1, 3))
     }
+    shares = rng.random() < 0.3
     models = {}
     for name in "ABCDEF"[: rng.randint(2, 6)]:
         models[name] = ModelSpec(
@@ -53,6 +54,8 @@ def draw_spec(rng: random.Random) -> PoolSpec:
             fallbacks=rng.choice(((), (), ("A",))),
             group=rng.choice((None, None, "g")),
             sleep_level=rng.choice((0, 1, 2)),
+            group_share=shares,
+            devices=rng.choice(((), (), (), ("0",))),
         )
     return PoolSpec(
         models=models,

@@ -544,8 +544,11 @@ class World:
             ]
             if sum(min(1.0, each.num_gpus) for each in here) > 1.0 + 1e-9:
                 self.crimes.append(f"device {index} of {process.node} is given out twice, to {process.uid} at last")
-            if any(each.group == spec.group and each.name != spec.name for each in here if spec.group):
+            apart = spec.group and not spec.group_share
+            if any(each.group == spec.group and each.name != spec.name for each in here if apart):
                 self.crimes.append(f"{process.uid} meets its group on device {index} of {process.node}")
+        if spec.devices and not set(process.devices) <= set(map(int, spec.devices)):
+            self.crimes.append(f"{process.uid} is told to load on {process.devices}, and may on {spec.devices} only")
 
     def _engine_dies(self, process: Process) -> None:
         """The engine's own process dies, with its streams; the replica goes on."""
