@@ -224,9 +224,8 @@ class Outside:
             return
         alive, before = self.running(model), self.desired[model]
         outdated = [each for each in alive if each.leases and self.is_outdated(each)]
-        most = MODELS[model].max_replicas + len(outdated)
         # Where they stay, there may be one on each node.
-        most = max(most, len(self.nodes)) if self.stays else most
+        most = max(MODELS[model].max_replicas, len(self.nodes) * self.stays) + len(outdated)
         assert 0 <= command.replicas <= most or self.unasked, f"{command} is out of bounds"
         if command.replicas > before:
             moving = (STOPPING,) if self.stays else (DRAINING, STOPPING, ASLEEP)
