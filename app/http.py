@@ -69,8 +69,14 @@ def build_http(gateway: Gateway) -> FastAPI:
     return app
 
 
+def _model_of(request: Request) -> str | None:
+    """The model that a request is about, by its path or its body."""
+    model = request.path_params.get("model") or getattr(request.state, "model", None)
+    return model if isinstance(model, str) else None
+
+
 async def _pool_error(request: Request, error: errors.PoolError) -> Response:
-    return _answer(request, error, request.path_params.get("model"))
+    return _answer(request, error, _model_of(request))
 
 
 def _answer(request: Request, error: errors.PoolError, model: str | None = None) -> Response:

@@ -38,6 +38,8 @@ async def read_body(request: Request) -> dict[str, Any]:
     """The request's JSON object. Whatever else is wrong with it, a model that the sender cannot use is said first."""
     gateway: Gateway = request.app.state.gateway
     body: dict[str, Any] = await read_json(request, gateway.config.max_body_mb)
+    # Some families' errors say which model the request was about.
+    request.state.model = body.get("model") if isinstance(body, dict) else None
     model_of(gateway.config, body, caller_of(request))
     return body
 

@@ -48,4 +48,7 @@ class StoreConfig(BaseModel):
         state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
         folder = Path(self.folder or f"{state}/slotpool").expanduser().absolute()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return f"sqlite:///{folder / 'store.sqlite3'}"
+        file = folder / "store.sqlite3"
+        # Conversations are nobody else's business; SQLite gives the files beside it the same mode.
+        file.touch(mode=0o600)
+        return f"sqlite:///{file}"

@@ -122,4 +122,12 @@ async def test_a_translation_takes_a_text_and_two_languages():
 async def test_out_of_bounds_is_422_with_detail(body: dict[str, Any], param: str):
     answer = await post(Scripted(), body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, param)
-    assert answer.json()["detail"]["code"] == "invalid_request"
+    detail = answer.json()["detail"]
+    assert (detail["code"], detail["model"]) == ("invalid_request", "m")
+
+
+async def test_an_unknown_model_is_named_in_detail():
+    answer = await post(Scripted(), {"model": "none"})
+    assert (answer.status_code, answer.json()["detail"]["code"]) == (404, "unknown_model")
+    assert answer.json()["detail"]["model"] == "none"
+    assert "model" not in (await post(Scripted(), {"model": 7})).json()["detail"]

@@ -246,6 +246,47 @@ async def test_what_only_a_hosted_service_has_is_left_out_and_said():
     assert [tool["type"] for tool in answer.json()["tools"]] == ["function"]
 
 
+async def test_a_turn_of_codex_reaches_the_engine_whole():
+    """As Codex sends it: nothing is stored, thoughts come back to it encrypted, and half of its tools are hosted."""
+    gateway = Scripted(said("ok"))
+    answer = await post(
+        gateway,
+        {
+            "instructions": "You are Codex.",
+            "input": [
+                {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "<permissions>"}]},
+                {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "List files."}]},
+                {"type": "reasoning", "id": "rs_1", "summary": [], "content": None, "encrypted_content": "gAAA"},
+                {"type": "function_call", "name": "shell", "arguments": '{"command":["ls"]}', "call_id": "call_1"},
+                {"type": "function_call_output", "call_id": "call_1", "output": "a.txt"},
+                {"type": "custom_tool_call", "status": "completed", "call_id": "call_2", "name": "x", "input": "y"},
+            ],
+            "tools": [
+                {"type": "function", "name": "shell", "strict": False, "parameters": {"type": "object"}},
+                {"type": "custom", "name": "apply_patch", "format": {"type": "grammar", "syntax": "lark"}},
+                {"type": "web_search", "external_web_access": False},
+            ],
+            "tool_choice": "auto",
+            "parallel_tool_calls": True,
+            "reasoning": {"effort": "medium", "summary": "auto"},
+            "store": False,
+            "stream": True,
+            "include": ["reasoning.encrypted_content"],
+            "prompt_cache_key": "0199",
+            "text": {"verbosity": "low"},
+            "client_metadata": {"x-codex-installation-id": "1"},
+        },
+    )
+    assert answer.status_code == 200, answer.text
+    assert official(answer.text)[-1]["type"] == "response.completed"
+    messages = gateway.requests[0][1]["messages"]
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "tool"]
+    assert messages[0]["content"] == "You are Codex.\n\n<permissions>"
+    assert messages[2]["tool_calls"][0]["function"] == {"name": "shell", "arguments": '{"command":["ls"]}'}
+    ignored = answer.headers["x-slotpool-ignored"].split(", ")
+    assert ignored == ["input.custom_tool_call", "tools.custom", "tools.web_search", "text.verbosity"]
+
+
 @pytest.mark.parametrize(
     ("body", "status", "param"),
     [

@@ -28,6 +28,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 async def test_a_response_outlives_the_process_and_others_on_the_machine_see_it(store: Store, tmp_path: Path):
     assert await store.save(turn("a"))
+    assert modes(tmp_path) == {0o600}
     other = Store(StoreConfig(folder=str(tmp_path)))
     found = await other.find("a", "me")
     assert found is not None
@@ -119,6 +120,10 @@ async def test_what_can_be_no_id_is_not_there(store: Store, name: str):
     assert await store.conversation(name, "me") is None
     assert await store.items([name], "me") == {}
     assert not await store.delete(name, "me")
+
+
+def modes(folder: Path) -> set[int]:
+    return {path.stat().st_mode & 0o777 for path in folder.iterdir()}
 
 
 async def count(store: Store, table: str) -> Any:
