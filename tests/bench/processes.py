@@ -26,7 +26,7 @@ def memory_mib(pid: int) -> float:
 
 @dataclass(frozen=True)
 class Held:
-    """What a pool's processes hold: memory as the sum of their PSS, and open descriptors."""
+    """What a pool's processes hold: memory as the sum of their PSS, and open descriptors but for logs."""
 
     memory_mib: float
     processes: int
@@ -40,8 +40,17 @@ def held_by_pool(root: int) -> Held:
     for pid in pids:
         with contextlib.suppress(OSError):
             memory += memory_mib(pid)
-            descriptors += len(os.listdir(f"/proc/{pid}/fd"))
+            descriptors += _descriptors(pid)
     return Held(round(memory, 1), len(pids), descriptors)
+
+
+def _descriptors(pid: int) -> int:
+    """Without the logs, of which Ray's log monitor keeps up to 200 open, those of processes that are gone, too."""
+    open_files = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            open_files.append(os.readlink(link))
+    return sum(not each.endswith((".out", ".err", ".log")) for each in open_files)
 
 
 def pool_processes(root: int) -> list[int]:
