@@ -14,14 +14,15 @@ from typing import Any
 
 from fastapi import Request, Response
 
+from app.asking import asked
 from app.auth import caller_of
 from app.body import read_json
-from app.streams import Rhythm, Stream, request_id_of
+from app.streams import Rhythm, Stream
 from app.wire.adapter import Adapter, WholeAdapter
 from cluster import errors
 from cluster.request import Request as PoolRequest
 from deployments.gateway import Gateway
-from deployments.requests import model_of, parse_request
+from deployments.requests import model_of
 from deployments.run_info import RunInfo
 from deployments.sse import is_comment
 
@@ -46,15 +47,7 @@ async def read_body(request: Request) -> dict[str, Any]:
 
 def admitted(request: Request, adapter: WholeAdapter) -> tuple[PoolRequest, dict[str, Any]]:
     """The adapter's chat as it travels, and as its engine gets it. Raises what is wrong with it."""
-    gateway: Gateway = request.app.state.gateway
-    return parse_request(
-        gateway.config,
-        adapter.path,
-        adapter.chat,
-        request_id=request_id_of(request),
-        headers=request.headers,
-        caller=caller_of(request),
-    )
+    return asked(request, adapter.path, adapter.chat)
 
 
 async def answer(

@@ -9,14 +9,14 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from app.auth import caller_of
+from app.asking import asked
 from app.body import read_json
 from app.routes.adapted import parsed
 from app.streams import request_id_of
 from cluster.config import PoolConfig
 from cluster.ledger.snapshot import Snapshot
 from deployments.gateway import Gateway
-from deployments.requests import invalid, parse_request
+from deployments.requests import invalid
 from deployments.run_info import RunInfo
 from deployments.schemas import COMPLETIONS, parse_priority
 
@@ -55,14 +55,12 @@ async def infer(request: Request) -> Response:
     gateway: Gateway = request.app.state.gateway
     config = gateway.config
     try:
-        asked = Inference.model_validate(await read_json(request, config.max_body_mb))
+        given = Inference.model_validate(await read_json(request, config.max_body_mb))
     except ValidationError as error:
         raise invalid(error, 422) from None
-    request_id = asked.request_id or request_id_of(request)
-    body = {"model": _known(config, asked.model_id), "prompt": asked.prompt, "priority": asked.priority}
-    wanted, checked = parse_request(
-        config, COMPLETIONS, body, request_id=request_id, headers=request.headers, caller=caller_of(request)
-    )
+    request_id = given.request_id or request_id_of(request)
+    body = {"model": _known(config, given.model_id), "prompt": given.prompt, "priority": given.priority}
+    wanted, checked = asked(request, COMPLETIONS, body, request_id)
     info = RunInfo()
     wanted = wanted._replace(timeout_s=min(wanted.timeout_s, config.allocator_timeout_s))
     async with contextlib.aclosing(gateway.stream(wanted, checked, info)) as chunks:

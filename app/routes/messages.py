@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
-from app.auth import caller_of
+from app.asking import asked
 from app.openapi import Operation
 from app.routes.adapted import answer, parsed, read_body
 from app.streams import request_id_of
@@ -21,7 +21,6 @@ from app.wire.messages.chat import checked, prompt_of
 from app.wire.messages.schema import MessagesRequest, Prompt
 from cluster import errors
 from deployments.gateway import Gateway
-from deployments.requests import parse_request
 from deployments.schemas import TOKENIZE
 
 router = APIRouter(tags=["messages"])
@@ -45,14 +44,7 @@ async def count_tokens(request: Request) -> Response:
     gateway: Gateway = request.app.state.gateway
     body = await _body(request)
     chat, _ = prompt_of(checked(Prompt, body), body)
-    wanted, prompt = parse_request(
-        gateway.config,
-        TOKENIZE,
-        chat,
-        request_id=request_id_of(request),
-        headers=request.headers,
-        caller=caller_of(request),
-    )
+    wanted, prompt = asked(request, TOKENIZE, chat)
     async with contextlib.aclosing(gateway.stream(wanted, prompt)) as chunks:
         counted = parsed(b"".join([chunk async for chunk in chunks]))
     if not isinstance(counted.get("count"), int):

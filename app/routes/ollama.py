@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from app.asking import asked
 from app.auth import caller_of
 from app.body import read_json
 from app.model_files import UNKNOWN, ModelFile, model_file
@@ -22,16 +23,14 @@ from app.openapi import Operation
 from app.routes import ollama_rows as rows
 from app.routes.adapted import answer, parsed
 from app.routes.openai import remote_models
-from app.streams import request_id_of
 from app.wire.adapter import NDJSON
 from app.wire.ollama.adapter import OllamaAdapter
 from app.wire.ollama.chat import checked, embeddings_of
 from app.wire.ollama.schema import ChatRequest, EmbedRequest, GenerateRequest
 from cluster import errors
 from cluster.config import PoolConfig
-from cluster.request import Request as PoolRequest
 from deployments.gateway import Gateway
-from deployments.requests import is_allowed, model_of, parse_request, unknown_model
+from deployments.requests import is_allowed, model_of, unknown_model
 from deployments.run_info import RunInfo
 from deployments.schemas import CHAT, EMBEDDINGS
 
@@ -155,8 +154,8 @@ async def _run(request: Request, adapter: OllamaAdapter) -> Response:
     if not adapter.is_empty:
         return await answer(request, adapter, is_patient=True)
     gateway: Gateway = request.app.state.gateway
-    asked = {**adapter.chat, "messages": [{"role": "user", "content": ""}]}
-    wanted, _ = _parse(request, CHAT, asked)
+    question = {**adapter.chat, "messages": [{"role": "user", "content": ""}]}
+    wanted, _ = asked(request, CHAT, question)
     unloads = adapter.chat.get("keep_alive") == 0
     if not unloads or await _is_resident(gateway, wanted.model):
         await gateway.touch(wanted, is_patient=True)
@@ -176,10 +175,10 @@ class Embedded(NamedTuple):
 
 async def _embed(request: Request, body: Mapping[str, Any]) -> Embedded:
     gateway: Gateway = request.app.state.gateway
-    asked = checked(EmbedRequest, body)
-    if asked.input is None and asked.prompt is None:
+    given = checked(EmbedRequest, body)
+    if given.input is None and given.prompt is None:
         raise errors.InvalidRequest("input: the text to embed is missing", param="input")
-    wanted, embedding = _parse(request, EMBEDDINGS, embeddings_of(asked, body))
+    wanted, embedding = asked(request, EMBEDDINGS, embeddings_of(given, body))
     info = RunInfo()
     async with contextlib.aclosing(gateway.stream(wanted, embedding, info, is_patient=True)) as chunks:
         found = parsed(b"".join([chunk async for chunk in chunks]))
@@ -193,18 +192,6 @@ async def _embed(request: Request, body: Mapping[str, Any]) -> Embedded:
             "the engine's embeddings cannot be understood", status=502, code="upstream_response_parse_failure"
         )
     return Embedded(vectors, tokens, int(info.metrics()["engine_load_wait_ms"] * 1e6))
-
-
-def _parse(request: Request, path: str, body: dict[str, Any]) -> tuple[PoolRequest, dict[str, Any]]:
-    gateway: Gateway = request.app.state.gateway
-    return parse_request(
-        gateway.config,
-        path,
-        body,
-        request_id=request_id_of(request),
-        headers=request.headers,
-        caller=caller_of(request),
-    )
 
 
 async def _body(request: Request) -> dict[str, Any]:

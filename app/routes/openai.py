@@ -13,16 +13,17 @@ from fastapi.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from app.asking import asked
 from app.auth import caller_of
 from app.body import read_json
 from app.openapi import Operation
 from app.routes.admin_rows import NOTHING
-from app.streams import Rhythm, Stream, request_id_of
+from app.streams import Rhythm, Stream
 from cluster.config import ModelConfig, PoolConfig
 from cluster.ledger.snapshot import ModelRow, Snapshot
 from deployments.engines.registry import capabilities
 from deployments.gateway import Gateway
-from deployments.requests import is_allowed, parse_request, resolve_model, unknown_model
+from deployments.requests import is_allowed, resolve_model, unknown_model
 from deployments.schemas import (
     CHAT,
     COMPLETIONS,
@@ -68,14 +69,7 @@ async def infer(request: Request, path: str) -> Response:
     """Run the request's body through the pool. The status is sent only once there is something to say."""
     gateway: Gateway = request.app.state.gateway
     body = await read_json(request, gateway.config.max_body_mb)
-    wanted, checked = parse_request(
-        gateway.config,
-        path,
-        body,
-        request_id=request_id_of(request),
-        headers=request.headers,
-        caller=caller_of(request),
-    )
+    wanted, checked = asked(request, path, body)
     chunks = gateway.stream(wanted, checked)
     if not checked.get("stream"):
         async with contextlib.aclosing(chunks):

@@ -7,13 +7,13 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
+from app.asking import asked
 from app.auth import caller_of
 from app.body import read_json
-from app.streams import request_id_of
 from cluster import errors
 from deployments.engines.registry import BACKENDS
 from deployments.gateway import Gateway
-from deployments.requests import model_of, parse_request
+from deployments.requests import model_of
 from deployments.schemas import CHAT, COMPLETIONS, EMBEDDINGS
 
 router = APIRouter(tags=["service"])
@@ -54,14 +54,7 @@ async def validate(request: Request) -> Response:
     path = next((path for member, path in KINDS.items() if member in body), CHAT)
     answer: dict[str, Any] = {"valid": True, "model": model, "path": path}
     try:
-        parse_request(
-            gateway.config,
-            path,
-            body,
-            request_id=request_id_of(request),
-            headers=request.headers,
-            caller=caller_of(request),
-        )
+        asked(request, path, body)
     except errors.InvalidRequest as error:
         answer |= {"valid": False, **error.body()}
     return JSONResponse(answer)
