@@ -223,8 +223,7 @@ class Ledger:
         times = [first.deadline] if first is not None else []
         if pool.recovering_until is not None:
             times.append(min(pool.recovering_until, pool.early_deadline))
-        elif pool.went_idle:
-            # There was more to look at than one event may: the rest is due.
+        elif pool.is_behind:
             times.append(pool.now)
         elif (timer := tree.next_due(pool)) is not None:
             times.append(timer)

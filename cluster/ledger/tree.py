@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from cluster.ledger import placing
@@ -31,6 +32,9 @@ log = logging.getLogger(__name__)
 MAX_ROUNDS = 1000
 # An event acts on no more timers of models than these. Those that are left go off at the next one, at once.
 MAX_TIMERS = 64
+# And no more models than these are looked at, where a configuration or a machine has changed for very many: the next
+# event, which is due at once, goes on with the others.
+MAX_TOUCHED = 200
 
 STARTING, LOADING, READY = ReplicaState.STARTING, ReplicaState.LOADING, ReplicaState.READY
 DRAINING, UNLOADING, ASLEEP = ReplicaState.DRAINING, ReplicaState.UNLOADING, ReplicaState.ASLEEP
@@ -45,8 +49,10 @@ def settle(pool: Pool, now: float) -> None:
     for _ in range(MAX_ROUNDS):
         if not pool.touched and (not pool.went_idle or placing.has_looked_enough(pool)):
             break
-        touched = list(pool.touched)
-        pool.touched.clear()
+        is_crowd = len(pool.touched) > MAX_TOUCHED
+        touched = list(islice(pool.touched, MAX_TOUCHED))
+        for model in touched:
+            del pool.touched[model]
         for model in touched:
             _trim(pool, model, now)
             if model.counts[LOADING] or model.counts[UNLOADING]:
@@ -65,9 +71,12 @@ def settle(pool: Pool, now: float) -> None:
                 pool.move(replica, Cause.DISMISSED, now, "max_asleep")
             else:
                 engine_moves.demote(pool, replica, now, "max_asleep")
+        if is_crowd:
+            break
     else:
         pool.undecided = True
         log.error("no decision after %d rounds, %d models left for the next event", MAX_ROUNDS, len(pool.touched))
+    pool.is_behind = bool(pool.touched or pool.went_idle)
     pool.flush_desired()
 
 

@@ -6,7 +6,8 @@ long as they are. On top of that, much more often than in life, everything else 
 come at one moment, replicas and engines die, machines are lost and come back, the configuration changes, operators load
 and unload, holders announce all that they have, and people look at snapshots.
 
-The clock is virtual. What is timed is `decide` and `next_deadline`, as the ledger's actor calls them for every event.
+Rare events are drawn a hundred times more often than life does. The clock is virtual. What is timed is `decide` and
+`next_deadline`, as the ledger's actor calls them for every event.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ MODELS, REPLICAS, QUEUED = 1_000, 10_000, 100_000
 SLOTS = 4
 LOAD_S, UNLOAD_S, START_S = 3.0, 0.1, 0.5
 HOLDERS = 8
+#: What is no event: what people and metrics look at.
+VIEWS = ("snapshot", "briefs")
 #: So many ordinary events come for one of the others.
 EVERY = 40
 
@@ -353,9 +356,19 @@ class Storm:
 
     # --- figures ------------------------------------------------------------------------------------------------------
 
-    def percentile_ms(self, share: float) -> float:
-        every = sorted(each for times in self.took.values() for each in times)
-        return 1000 * every[min(len(every) - 1, int(len(every) * share))]
+    def figures(self) -> dict[str, float]:
+        """What `bench_ledger.py` tells of this pool; ends it."""
+        events = sorted(each for kind, times in self.took.items() if kind not in VIEWS for each in times)
+        ms = {
+            "p999_ms": events[int(len(events) * 0.999)],
+            "max_ms": events[-1],
+            "snapshot_ms": max(self.took["snapshot"]),
+            "holder_died_ms": self.one_holder_dies(),
+        }
+        while (due := self.ledger.next_deadline()) is not None and due <= self.now:
+            self.ledger.decide(Ticked(), self.now)
+        self.ledger.check()
+        return {"build_s": round(self.build_s, 1), **{key: round(1000 * value, 2) for key, value in ms.items()}}
 
     def table(self) -> dict[str, tuple[int, float, float]]:
         """How often each kind came, its mean and its longest time in ms; the longest first."""

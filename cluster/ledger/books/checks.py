@@ -45,7 +45,7 @@ def _check_replica(pool: Pool, replica: Replica) -> None:
     held = len(replica.leases)
     assert replica.state is not ReplicaState.COLD, f"{replica} is cold and still on the books"
     assert held == 0 or replica.state.may_hold_leases, f"{replica} holds leases in a state that may not"
-    if replica.told_to_stop and not pool.is_recovering:
+    if replica.told_to_stop and _is_settled(pool, replica.model):
         assert replica.state.is_going, f"{replica} was told to stop, and serves"
     assert stops.before(pool.book, replica) == stops.find_before(pool.book, replica), f"{replica}: stale notes on stops"
     if replica.state is STOPPING:
@@ -57,7 +57,7 @@ def _check_replica(pool: Pool, replica: Replica) -> None:
         f"the replicas of {replica.model.name} are not in the order of their age"
     )
     assert (replica.uid is None) == (replica.state is STARTING), f"{replica} is in use without a process, or has one"
-    if pool.keeps_replicas and not pool.is_recovering:
+    if pool.keeps_replicas and _is_settled(pool, replica.model):
         assert held or replica.state is not DRAINING, f"{replica} has drained and its engine does not end"
     assert replica.is_placed or replica.state in (STARTING, ASLEEP, UNLOADING, STOPPING), f"{replica} has no place"
     _check_sleeper(pool, replica)
@@ -85,7 +85,7 @@ def _check_model(pool: Pool, model: Model) -> None:
     assert model.told_to_stop == told, f"{name}: {model.told_to_stop} counted as told to stop, {told} are"
     assert model.sleeping == sum(each.engine_sleeps for each in model.replicas), f"{name}: wrongly counted as sleeping"
     assert model.placed == sum(each.is_placed for each in model.replicas), f"{name}: wrongly counted as placed"
-    if not pool.is_recovering:
+    if _is_settled(pool, model):
         assert not (idle := stops.certain(pool.book, model)), f"{idle} have drained and do not stop"
     for state in ReplicaState:
         count = sum(1 for _ in model.in_state(state))
@@ -111,10 +111,15 @@ def _check_model(pool: Pool, model: Model) -> None:
     assert (model.claim is not None) == (model in pool.claims), f"{name}: its claim is not listed"
 
 
+def _is_settled(pool: Pool, model: Model) -> bool:
+    """All was done about the model that can be done now; of a very large pool, some may be left for the next event."""
+    return not pool.is_recovering and model not in pool.touched
+
+
 def _check_head(pool: Pool, model: Model) -> None:
     """Nobody waits before free slots, but one who wants more than any replica has free, and those behind it."""
     head = model.queue.head()
-    if head is None or pool.is_recovering:
+    if head is None or not _is_settled(pool, model):
         return
     for replica in model.in_state(READY):
         wanted = min(head.slots, replica.slots)

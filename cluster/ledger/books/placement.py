@@ -8,7 +8,7 @@ than was thought; then nothing fits on that device, or node, until it is resolve
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Iterable
 
 from cluster.ledger.books.packing import RayBooks
 from cluster.ledger.books.records import Replica
@@ -32,6 +32,7 @@ class Node:
         "marked",
         "memory",
         "name",
+        "number",
         "present",
         "ray",
         "replicas",
@@ -42,6 +43,8 @@ class Node:
 
     def __init__(self, name: str, ray_is_asked: bool = True) -> None:
         self.name = name
+        # grows from one to the next in the order in which they were first heard of
+        self.number = 0
         self.ray = RayBooks(ray_is_asked)
         self.spec = NodeSpec(name)
         self.present = False
@@ -64,6 +67,9 @@ class Node:
 
     def resize(self, spec: NodeSpec, present: bool) -> None:
         """Take a new size; what is placed stays placed, even on devices that are gone."""
+        if spec == self.spec and present == self.present:
+            self.excused = self.is_over()
+            return
         self.widen(spec.gpus)
         self.ray.resize(self.spec.gpus, spec.gpus)
         for index in range(len(self.gpu)):
@@ -238,6 +244,7 @@ class Book:
         self.seen: dict[str, NodeSpec] = {}
         self.version = 0
         self.present = 0
+        self._opened = 0
         self._keeps_replicas = False
         # what the models of each sharing group are bound to, as far as they are
         self.bonds: dict[str, set[tuple[str, ...]]] = {}
@@ -276,6 +283,8 @@ class Book:
         found = self.nodes.get(name)
         if found is None:
             found = self.nodes[name] = Node(name, ray_is_asked=not self._keeps_replicas)
+            self._opened += 1
+            found.number = self._opened
         return found
 
     def could_ever_fit(self, shape: Shape, replicas: int = 1) -> bool:
@@ -302,7 +311,7 @@ class Book:
         """Some node that was ever seen has a device that the shape is bound to, if it is bound to any."""
         return not shape.only or any(named_devices(spec, shape.only) for spec in self.seen.values())
 
-    def find(self, shape: Shape, among: Container[str] | None = None) -> Place | None:
+    def find(self, shape: Shape, among: Iterable[str] | None = None) -> Place | None:
         """A free place, on the node that it leaves the least room on. Remembers a failure until something changes.
 
         `among` are the nodes that are looked at; None = all.
@@ -311,8 +320,9 @@ class Book:
             return None
         hosts = self.hosts(shape)
         best: tuple[int, int, Place] | None = None
-        for node in self.nodes.values():
-            if node.widest < shape.per_device or (among is not None and node.name not in among):
+        nodes = self.nodes.values() if among is None else self._in_order(among)
+        for node in nodes:
+            if shape.gpu and node.widest < shape.per_device:
                 continue
             place = node.fit(shape, hosts)
             if place is not None:
@@ -324,6 +334,9 @@ class Book:
                 self._full[shape] = self.version
             return None
         return best[2]
+
+    def _in_order(self, names: Iterable[str]) -> list[Node]:
+        return sorted((self.nodes[name] for name in names if name in self.nodes), key=lambda node: node.number)
 
     def hosts(self, shape: Shape) -> set[tuple[str, int]] | None:
         """The devices that a shape is bound to: by its model, and by its sharing group. None if it may go anywhere.

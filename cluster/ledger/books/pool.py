@@ -100,6 +100,8 @@ class Pool:
         self.room_seen = -1
         # how many replicas were looked at as victims in this decision
         self.looked = 0
+        # there was more to look at than one event may: the rest is due at once
+        self.is_behind = False
         self.capacity_was = 0
         self.timers: list[tuple[float, int, Model]] = []
         # nothing is due before this; it may be too early, never too late

@@ -79,14 +79,14 @@ def holder_announced(pool: Pool, event: HolderAnnounced, now: float) -> None:
     for orphans in pool.orphans.values():
         for lost in [each for each in orphans.values() if each.holder == event.holder and each.request not in known]:
             del orphans[lost.request]
-    for waiter in [each for each in pool.waiters.values() if each.holder == event.holder]:
-        if waiter.request not in known:
-            log.warning("request %s is not known to its holder any more, cancelled", waiter.request)
-            pool.dequeue(waiter)
-            pool.finished += 1
-            pool.touched[waiter.model] = None
-            pool.cancelled.add(waiter.request, now)
-    for lease in [each for each in pool.leases.values() if each.holder == event.holder]:
+    holder = event.holder
+    for waiter in [each for each in pool.waiters.values() if each.holder == holder and each.request not in known]:
+        log.warning("request %s is not known to its holder any more, cancelled", waiter.request)
+        pool.dequeue(waiter)
+        pool.finished += 1
+        pool.touched[waiter.model] = None
+        pool.cancelled.add(waiter.request, now)
+    for lease in [each for each in pool.leases.values() if each.holder == holder]:
         if lease.request not in waiting and (lease.request, lease.generation) not in held:
             log.warning("lease %s is not known to its holder any more, released", lease.request)
             _forget_late(pool, lease, now)

@@ -8,10 +8,10 @@ import pytest
 
 from cluster.ledger import placing, tree
 from cluster.ledger.books import stops
-from cluster.ledger.events import LeaseReleased, ReplicaReady, ReplicaStarted, Ticked
+from cluster.ledger.events import ConfigChanged, LeaseReleased, NodesChanged, ReplicaReady, ReplicaStarted, Ticked
 from cluster.ledger.handlers import requests
 from cluster.ledger.rules import eviction
-from cluster.ledger.specs import NodeSpec
+from cluster.ledger.specs import NodeSpec, PoolSpec
 from tests.unit.ledger.desk import Desk, model
 
 
@@ -114,3 +114,30 @@ def test_a_busy_model_at_its_minimum_stays_until_the_bound() -> None:
     desk.arrive("b", "B")
     assert desk.at(8.9) == []
     assert desk.at(9.0) == ["quiesce A#1"]
+
+
+def test_a_change_for_very_many_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = "ABC"
+    desk = Desk(*map(model, names), gpus=3)
+    for name in names:
+        desk.warm(name, f"{name}#1")
+    monkeypatch.setattr(tree, "MAX_TOUCHED", 1)
+    changed = {name: model(name, revision="2") for name in names}
+    drained = [desk.tell(ConfigChanged(PoolSpec(models=changed))), *ticks(desk)]
+    assert drained[0] == ["quiesce A#1"]
+    told = sorted(word for words in drained for word in words)
+    assert told == sorted(word for name in names for word in (f"quiesce {name}#1", f"desire {name} 0"))
+
+
+def test_a_machine_that_is_as_it_was_keeps_its_account() -> None:
+    desk = Desk(model("A"))
+    desk.warm("A", "A#1")
+    assert desk.tell(NodesChanged(desk.spec.nodes)) == []
+
+
+def test_a_model_without_devices_fits_beside_devices_that_are_over_their_budget() -> None:
+    desk = Desk(model("A"), model("B"), model("C", num_gpus=0.0, num_cpus=1.0), recovering_until=1.0)
+    for name in "AB":
+        desk.tell(ReplicaStarted(name, f"{name}#1", "n", loading=True), ReplicaReady(f"{name}#1"))
+    desk.at(1.0)
+    assert "desire C 1" in desk.arrive("c", "C")
