@@ -1,6 +1,6 @@
 """What the scheduling policy is worth: twelve traces on a virtual clock, each on the same simulated cluster.
 
-    python tests/bench/bench_policy.py [--json FILE] [--seed N] [--trace NAME]
+    python tests/bench/bench_policy.py [--json FILE] [--seed N] [--seeds COUNT] [--trace NAME]
 
 fifo         one line for all; whoever is first gets its model loaded, and nobody overtakes ("swap on demand").
 ready_first  whoever's model is loaded goes first, without any bound; a model is swapped out when nobody uses or
@@ -10,6 +10,8 @@ achievable   a schedule made by a search that knows all arrivals and service tim
              same cluster (`policy/search.py`). It shows how far there is to go; nobody who does not know the future
              gets there.
 lower_bound  no schedule at all: each model has the whole cluster for itself, and is loaded in time.
+
+With several seeds the figures are those of the first, and the spread of the ratios is said besides.
 
 `late` counts the requests that waited longer than the bound of their own class. `achievable_ratio` is slotpool's mean
 wait over that of `achievable`. What any of them did is checked by `policy/validate.py`.
@@ -67,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Swaps and waits of five schedulers over simulated traces.")
     parser.add_argument("--json", metavar="FILE", help="write the figures to FILE")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=1, help="so many seeds, for the spread of the ratio")
     parser.add_argument("--trace", help="run this one only")
     args = parser.parse_args()
     rows = []
@@ -77,10 +80,15 @@ def main() -> None:
             continue
         row = measure(trace)
         rows.append(row)
+        others = [measure(make(random.Random(seed))) for seed in range(args.seed + 1, args.seed + args.seeds)]
+        ratios = sorted(each["achievable_ratio"] for each in [row, *others])
+        row["achievable_ratios"] = ratios
         for name, figure in row["policies"].items():
             waits = f"{figure['mean_wait_s']:8.2f} {figure['p95_wait_s']:8.2f} {figure['max_wait_s']:8.2f}"
             rest = f"{figure['swaps']:6d} {figure['makespan_s']:9.1f}   ({row['bound_s']:g})"
             ratio = f"  {row['achievable_ratio']:.2f} x achievable" if name == "slotpool" else ""
+            if ratio and others:
+                ratio += f" ({ratios[0]:.2f} to {ratios[-1]:.2f} over {args.seeds} seeds)"
             print(f"{trace.name:18} {name:12} {waits} {rest} {figure['late']:5d}{ratio}", flush=True)
     if args.json:
         Path(args.json).write_text(json.dumps({"traces": rows}, indent=1))

@@ -13,12 +13,11 @@ swap costs everybody two loads; it is drained before that only if
 
 Whatever it is, V has its *minimum turn* (`turn_end`): where everybody is overdue, shorter turns would only mean that
 more of the time goes into swaps. Where nobody waits for V, a configured bound need not wait for the end of the turn.
-A bound that is none of the pool's promises also lets V serve those who waited for it when the bound came near
-(`gate`).
+When a bound comes near, V first serves those who waited for it by then (`gate`).
 
 `tests/bench/bench_policy.py` shows what that is worth: without bounds the rule above is as good as "whoever is loaded
-goes first", which nobody beats in mean wait as long as the resident models pause now and then, and which starves all
-others when they do not.
+goes first", which nobody without foresight beats in mean wait as long as the resident models pause now and then, and
+which starves all others when they do not.
 """
 
 from __future__ import annotations
@@ -264,12 +263,12 @@ def gate(pool: Pool, waiting: Model) -> tuple[int, float] | None:
 
     Somebody waited for the resident model when it was loaded, or when the others became due: he is served first.
     That is gated service: who comes later waits for the next turn. It ends, whatever the flood, and where everybody is
-    overdue a turn clears a whole line instead of a few batches. A bound that was configured, a deadline, and a higher
-    class than his go before.
+    overdue a turn clears a whole line instead of a few batches. A deadline and a higher class than his go before, and a
+    bound that was configured, unless his own is due as well (`victims.Verdict`).
     """
     head = waiting.queue.head()
     due = bound_at(pool, waiting)
-    if head is None or is_promised(pool, waiting) or due >= waiting.queue.first_deadline() - lead_s(pool, waiting):
+    if head is None or due >= waiting.queue.first_deadline() - lead_s(pool, waiting):
         return None
     return head.priority, due
 

@@ -42,14 +42,17 @@ class Verdict:
         self.stay_s = -INFINITY
         self.first_since = INFINITY
         self.harms: dict[int, float] = {}
-        if model.queue.count or not (bound and policy.is_promised(pool, waiting)):
+        promised = bound and policy.is_promised(pool, waiting)
+        if model.queue.count or not promised:
             self.stay_s = policy.turn_s(pool, model)
         if spare and policy.best_class(waiting) < policy.best_class(model):
             self.busy = Tier.LOWER
         elif bound:
             self.busy = Tier.BUSY if spare else Tier.PROTECTED
-            ahead = (head.since for head in model.queue.heads() if head.priority <= stands_back)
-            self.first_since = min(ahead, default=INFINITY)
+            # A promise stands back for nobody but who is due as well.
+            if not promised or pool.now >= policy.bound_at(pool, model):
+                ahead = (head.since for head in model.queue.heads() if head.priority <= stands_back)
+                self.first_since = min(ahead, default=INFINITY)
         elif spare:
             self.stay_s = max(self.stay_s, policy.residency_s(pool, model))
         else:

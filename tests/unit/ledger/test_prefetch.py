@@ -43,6 +43,8 @@ def test_a_sleepers_files_are_read_while_its_victim_drains_and_once_only() -> No
     desk.tell(EngineUnloaded("u"), ReplicaReady("v"))
     assert desk.prefetches == [PrefetchModel("b", "v")]
     desk.arrive("a3", "a")
+    assert desk.release("b1") == ["grant b2 v"], "it is overdue as well, and came before"
+    desk.at(131.0)
     assert desk.prefetches[1:] == [PrefetchModel("a", "u")]
 
 

@@ -51,8 +51,7 @@ def test_a_turn_does_not_begin_anew_when_a_drain_is_taken_back() -> None:
     desk = overdue()
     desk.at(16.2)
     assert desk.tell(RequestCancelled("b1")) == ["reopen A#1"]
-    desk.arrive("b2", "B")
-    assert desk.at(18.5) == ["quiesce A#1"]
+    assert desk.arrive("b2", "B", priority=1) == ["quiesce A#1"], "due at once, since so was b1"
 
 
 def test_a_replica_that_its_model_can_spare_has_no_turn() -> None:
@@ -95,9 +94,16 @@ def test_nobody_preempts_his_own_class_or_who_waits_for_the_victim() -> None:
     assert desk.arrive("b2", "B", priority=1) == [], "a high one waits for A, too"
 
 
-def gated(*, a3_at: float = 36.0, a3: int = 2, timeout: float = 600.0, bound_s: tuple[float | None, ...] = ()) -> Desk:
+def gated(
+    *,
+    a3_at: float = 36.0,
+    a3: int = 2,
+    b1: int = 2,
+    timeout: float = 600.0,
+    bound_s: tuple[float | None, ...] = (None, None, None),
+) -> Desk:
     """A, loaded in 4 s at 4, streams a2; b1 of B came at 6 and is due at 37; for A a3 waits, since before that."""
-    desk = Desk(model("A", slots=1), model("B"), bound_s=bound_s or (None, None, None))
+    desk = Desk(model("A", slots=1), model("B"), bound_s=bound_s)
     desk.arrive("a1", "A")
     desk.tell(ReplicaStarted("A", "A#1", "n"))
     desk.at(LOAD_S)
@@ -106,7 +112,7 @@ def gated(*, a3_at: float = 36.0, a3: int = 2, timeout: float = 600.0, bound_s: 
     desk.release("a1")
     desk.arrive("a2", "A")
     desk.at(6.0)
-    desk.arrive("b1", "B", timeout=timeout)
+    desk.arrive("b1", "B", priority=b1, timeout=timeout)
     assert desk.at(a3_at) == []
     desk.arrive("a3", "A", priority=a3)
     return desk
@@ -127,6 +133,13 @@ def test_who_comes_after_that_waits_for_the_next_turn() -> None:
     desk = gated(a3_at=36.0)
     desk.tell(RequestCancelled("a3"))
     assert desk.at(37.1) == ["quiesce A#1"]
+
+
+def test_a_promise_that_is_due_as_well_is_kept_first() -> None:
+    desk = gated(a3_at=7.0, bound_s=(20.0, 20.0, 40.0), b1=3)
+    assert desk.at(38.9) == []
+    assert desk.release("a2") == ["grant a3 A#1"]
+    assert desk.at(39.2) == ["quiesce A#1"]
 
 
 def test_a_deadline_a_promise_and_a_higher_class_wait_for_nobody() -> None:
