@@ -7,7 +7,7 @@ GPUS   ?=
 CONFIG ?=
 ARGS   ?=
 # These run a second time in a pool whose replicas end with their engines, as on a cluster that was there before.
-ENDING := tests/serve/test_admin.py
+ENDING := tests/serve/test_admin.py tests/serve/test_many_swaps.py
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 # gcc 12 drops most of the tile configuration that llama.cpp's AMX kernels make (its `_tile_loadconfig` claims to read 8
