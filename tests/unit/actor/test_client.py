@@ -10,60 +10,19 @@ from typing import Any
 import pytest
 
 from cluster import client as client_module
-from cluster import effects, errors
-from cluster.client import LedgerClient
+from cluster import errors
 from cluster.config.version import with_model
 from cluster.orders import Load
 from cluster.request import Request
-from tests.unit.actor.no_ray import MODELS, Cluster, Handle, configuration, engine, started, turns
-
-CONFIG = configuration(MODELS)
-
-
-class Side:
-    """A ledger with a client, and what the test needs to disturb them."""
-
-    def __init__(self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.cluster = cluster
-        self.patch = monkeypatch
-        for name, value in (("RETRY_S", 0.001), ("FAULT_PAUSE_S", 0.001), ("SLACK_S", 0.05)):
-            monkeypatch.setattr(client_module, name, value)
-        self.clients: list[LedgerClient] = []
-
-    async def begin(self, *, serves: bool = True) -> LedgerClient:
-        self.actor = await self.cluster.life(CONFIG)
-        self.handle = Handle(self.actor)
-        self.patch.setattr(effects, "get_or_create_ledger", lambda _, configuration: self.handle)
-        self.patch.setattr(effects, "find_ledger", lambda: self.handle)
-        client = LedgerClient(CONFIG, "h")
-        self.clients.append(client)
-        if serves:
-            await self.cluster.serve(self.actor, "a", "u")
-        return client
-
-    async def restart(self) -> None:
-        self.handle.lose()
-        await turns()
-        self.actor = await self.cluster.life(CONFIG, restarted=True)
-        self.handle.come_back(self.actor)
-
-    def counts(self) -> tuple[int, int]:
-        snapshot = self.actor._ledger.snapshot()
-        return snapshot.leases, snapshot.queued
-
-    async def until(self, leases: int, queued: int) -> None:
-        async with asyncio.timeout(10):
-            while self.counts() != (leases, queued):
-                await asyncio.sleep(0.001)
+from tests.unit.actor.no_ray import Cluster, Handle, engine, started, turns
+from tests.unit.actor.side import CONFIG, Side
 
 
 @pytest.fixture
 def side(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[Side]:
     side = Side(cluster, monkeypatch)
     yield side
-    for client in side.clients:
-        for task in client._senders:
-            task.cancel()
+    side.end()
 
 
 def request(name: str, model: str = "a", timeout_s: float = 60.0) -> Request:
