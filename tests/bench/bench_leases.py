@@ -2,9 +2,10 @@
 
     python tests/bench/bench_leases.py [--leases 2000] [--json FILE]
 
-`batched` is `LedgerClient`, which sends what arrives during one round trip in the next one; `one by one` is a call
-of its own for every lease and every release. In turn, in one run, at several numbers of clients at once. The figures
-of the JSON file are those with 64 clients.
+`socket` is how an ingress does it: `LedgerClient` on the socket of the ledger's process (`stay_linked`). `batched` is
+the same client without it, through Ray's actor calls: what arrives during one round trip goes in the next one. `one by
+one` is such a call of its own for every lease and every release. In turn, in one run, at several numbers of clients at
+once. The figures of the JSON file are those with 64 clients.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
+
+import ray
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -61,9 +64,25 @@ async def rate(cycle: Cycle, name: str, clients: int, leases: int) -> float:
     return leases / (time.perf_counter() - started)
 
 
+async def linked(configuration: Configuration) -> tuple[LedgerClient, asyncio.Task[None]]:
+    """A client that has its socket, and what keeps it."""
+    client = LedgerClient(configuration, "bench on a socket")
+    linking = asyncio.create_task(client.stay_linked(ray.get_runtime_context().get_node_id()))
+    async with asyncio.timeout(30):
+        while not client._link.is_open:
+            await asyncio.sleep(0.01)
+    return client, linking
+
+
 async def compare(leases: int) -> dict[str, dict[int, float]]:
-    client = LedgerClient(Configuration((0.0, 0), load_config({"models": MODELS}, environ={})), "bench")
-    cycles = {"one by one": one_by_one(effects.find_ledger()), "batched": batched(client)}
+    configuration = Configuration((0.0, 0), load_config({"models": MODELS}, environ={}))
+    client = LedgerClient(configuration, "bench")
+    on_socket, linking = await linked(configuration)
+    cycles = {
+        "one by one": one_by_one(effects.find_ledger()),
+        "batched": batched(client),
+        "socket": batched(on_socket),
+    }
     rates: dict[str, dict[int, float]] = {name: {} for name in cycles}
     print(f"{'clients':<10}" + "".join(f"{name + ' /s':>16}" for name in cycles))
     for clients in CLIENTS:
@@ -71,6 +90,8 @@ async def compare(leases: int) -> dict[str, dict[int, float]]:
             await rate(cycle, f"warm {name}", clients, 100)
             rates[name][clients] = await rate(cycle, name, clients, leases)
         print(f"{clients:<10}" + "".join(f"{rates[name][clients]:>16.0f}" for name in cycles), flush=True)
+    assert on_socket._link.is_open, "the socket broke"
+    linking.cancel()
     return rates
 
 
@@ -81,7 +102,11 @@ def main() -> None:
     arguments = parser.parse_args()
     with local_serve() as port, running_pool(port, {"models": MODELS}):
         rates = asyncio.run(compare(arguments.leases))
-    figures = {"leases_per_s": rates["batched"][64], "one_by_one_leases_per_s": rates["one by one"][64]}
+    figures = {
+        "socket_leases_per_s": rates["socket"][64],
+        "leases_per_s": rates["batched"][64],
+        "one_by_one_leases_per_s": rates["one by one"][64],
+    }
     for name, value in figures.items():
         print(f"{name} = {value:.0f}")
     if arguments.json:

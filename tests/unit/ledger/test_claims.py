@@ -6,7 +6,7 @@ import pytest
 
 from cluster.ledger.events import NodesChanged, RequestCancelled
 from cluster.ledger.rules import claims
-from cluster.ledger.specs import NodeSpec
+from cluster.ledger.specs import ModelSpec, NodeSpec
 from tests.unit.ledger.desk import Desk, model
 
 BOUND = (5.0, 8.0, 12.0)
@@ -200,28 +200,25 @@ def test_what_is_free_already_goes_to_the_better_waiter_too() -> None:
     assert desk.at(13.0) == ["quiesce H#1", "quiesce B#1"]
 
 
-def test_a_promise_of_another_place_is_left_alone() -> None:
-    """Of H's two devices L was promised but one: that helps nobody, so L keeps it."""
-    desk = Desk(model("A"), model("P", pinned=True), model("L"), model("H", num_gpus=2.0), gpus=2, load_prior_s=0.0)
-    for name in "AP":
+@pytest.mark.parametrize(
+    ("other", "rival"),
+    [
+        # Of the rival's two devices L was promised but one: that helps nobody, so L keeps it.
+        (model("P", pinned=True), model("H", num_gpus=2.0)),
+        # The rival is served already, and wants a second replica; L has none.
+        (model("G", slots=1, max_replicas=2), model("G", slots=1, max_replicas=2)),
+    ],
+    ids=["of another place", "by growth"],
+)
+def test_a_promise_is_left_alone(other: ModelSpec, rival: ModelSpec) -> None:
+    """Its waiters are of a higher class than L's, and come later."""
+    desk = Desk(model("A"), other, model("L"), rival, gpus=2, load_prior_s=0.0)
+    for name in ("A", other.name):
         desk.arrive(f"{name}1", name)
         desk.boot(name, f"{name}#1")
     desk.now = 5.0
     assert desk.arrive("l1", "L", priority=3) == ["quiesce A#1"]
-    assert desk.arrive("h1", "H", priority=1) == []
-    desk.release("A1")
-    assert desk.gone("A#1") == ["desire L 1"]
-
-
-def test_growth_takes_no_promise_over() -> None:
-    """G is served already, and wants a second replica; its high waiters stand before L's, which has none."""
-    desk = Desk(model("A"), model("G", slots=1, max_replicas=2), model("L"), gpus=2, load_prior_s=0.0)
-    for name in "AG":
-        desk.arrive(f"{name}1", name)
-        desk.boot(name, f"{name}#1")
-    desk.now = 5.0
-    assert desk.arrive("l1", "L", priority=3) == ["quiesce A#1"]
-    assert desk.arrive("g2", "G", priority=1) == []
+    assert desk.arrive("r2", rival.name, priority=1) == []
     desk.release("A1")
     assert desk.gone("A#1") == ["desire L 1"]
 
