@@ -44,7 +44,7 @@ Where no replicas are kept without an engine (`max_asleep` 0) a replica ends wit
 straight to STOPPING (`dismissed`), what is ASLEEP only waits to be stopped, and what was booked for the engine is
 credited when the process is gone, since Ray has promised it to that process.
 
-Three rules guard the border to Serve, which acts late and picks by itself *which* replica of a model it stops:
+Four rules guard the border to Serve, which acts late and picks by itself *which* replica of a model it stops:
 
 1. While a model has a replica that is to be stopped, its desired count is never raised. Lowering and raising before
    Serve has acted would cancel each other out: the old process would stay and the new one never come. And a replica
@@ -54,7 +54,12 @@ Three rules guard the border to Serve, which acts late and picks by itself *whic
    be a guess (the other may have crashed by itself while Serve is killing this one), and a wrong guess routes
    requests into a dying process. The extra replica is started again on demand; the eviction still makes progress.
 3. A replica is dismissed only when Serve, by its own rules, would stop it or another one that is dismissed already
-   (`books.stops`). Until then it waits, empty.
+   (`books.stops`). Until then it waits, empty. So does one that only drained since it is out of date, where another
+   was started beside it.
+4. A replica says so when Serve has told it to stop, and to each new life of the ledger again: it gets nobody new, and
+   counts no more among the desired. Whom Serve was asked to stop and has not told yet, a new life cannot know. It takes
+   that one for one that stays, and says the higher count as soon as it decides anything. Should Serve be faster all the
+   same, the replica still lets end what it was granted meanwhile, so nobody's stream is cut.
 
 A `gone` is legal in every state, for a process may die at any time; what it held is revoked. All that is not in the
 table is illegal: it is logged and changes nothing.
