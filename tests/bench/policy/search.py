@@ -78,7 +78,7 @@ class State:
 class Search:
     """One search. `width` states go on after each window of `window_s`; a drain tries `breadth` successors."""
 
-    def __init__(self, trace: Trace, width: int = 200, window_s: float = 1.0, breadth: int = 3) -> None:
+    def __init__(self, trace: Trace, width: int = 200, window_s: float = 2.0, breadth: int = 3) -> None:
         self.trace, self.width, self.window_s, self.breadth = trace, width, window_s, breadth
         self.lines = Lines(trace)
         self.change_s = [STOP_S + START_S + trace.load_s[name] for name in self.lines.names]
