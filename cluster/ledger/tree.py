@@ -66,11 +66,12 @@ def settle(pool: Pool, now: float) -> None:
             _stop_idle(pool, model, now)
             pool.arm(model, due(pool, model))
         while pool.keeps_replicas and (first := sleepers.next_to_go(pool)) is not None:
-            replica, whole = first
-            if whole:
-                pool.move(replica, Cause.DISMISSED, now, "max_asleep")
-            else:
-                engine_moves.demote(pool, replica, now, "max_asleep")
+            going, whole = first
+            for replica in going:
+                if whole:
+                    pool.move(replica, Cause.DISMISSED, now, "max_asleep")
+                else:
+                    engine_moves.demote(pool, replica, now, "max_asleep")
         if is_crowd:
             break
     else:

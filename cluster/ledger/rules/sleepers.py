@@ -155,9 +155,9 @@ def stays_until(replica: Replica) -> float:
     return replica.rested_at + timeout_s if timeout_s and not is_wanted(replica.model) else INFINITY
 
 
-def next_to_go(pool: Pool) -> tuple[Replica, bool] | None:
-    """The least recently used sleeper, if there are too many or their host has no room for them, and whether all of it
-    goes or only the engine that sleeps in it.
+def next_to_go(pool: Pool) -> tuple[list[Replica], bool] | None:
+    """The least recently used sleeper, with those that must go with it, if there are too many or their host has no room
+    for them, and whether all of it goes or only the engine that sleeps in it.
 
     For want of room such an engine goes before any replica does. A replica only goes where Serve is sure to stop it.
     Not one of a model that waits for a place, for it will be needed in a moment.
@@ -167,21 +167,31 @@ def next_to_go(pool: Pool) -> tuple[Replica, bool] | None:
     if not (many or crowded):
         return None
     unneeded = [each for each in pool.asleep if not is_wanted(each.model)]
-    if many and (first := _first_certain(pool, unneeded)) is not None:
+    if many and (first := _first_certain(pool, unneeded)):
         return first, True
     full = {node.name for node in crowded if not node.has_host_room(_host_mib(node, True))}
     engines = (each for each in unneeded if each.engine_sleeps and each.place.node in full)
-    if (first := next(engines, None)) is not None:
-        return first, False
+    if (engine := next(engines, None)) is not None:
+        return [engine], False
     # What falls asleep comes in the place of one that wakes, as a rule, and what starts will load: none goes for that.
     full = {node.name for node in crowded if not node.has_host_room(_host_mib(node, False))}
     first = _first_certain(pool, [each for each in unneeded if each.place.node in full])
-    return None if first is None else (first, True)
+    return (first, True) if first else None
 
 
-def _first_certain(pool: Pool, replicas: list[Replica]) -> Replica | None:
-    """The first that Serve is sure to stop before all others of its model."""
-    return next((each for each in replicas if stops.certain(pool.book, each.model, [each])), None)
+def _first_certain(pool: Pool, replicas: list[Replica]) -> list[Replica]:
+    """The first that Serve is sure to stop before all others of its model; none if it may stop others in its stead.
+
+    Where that is so of each, as on nodes that are not the head: the first with all of those others, if they sleep, too.
+    """
+    for each in replicas:
+        if stops.certain(pool.book, each.model, [each]):
+            return [each]
+    for each in replicas:
+        together = [each, *(other for other in stops.before(pool.book, each) if other.state is not STOPPING)]
+        if all(other in pool.asleep and not other.is_placed for other in together):
+            return together
+    return []
 
 
 def _host_mib(node: Node, to_come: bool) -> int:

@@ -32,3 +32,18 @@ def test_two_sleepers_on_one_node_stay_where_no_other_could_hold_their_model() -
     assert desk.arrive("a1", "a") == []
     assert desk.at(3.0) == []
     assert (desk.state("A1"), desk.state("A2")) == ("ASLEEP", "ASLEEP")
+
+
+def test_of_two_nodes_that_are_not_the_head_both_sleepers_go_for_serve_may_stop_either() -> None:
+    desk = Desk(model("a", max_replicas=2), nodes=NODES, max_asleep=1, recovering_until=2.0)
+    desk.tell(ReplicaStarted("a", "A1", "n1", 1.0), ReplicaStarted("a", "A2", "n2", 2.0))
+    assert desk.at(2.0) == ["desire a 0"]
+    assert (desk.state("A1"), desk.state("A2")) == ("STOPPING", "STOPPING")
+
+
+def test_a_sleeper_stays_beside_one_that_serves_and_that_serve_may_stop_in_its_stead() -> None:
+    desk = Desk(model("a", max_replicas=2), model("b"), nodes=NODES, max_asleep=1, recovering_until=2.0)
+    desk.tell(ReplicaStarted("a", "A1", "n1", 1.0, True, (0,)), ReplicaReady("A1"))
+    desk.tell(ReplicaStarted("a", "A2", "n2", 2.0), ReplicaStarted("b", "B", "n2", 3.0))
+    assert desk.at(2.0) == ["desire b 0", "desire a 2"], "b's goes, though it came last"
+    assert desk.state("A2") == "ASLEEP"
