@@ -47,3 +47,11 @@ def test_a_sleeper_stays_beside_one_that_serves_and_that_serve_may_stop_in_its_s
     desk.tell(ReplicaStarted("a", "A2", "n2", 2.0), ReplicaStarted("b", "B", "n2", 3.0))
     assert desk.at(2.0) == ["desire b 0", "desire a 2"], "b's goes, though it came last"
     assert desk.state("A2") == "ASLEEP"
+
+
+def test_too_many_sleepers_stay_while_serve_may_stop_one_that_serves_in_their_stead() -> None:
+    desk = Desk(model("a", max_replicas=3), nodes=NODES, max_asleep=1, recovering_until=2.0)
+    desk.tell(ReplicaStarted("a", "A1", "n1", 1.0, True, (0,)), ReplicaReady("A1"))
+    desk.tell(ReplicaStarted("a", "A2", "n2", 2.0), ReplicaStarted("a", "A3", "n2", 3.0))
+    assert desk.at(2.0) == ["desire a 3"]
+    assert (desk.state("A2"), desk.state("A3")) == ("ASLEEP", "ASLEEP")
