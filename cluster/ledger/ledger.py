@@ -10,8 +10,9 @@ event that is malformed, stale, repeated or of somebody unknown is logged and ch
 
 Where things are: `states` the transition table · `records`, `pool` the books · `requests`, `holders`, `replicas`,
 `engines`, `operators` what each event does to them · `early` what comes before the configuration · `tree` the decision
-tree, with `placing`, `eviction`, `autoscale`, `policy`, `placement` · `servers`, `server_events`, `server_turns`
-external servers · `queue` lines and deadlines · `checks` the invariants · `snapshot` what is shown.
+tree, with `placing`, `promises`, `eviction`, `victims`, `autoscale`, `policy`, `placement` · `servers`,
+`server_events`, `server_turns` external servers · `queue` lines and deadlines · `checks` the invariants ·
+`snapshot` what is shown.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import logging
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from cluster.ledger import placing
+from cluster.ledger import placing, promises
 from cluster.ledger.books import engine_moves, stops
 from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.records import Model, Replica
@@ -236,11 +236,11 @@ def _why_trimmed(pool: Pool, replica: Replica) -> str:
         return "operator"
     if replica.told_to_stop:
         return "stopped"
-    return "lost_node" if placing.is_on_lost_node(pool, replica) else "config"
+    return "lost_node" if promises.is_on_lost_node(pool, replica) else "config"
 
 
 def _forget(pool: Pool, model: Model) -> None:
-    placing.drop_claim(pool, model, pool.now)
+    promises.drop(pool, model, pool.now)
     _not_pending(pool, model)
     pool.understaffed.pop(model, None)
     model.armed_at = INFINITY
@@ -264,7 +264,7 @@ def _review(pool: Pool, model: Model, now: float) -> None:
         serve(pool, model, now)
     needed = autoscale.missing(pool, model, now)
     if not needed and model.claim is not None:
-        placing.drop_claim(pool, model, now)
+        promises.drop(pool, model, now)
     if model.counts[STARTING] and not model.queue.count:
         _withdraw_needless(pool, model, now)
     if not needed or model.claim is not None:
@@ -295,7 +295,7 @@ def _not_pending(pool: Pool, model: Model) -> None:
 
 def _reopen(pool: Pool, model: Model, now: float) -> bool:
     """Take back a drain that nobody else counts on."""
-    return any(placing.reopen_with_others(pool, replica, now) for replica in list(model.in_state(DRAINING)))
+    return any(promises.reopen_with_others(pool, replica, now) for replica in list(model.in_state(DRAINING)))
 
 
 def _withdraw_needless(pool: Pool, model: Model, now: float) -> None:
