@@ -226,8 +226,8 @@ class Ledger:
             times.append(min(pool.recovering_until, pool.early_deadline))
         elif pool.is_behind:
             times.append(pool.now)
-        elif (timer := tree.next_due(pool)) is not None:
-            times.append(timer)
+        else:
+            times += [each for each in (tree.next_due(pool), pool.quiet_at) if each is not None and each < INFINITY]
         return min(times, default=None)
 
     def recover_until(self, until: float) -> None:

@@ -20,7 +20,7 @@ from cluster.ledger.books.servers import is_remote
 from cluster.ledger.events import LoadRefused
 from cluster.ledger.handlers.engines import UNLOAD_LIMIT_S, give_orders, load_overdue, unload_overdue
 from cluster.ledger.handlers.requests import expire_waiters, refuse_or_reroute, serve
-from cluster.ledger.rules import autoscale, claims, levels, policy, sleepers
+from cluster.ledger.rules import autoscale, claims, levels, policy, quiet, sleepers
 from cluster.ledger.states import Cause, ReplicaState
 
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ def settle(pool: Pool, now: float) -> None:
         log.error("no decision after %d rounds, %d models left for the next event", MAX_ROUNDS, len(pool.touched))
     pool.is_behind = bool(pool.touched or pool.went_idle)
     pool.flush_desired()
+    if pool.lacks_processes and pool.quiet_at == INFINITY:
+        pool.watch_for_quiet(now)
 
 
 # --- time ---------------------------------------------------------------------------------------------------------
@@ -159,9 +161,25 @@ def expire(pool: Pool, now: float) -> None:
             if now >= replica.since + pool.spec.drain_timeout_s:
                 # Far beyond the longest request allowed: these leases have no holder any more.
                 pool.revoke(replica, now)
+    if now >= pool.quiet_at:
+        _start_quietly(pool, now)
     first = pool.deadlines.first()
     pool.wake = min(INFINITY if first is None else first.deadline, pool.timers[0][0] if pool.timers else INFINITY)
-    pool.wake = min(pool.wake, pool.orphans_until)
+    pool.wake = min(pool.wake, pool.orphans_until, pool.quiet_at)
+
+
+def _start_quietly(pool: Pool, now: float) -> None:
+    """Where nothing has happened for a while, start a process for a model that has none."""
+    pool.quiet_at = INFINITY
+    if pool.submitted == pool.quiet_seen and quiet.is_quiet(pool):
+        found = quiet.next_start(pool, now)
+        if found is None:
+            # Until something changes; one that vanished is started when it is wanted, or beside the next of these.
+            pool.lacks_processes = False
+            return
+        model, node = found
+        pool.place(model, pool.asleep_place(node.name), now, for_engine=False)
+    pool.watch_for_quiet(now)
 
 
 def _end_recovery(pool: Pool, now: float) -> None:

@@ -65,6 +65,16 @@ def engine(pool: Pool, model: str) -> int | None:
     return rows[0]["pid"] if rows else None
 
 
+def test_a_models_process_is_there_before_anybody_asks_for_it(pool: Pool):
+    say(pool, "one")
+    pool.wait(lambda ledger: any(row["model"] == "two" and row["replica"] for row in ledger["replicas"]))
+    kept = supervisors()
+    assert set(kept) == {"one", "two"}
+    assert statuses(pool)["two"] == "sleeping"
+    say(pool, "two")
+    assert supervisors() == kept
+
+
 def test_a_swap_keeps_the_replicas_and_ends_the_engine(pool: Pool):
     for model in ("one", "two"):
         say(pool, model)

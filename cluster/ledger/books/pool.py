@@ -37,6 +37,11 @@ log = logging.getLogger(__name__)
 COLD, READY, DRAINING = ReplicaState.COLD, ReplicaState.READY, ReplicaState.DRAINING
 STOPPING = ReplicaState.STOPPING
 
+# After so long without any request the pool may be quiet, in seconds.
+QUIET_S = 2.0
+# A process that vanished is not started again without need for so long, in seconds.
+QUIET_AGAIN_S = 60.0
+
 # What a replica without an engine is taken to hold of its host's memory as long as none has told.
 ASLEEP_MIB = 200
 
@@ -87,6 +92,12 @@ class Pool:
         self.drained = False
         # what a replica without an engine takes of its host's memory: assumed, then as the last one has said
         self.asleep_mib = ASLEEP_MIB
+        # who is there to ask for models; when to look whether all is quiet, and how many had asked when that was noted
+        self.holders: set[str] = set()
+        self.quiet_at = INFINITY
+        self.quiet_seen = 0
+        # a model may be without a process that could be started
+        self.lacks_processes = True
         # work for the decision tree
         self.touched: dict[Model, None] = {}
         # the tree went round and round without an end, which is a mistake
@@ -275,6 +286,8 @@ class Pool:
         model = replica.model
         replica.is_placed = placed
         model.placed += 1 if placed else -1
+        if placed:
+            model.quiet_from = -INFINITY
         if model.placed:
             self.resident[model] = None
         else:
@@ -313,6 +326,9 @@ class Pool:
             del self.asleep[replica]
             model.sleeping -= replica.engine_sleeps
             replica.engine_sleeps = False
+            if cause is Cause.DISMISSED:
+                # It has to be wanted before its process is started again.
+                model.quiet_from = INFINITY
         if replica.told_to_stop and before is not STOPPING and after in (STOPPING, COLD):
             model.told_to_stop -= 1
         model.counts[before] -= before is not COLD
@@ -353,6 +369,8 @@ class Pool:
     def _remove(self, replica: Replica) -> None:
         model = replica.model
         del model.replicas[replica]
+        model.quiet_from = max(model.quiet_from, self.now + QUIET_AGAIN_S)
+        self.lacks_processes = True
         if replica.is_placed:
             self.set_placed(replica, False)
         if replica.uid is not None:
@@ -421,6 +439,13 @@ class Pool:
         for entry in entries:
             heapq.heappush(self.pending, entry)
         return list(found)
+
+    def watch_for_quiet(self, now: float) -> None:
+        """Look in a moment whether nothing happens, and a process could be started for a model that has none."""
+        if self.keeps_replicas and self.lacks_processes and self.holders and not self.is_recovering:
+            self.quiet_at = now + QUIET_S
+            self.quiet_seen = self.submitted
+            self.wake = min(self.wake, self.quiet_at)
 
     # --- timers ------------------------------------------------------------------------------------------------
 

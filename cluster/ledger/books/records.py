@@ -276,6 +276,7 @@ class Model:
         "placed",
         "prefetched",
         "queue",
+        "quiet_from",
         "refusing",
         "removed",
         "replicas",
@@ -311,6 +312,8 @@ class Model:
         self.claim: Claim | None = None
         # by node, for whose sake its files were read last: when that claim began
         self.prefetched: dict[str, float] = {}
+        # no process is started for it before that without need
+        self.quiet_from = -INFINITY
         self.order: Order | None = None
         self.removed = self.unloading = self.held_down = False
         # failures and back-off

@@ -20,6 +20,7 @@ ORPHAN_S = 60.0
 
 def holder_died(pool: Pool, event: HolderDied, now: float) -> None:
     pool.dead_holders.add(event.holder, now)
+    pool.holders.discard(event.holder)
     for orphans in pool.orphans.values():
         for request in [each.request for each in orphans.values() if each.holder == event.holder]:
             del orphans[request]
@@ -74,6 +75,9 @@ def holder_announced(pool: Pool, event: HolderAnnounced, now: float) -> None:
     """
     if event.holder in pool.dead_holders:
         return
+    if event.holder not in pool.holders:
+        pool.holders.add(event.holder)
+        pool.watch_for_quiet(now)
     held, waiting = set(event.leases), set(event.waiting)
     known = waiting.union(request for request, _ in held)
     for orphans in pool.orphans.values():

@@ -11,6 +11,8 @@ from cluster.ledger.rules import policy
 def nodes_changed(pool: Pool, event: NodesChanged, now: float) -> None:
     """Take the machines as they are. What stands on a machine that left is drained, until its death is confirmed."""
     pool.book.set_nodes(event.nodes)
+    pool.lacks_processes = True
+    pool.watch_for_quiet(now)
     for model in pool.models.values():
         if model.replicas or model.queue.count or model.order is not None or model in pool.understaffed:
             pool.touched[model] = None

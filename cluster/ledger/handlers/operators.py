@@ -41,6 +41,7 @@ def config_changed(pool: Pool, event: ConfigChanged, now: float) -> None:
         if name not in pool.models:
             pool.models[name] = Model(spec, now)
     server_events.configure(pool, event.spec.servers, now)
+    pool.lacks_processes = True
     for model in pool.models.values():
         pool.touched[model] = None
     pool.book.version += 1
