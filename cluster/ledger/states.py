@@ -37,8 +37,8 @@ DRAINING one has no leases left and nothing to be reopened for.
 An engine that sleeps wakes on the devices that it has slept on, or not at all: anywhere else it must be loaded, and
 ends first (`demoted`). So it ends when what it holds there is in somebody's way, is more than the configuration
 allows, or when the host has no room for it. One that dies asleep costs nothing but the quick way back (`unloaded`). A
-waking that fails or takes too long is a load from then on, in the same state; a falling asleep that takes too long is
-an unload.
+waking that fails or takes too long is withdrawn, and then the engine is loaded, while its waiters stay; a falling
+asleep that takes too long is an unload.
 
 Where no replicas are kept without an engine (`max_asleep` 0) a replica ends with its engine: DRAINING and LOADING go
 straight to STOPPING (`dismissed`), what is ASLEEP only waits to be stopped, and what was booked for the engine is

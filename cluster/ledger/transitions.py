@@ -31,7 +31,8 @@ class Moved(NamedTuple):
 
     `record` numbers the replica records of this life of the ledger, since `replica`, the process, comes later. `reason`
     says why it drains, ends or was taken back: `max_asleep` (too many sleep, or too much), `idle_timeout`, `surplus`,
-    `operator`, `config`, `lost_node`, `unasked`, `stopped`, `withdrawn`, or why the swap began that it makes room for.
+    `operator`, `config`, `lost_node`, `unasked`, `stopped`, `wake` (it failed), `withdrawn`, or why the swap began that
+    it makes room for.
     """
 
     model: str

@@ -127,10 +127,9 @@ class Seen:
     is_loading: bool = False
     has_engine: bool = False
     is_restarting: bool = False
-    # told to sleep; what the engine that sleeps holds; told to wake it
+    # told to sleep; what the engine that sleeps holds
     falls_asleep: bool = False
     sleeps_on: tuple[int, ...] = ()
-    wakes: bool = False
 
 
 class Outside:
@@ -264,14 +263,11 @@ class Outside:
 
     def _loadengine(self, command: LoadEngine) -> None:
         seen = self.seen[command.replica]
-        # A waking that takes too long becomes a load.
-        asleep = LOADING if seen.wakes or not self.stays else ASLEEP
-        assert seen.state is asleep, f"{command} of {seen}"
-        assert seen.wakes or not seen.is_loading, f"{command} of {seen}, which loads already"
+        assert seen.state is (ASLEEP if self.stays else LOADING), f"{command} of {seen}"
+        assert not seen.is_loading, f"{command} of {seen}, which loads already"
         assert not seen.has_engine, f"{command} of {seen}, which has an engine"
         assert not seen.is_told, f"{command} of {seen}, which obeys nobody any more"
         assert not seen.sleeps_on, f"{command} of {seen}, which has an engine that sleeps"
-        seen.wakes = False
         self._takes(seen, command)
 
     def _wakeengine(self, command: WakeEngine) -> None:
@@ -279,7 +275,7 @@ class Outside:
         assert seen.state is ASLEEP, f"{command} of {seen}"
         assert not seen.is_told, f"{command} of {seen}, which obeys nobody any more"
         assert seen.sleeps_on == command.devices, f"{command} of {seen}: it can wake where it sleeps only"
-        seen.wakes, seen.sleeps_on = True, ()
+        seen.sleeps_on = ()
         self._takes(seen, command)
 
     def _takes(self, seen: Seen, command: LoadEngine | WakeEngine) -> None:
@@ -308,7 +304,7 @@ class Outside:
         seen = self.seen[command.replica]
         assert self.stays, f"{command}, though it ends with its engine"
         assert not seen.leases, f"{command} of {seen}, which is in use"
-        seen.state, seen.falls_asleep, seen.wakes = UNLOADING, False, False
+        seen.state, seen.falls_asleep = UNLOADING, False
 
     def _sleepengine(self, command: SleepEngine) -> None:
         seen = self.seen[command.replica]
@@ -521,7 +517,6 @@ class Outside:
             if self.inside(seen) is LOADING:
                 seen.state = READY
             seen.is_loading, seen.has_engine, seen.is_restarting = False, True, False
-            seen.wakes = False
             self.tell(self.is_ready(seen))
             return
         if cause is Cause.SLEPT:
@@ -532,7 +527,7 @@ class Outside:
         for name in list(seen.leases):
             self.end(self.sent[name])
         seen.is_loading = seen.has_engine = seen.is_restarting = False
-        seen.falls_asleep = seen.wakes = False
+        seen.falls_asleep = False
         if self.stays:
             seen.devices = seen.sleeps_on = ()
         if cause is Cause.UNLOADED:

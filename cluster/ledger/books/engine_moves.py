@@ -97,14 +97,15 @@ def demote(pool: Pool, replica: Replica, now: float, reason: str = "") -> None:
     pool.move(replica, Cause.DEMOTED, now, reason)
 
 
-def load_instead(pool: Pool, replica: Replica, now: float) -> None:
-    """A waking has failed, or takes too long: the engine is loaded, in the same place. Its waiters stay."""
+def give_up_waking(pool: Pool, replica: Replica, now: float) -> None:
+    """A waking has failed, or takes too long: what is left of it ends, and then the engine is loaded. Its waiters stay.
+
+    It is not loaded at once, for its failure may be told twice, and would be taken for one of the load.
+    """
     model = replica.model
     # As if it had taken that long to wake: a model that cannot is not put to sleep again by choice.
     model.wake_s = learned(model.wake_s, now - replica.order_began + (model.load_s or 0.0))
-    replica.wakes = False
-    replica.wanted_at = replica.order_began = replica.order_due = now
-    pool.touched[model] = None
+    unload(pool, replica, Cause.WITHDRAWN, now, "wake")
 
 
 def lose(pool: Pool, replica: Replica, cause: Cause, now: float) -> None:

@@ -18,7 +18,7 @@ STARTING, LOADING, READY = ReplicaState.STARTING, ReplicaState.LOADING, ReplicaS
 DRAINING, UNLOADING = ReplicaState.DRAINING, ReplicaState.UNLOADING
 ASLEEP, STOPPING = ReplicaState.ASLEEP, ReplicaState.STOPPING
 
-# An engine that has not woken after so many seconds, and so many times what a load takes, is loaded in its place.
+# An engine that has not woken after so many seconds, and so many times what a load takes, is loaded instead.
 WAKE_LIMIT_S = 10.0
 WAKE_LIMIT_LOADS = 2.0
 

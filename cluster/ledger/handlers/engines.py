@@ -83,7 +83,7 @@ def engine_died(pool: Pool, event: EngineDied, now: float) -> None:
         log.info("death of an engine of replica %s ignored: unknown or leaving", event.replica)
         return
     if replica.wakes:
-        engine_moves.load_instead(pool, replica, now)
+        engine_moves.give_up_waking(pool, replica, now)
         return
     pool.revoke(replica, now)
     replica.has_engine = replica.suspected = False
@@ -156,10 +156,10 @@ def replica_suspected(pool: Pool, event: ReplicaSuspected, now: float) -> None:
 
 
 def load_overdue(pool: Pool, replica: Replica, now: float) -> None:
-    """A load takes too long: as if it had failed, but its waiters hear of a timeout. A waking becomes a load."""
+    """A load takes too long: as if it had failed, but its waiters hear of a timeout. A waking is given up."""
     model = replica.model
     if replica.wakes:
-        engine_moves.load_instead(pool, replica, now)
+        engine_moves.give_up_waking(pool, replica, now)
         return
     reason = f"not loaded within {model.spec.load_timeout_s:g} s"
     if replica.uid is None:

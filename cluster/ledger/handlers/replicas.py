@@ -230,7 +230,7 @@ def replica_failed(pool: Pool, event: ReplicaFailed, now: float) -> None:
         log.info("failure of replica %s ignored: unknown or leaving", event.replica)
         return
     if replica.wakes:
-        engine_moves.load_instead(pool, replica, now)
+        engine_moves.give_up_waking(pool, replica, now)
         return
     pool.revoke(replica, now)
     engine_moves.lose(pool, replica, Cause.FAILED, now)

@@ -358,20 +358,23 @@ def waking() -> Desk:
 
 
 @pytest.mark.parametrize("event", [ReplicaFailed("v", "no"), EngineDied("v", "signal 9")])
-def test_a_waking_that_fails_is_a_load_in_place(event: Any) -> None:
+def test_after_a_waking_that_fails_the_engine_is_loaded(event: Any) -> None:
     desk = waking()
-    assert desk.tell(event) == [], "its waiters stay"
+    assert desk.tell(event) == ["unload v"], "its waiters stay"
+    assert desk.tell(event) == [], "told twice"
+    desk.tell(EngineUnloaded("v"))
     assert [(each.replica, each.devices) for each in desk.loads] == [("v", (0,))]
     assert desk.state("v") == "LOADING"
     desk.now += 2.0
     assert desk.tell(ReplicaReady("v")) == ["grant b1 v"]
     assert learned(desk, "b")[0] == 0.6
+    assert desk.loads[1:] == []
 
 
 def test_a_model_that_does_not_wake_is_not_put_to_sleep_again_by_choice() -> None:
     desk = two(b=sleeper("b", sleep_level=0))
     desk.arrive("b1", "b")
-    desk.tell(EngineAsleep("u", 900, 50), ReplicaFailed("v", "no"), ReplicaReady("v"))
+    desk.tell(EngineAsleep("u", 900, 50), ReplicaFailed("v", "no"), EngineUnloaded("v"), ReplicaReady("v"))
     desk.release("b1")
     assert desk.arrive("a1", "a")[:2] == ["quiesce v", "unload v"]
 
@@ -381,7 +384,8 @@ def test_a_waking_that_hangs_becomes_a_load_and_that_has_its_own_time() -> None:
     begun = desk.now
     assert desk.at(begun + 9.9) == []
     assert desk.loads == []
-    assert desk.at(begun + 10.0) == []
+    assert desk.at(begun + 10.0) == ["unload v"]
+    desk.tell(EngineUnloaded("v"))
     assert [each.replica for each in desk.loads] == ["v"]
     assert desk.at(begun + 129.9) == []
     assert desk.at(begun + 130.0)[0] == "reject b1 BackendTimeout"
