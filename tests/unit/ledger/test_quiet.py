@@ -28,6 +28,8 @@ def test_one_process_after_the_other_and_no_more_than_may_sleep() -> None:
     desk = Desk(*(model(name) for name in "abc"), max_asleep=2)
     assert desk.at(100.0) == [], "nobody is there who could ask"
     assert desk.tell(HERE) == []
+    desk.now = 101.0
+    assert desk.tell(HERE) == [], "it says so from time to time"
     assert desk.ledger.next_deadline() == 102.0
     assert desk.at(102.0) == ["desire a 1"]
     assert desk.at(110.0) == [], "one at a time"
