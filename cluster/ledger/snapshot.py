@@ -42,8 +42,9 @@ class ModelView(NamedTuple):
 class ReplicaRow:
     """One replica. `replica` is None as long as no process has announced itself; `since` is when its state began.
 
-    `devices` are those that it was assigned, `visible_devices` those that its engine's process says it has, None if it
-    has not said so. `record` numbers the records of one life of the ledger, as in `transitions.Moved`.
+    `devices` are those that it was assigned, none while its engine sleeps; `visible_devices` those that its engine's
+    process says it has, None if it has not said so. `record` numbers the records of one life of the ledger, as in
+    `transitions.Moved`.
 
     What only the actor knows, it fills in: `pid` of the process that holds the engine, `started_at` of the replica
     (seconds since 1970), and `progress` of the load, 0.0 to 1.0, while it loads.
@@ -219,7 +220,7 @@ def _replica(replica: Replica) -> ReplicaRow:
         node=replica.place.node,
         since=replica.since,
         record=replica.serial,
-        devices=replica.place.devices,
+        devices=replica.place.devices if replica.is_placed else (),
         visible_devices=replica.devices,
     )
 

@@ -49,8 +49,8 @@ def say(pool: Pool, model: str, **fields: Any) -> str:
 
 
 def replicas(pool: Pool) -> dict[str, tuple[str, int]]:
-    """The replica of each model that has one, with the id of its engine's process."""
-    return {each["model"]: (each["replica"], each["pid"]) for each in pool.ledger()["replicas"]}
+    """The replica of each model that is loaded, with the id of its engine's process."""
+    return {each["model"]: (each["replica"], each["pid"]) for each in pool.ledger()["replicas"] if each["pid"]}
 
 
 def kill_the_ledger(pool: Pool) -> None:
