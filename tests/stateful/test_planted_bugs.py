@@ -188,7 +188,7 @@ def stopping_victims_are_revived(patch: pytest.MonkeyPatch) -> None:
 def one_of_two_never_loads(patch: pytest.MonkeyPatch) -> None:
     """A waiting model for which there was no room at first is not looked at again."""
 
-    def wrong(books: pool.Pool, model: records.Model, now: float, bound: bool) -> None:
+    def wrong(books: pool.Pool, model: records.Model, now: float, bound: bool, looked: int) -> None:
         model.look_at = queue.INFINITY
 
     patch.setattr(placing, "_look_later", wrong)
