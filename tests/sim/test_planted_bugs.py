@@ -10,9 +10,12 @@ from collections.abc import Callable
 import pytest
 
 from cluster.ledger.books import pool, records
+from cluster.ledger.ledger import Ledger
 from cluster.ledger.rules import policy
+from cluster.ledger.specs import ModelSpec, NodeSpec, PoolSpec
 from tests.sim import test_spread
 from tests.sim.test_simulation import run
+from tests.sim.world import World
 from tests.stateful.test_planted_bugs import (
     a_start_is_planned_once,
     serve_stops_whom_we_like,
@@ -33,9 +36,28 @@ def what_serves_is_too_large(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(policy, "too_large", wrong)
 
 
+def outgrown(seed: int) -> None:
+    """A model that takes more than its node has, by measurement, and more requests than it has slots."""
+    spec = PoolSpec(
+        models={"A": ModelSpec("A", num_gpus=1.0, memory_mib=1000)},
+        nodes={"n": NodeSpec("n", gpus=1, memory_mib=1200)},
+    )
+    world = World(spec, lambda now: Ledger(spec, epoch="e1", now=now), seed=seed)
+    world.memory_mib = {"A": 1250}
+    for when in range(10):
+        world.at(float(when), lambda: world.submit("A", 3.0))
+    world.run()
+    assert not world.crimes, world.crimes
+    assert not any(each.rejected for each in world.requests.values())
+
+
+def test_what_has_outgrown_its_node_serves_on() -> None:
+    outgrown(0)
+
+
 BUGS = [
     (serve_stops_whom_we_like, run),
-    (what_serves_is_too_large, run),
+    (what_serves_is_too_large, outgrown),
     (a_start_is_planned_once, test_spread.run),
     (the_newest_stops_on_any_node, test_spread.run),
 ]
