@@ -141,7 +141,7 @@ def a_lower_class_keeps_its_promise(patch: pytest.MonkeyPatch) -> None:
 
 def swaps_after_every_batch(patch: pytest.MonkeyPatch) -> None:
     """Where everybody is overdue, the place goes from one to the other as soon as it can."""
-    patch.setattr(policy, "turn_end", lambda pool, replica: replica.loaded_at)
+    patch.setattr(policy, "turn_s", lambda pool, model: 0.0)
 
 
 def deadlines_are_no_bounds(patch: pytest.MonkeyPatch) -> None:
