@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from cluster.ledger import placing
 from cluster.ledger.books import queue
 from cluster.ledger.ledger import Ledger
-from cluster.ledger.rules import crowd, policy
+from cluster.ledger.rules import crowd, policy, victims
 from cluster.ledger.specs import ModelSpec, NodeSpec, PoolSpec
 from tests.sim.promises import Judge
 from tests.sim.world import World
@@ -142,6 +143,13 @@ def a_lower_class_keeps_its_promise(patch: pytest.MonkeyPatch) -> None:
 def swaps_after_every_batch(patch: pytest.MonkeyPatch) -> None:
     """Where everybody is overdue, the place goes from one to the other as soon as it can."""
     patch.setattr(policy, "turn_s", lambda pool, model: 0.0)
+    right = victims.Verdict.__init__
+
+    def wrong(self: victims.Verdict, *args: Any) -> None:
+        right(self, *args)
+        self.first_since = queue.INFINITY
+
+    patch.setattr(victims.Verdict, "__init__", wrong)
 
 
 def deadlines_are_no_bounds(patch: pytest.MonkeyPatch) -> None:
