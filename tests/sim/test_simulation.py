@@ -24,14 +24,15 @@ SEEDS = 1000
 def draw_spec(rng: random.Random) -> PoolSpec:
     """A pool: one to three nodes, two to six models of all kinds."""
     head = rng.choice((0, 0, 1, 9))
+    node_mib, device_mib = rng.choice(((0, 0), (3000, 0), (3000, 0), (0, 1100), (3000, 1100)))
     nodes = {
         f"n{index}": NodeSpec(
             f"n{index}",
             gpus=rng.randint(1, 3),
             cpus=8.0,
-            memory_mib=rng.choice((0, 3000)),
+            memory_mib=node_mib,
             is_head=index == head,
-            device_memory_mib=rng.choice((0, 1100)),
+            device_memory_mib=device_mib,
             host_memory_mib=rng.choice((0, 4 * 2000)),
         )
         for index in range(rng.randint(1, 3))
@@ -139,13 +140,12 @@ def simulate(seed: int) -> World:
     for turn in range(1, 20):
         world.at(now * turn / 20, world.announce_holders)
     if rng.random() < 0.5:
-        factor = {name: rng.choice((0.8, 1.2, 1.2, 4.0)) for name in spec.models}
+        factor = {name: rng.choice((0.8, 1.2, 4.0, 4.0)) for name in spec.models}
         # What fits on no device is refused where it comes; who waits for it already waits until his deadline.
-        most = min((each.device_memory_mib or 9999 for each in spec.nodes.values()), default=9999)
-        world.memory_mib = {
-            name: min(round(each.memory_mib * factor[name]), most * max(1, round(each.num_gpus)))
-            for name, each in spec.models.items()
-        }
+        world.memory_mib = {name: round(each.memory_mib * factor[name]) for name, each in spec.models.items()}
+        if any(each.device_memory_mib for each in spec.nodes.values()):
+            most = {name: 1100 * max(1, round(each.num_gpus)) for name, each in spec.models.items() if each.num_gpus}
+            world.memory_mib |= {name: min(mib, world.memory_mib[name]) for name, mib in most.items()}
     if rng.random() < 0.3:
         name = rng.choice(list(spec.models))
         changed = replace(spec.models[name], slots=rng.randint(1, 4), revision=rng.choice(("", "new")))
