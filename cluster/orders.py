@@ -121,6 +121,8 @@ class OrderBoard:
         self._version = time.time_ns()
         self._orders: dict[str, tuple[int, Order]] = {}
         self._given = Signal()
+        self._asking: set[str] = set()
+        self._gone: set[str] = set()
 
     def give(self, replica: str, order: Order) -> None:
         """Order a replica something; it takes the place of what was ordered before. Never blocks."""
@@ -129,8 +131,11 @@ class OrderBoard:
         self._given.fire()
 
     def forget(self, replica: str) -> None:
-        """A replica is gone."""
+        """A replica is gone. What it still asks for ends: it would hold its connection until then."""
         self._orders.pop(replica, None)
+        if replica in self._asking:
+            self._gone.add(replica)
+            self._given.fire()
 
     async def after(self, replica: str, seen: int, timeout_s: float) -> tuple[int, Order | None]:
         """The replica's order with its version once it is another than the one seen; (seen, None) if none comes."""
@@ -138,6 +143,10 @@ class OrderBoard:
         def is_new() -> bool:
             return replica in self._orders and self._orders[replica][0] != seen
 
-        if await self._given.until(is_new, timeout_s):
-            return self._orders[replica]
-        return seen, None
+        self._asking.add(replica)
+        try:
+            await self._given.until(lambda: is_new() or replica in self._gone, timeout_s)
+        finally:
+            self._asking.discard(replica)
+            self._gone.discard(replica)
+        return self._orders[replica] if is_new() else (seen, None)

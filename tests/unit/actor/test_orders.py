@@ -64,6 +64,21 @@ async def test_the_announcements_of_the_dead_end(cluster: Cluster):
         assert parked.done()
 
 
+async def test_what_a_dead_replica_asked_for_ends(cluster: Cluster):
+    actor = await cluster.life(CONFIG)
+    cluster.park(actor.attach_replica(started("a", "u")))
+    await turns()
+    version, _ = await actor.orders("u", 0, timeout_s=1.0)
+    asked = cluster.park(actor.orders("u", version, timeout_s=300.0))
+    other = cluster.park(actor.orders("v", 0, timeout_s=300.0))
+    await turns()
+    assert not asked.done()
+    await cluster.dead.put("actor-of-u")
+    await turns()
+    assert asked.result() == (version, None)
+    assert not other.done()
+
+
 async def test_the_orders_of_two_lives_have_different_versions():
     former, present = OrderBoard(), OrderBoard()
     former.give("u", Restart("x"))
