@@ -114,7 +114,8 @@ def storms(events: int) -> dict[str, object]:
     """Every kind of large pool in motion; the figures of the worst."""
     worlds: dict[str, dict[str, object]] = {}
     for make in (ledger_storm.wide, ledger_storm.crowded, ledger_storm.capped):
-        storm = ledger_storm.Storm(make(ledger_storm.MODELS, ledger_storm.REPLICAS), ledger_storm.QUEUED)
+        models, replicas = ledger_storm.MODELS, ledger_storm.REPLICAS
+        storm = ledger_storm.Storm(make(models, replicas), replicas, ledger_storm.QUEUED)
         storm.run(events)
         worlds[make.__name__] = figures = storm.figures()
         print(f"\n{make.__name__}: built in {figures['build_s']} s, p99.9 {figures['p999_ms']} ms", flush=True)
