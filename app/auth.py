@@ -96,8 +96,13 @@ def refuse_strangers(scope: Scope, headers: dict[bytes, bytes]) -> None:
     host = headers.get(b"host", b"").decode("latin-1").lower()
     if host and not is_loopback(_without_port(host)):
         raise errors.Forbidden("without a key only requests to localhost are served; configure api_keys")
-    if scope["method"] in SAFE_METHODS:
-        return
+    if scope["method"] not in SAFE_METHODS:
+        refuse_foreign_page(headers)
+
+
+def refuse_foreign_page(headers: dict[bytes, bytes]) -> None:
+    """Raises `Forbidden` for what a page of another site has a browser send. Who has shown a key is no such page."""
+    host = headers.get(b"host", b"").decode("latin-1").lower()
     origin = headers.get(b"origin")
     if origin is not None:
         is_foreign = origin.decode("latin-1").lower() not in (f"http://{host}", f"https://{host}")

@@ -14,11 +14,11 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import Message, Receive, Scope, Send
 
-from app.auth import caller_of, is_admin, route_path
+from app.auth import caller_of, is_admin, refuse_foreign_page, route_path
 from app.body import parse, read_body
 from app.streams import request_id_of
 from cluster import errors
-from cluster.config import PoolConfig
+from cluster.config import ANONYMOUS, PoolConfig
 from deployments.engines.protocol import Call
 from deployments.engines.registry import backend_of
 from deployments.gateway import Gateway
@@ -63,6 +63,9 @@ class Proxy:
         if is_admin(path) or path.startswith(OWN_PREFIXES):
             raise HTTPException(404, "Not Found")
         request = Request(scope, receive)
+        if caller_of(request).principal == ANONYMOUS:
+            # Whatever its method, it may load a model.
+            refuse_foreign_page(dict(scope["headers"]))
         gateway: Gateway = request.app.state.gateway
         body = bytes(await read_body(request, gateway.config.max_body_mb))
         wanted = parse_raw(

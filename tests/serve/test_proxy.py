@@ -94,6 +94,14 @@ def test_what_leads_nowhere_says_so(pool: Pool, method: str, path: str, status: 
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
 
 
+def test_a_foreign_page_reaches_no_engine_by_any_method(pool: Pool):
+    with pool.http() as http:
+        for headers in ({"sec-fetch-site": "cross-site"}, {"origin": "http://evil.example"}):
+            answer = http.get("/fake/environment?model=words", headers=headers)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (403, "FORBIDDEN")
+        assert http.get("/fake/environment?model=words", headers={"sec-fetch-site": "none"}).status_code == 200
+
+
 def test_embeddings_and_tokens(pool: Pool):
     found = pool.openai().embeddings.create(model="w", input=["one two", "three"])
     assert [row.index for row in found.data] == [0, 1]
