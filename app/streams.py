@@ -41,12 +41,20 @@ class Stream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Plain ASGI: Serve cancels this call when the client has left, so no task need listen for that. Closed here
         # and not in a generator around it, which would never run if the client left before its first turn.
-        async with contextlib.aclosing(self._source), contextlib.aclosing(self._rest):
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": self._first, "more_body": True})
-            async for chunk in self._rest:
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        async with contextlib.aclosing(self._source):
+            await send_on(send, self.status_code, self.raw_headers, self._first, self._rest)
+
+
+async def send_on(
+    send: Send, status: int, headers: list[tuple[bytes, bytes]], first: bytes, rest: AsyncGenerator[bytes, None]
+) -> None:
+    """Send an answer whose first part is there already, and close the rest, however that ends."""
+    async with contextlib.aclosing(rest):
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": first, "more_body": True})
+        async for chunk in rest:
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class Rhythm:

@@ -160,8 +160,7 @@ class CompletionRequest(InferenceRequest):
 
     @property
     def prompts(self) -> int:
-        is_list = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
-        return len(self.prompt) if is_list else 1
+        return len(prompts_of(self.prompt))
 
 
 Prompts = (
@@ -180,8 +179,7 @@ class EmbeddingRequest(PoolRequest):
 
     @property
     def sequences(self) -> int:
-        is_list = isinstance(self.input, list) and not isinstance(self.input[0], int)
-        return len(self.input) if is_list else 1
+        return len(prompts_of(self.input))
 
 
 class TokenizeRequest(PoolRequest):
@@ -212,6 +210,13 @@ SCHEMAS: dict[str, type[PoolRequest]] = {
     TOKENIZE: TokenizeRequest,
     DETOKENIZE: DetokenizeRequest,
 }
+#: What every engine that runs in the pool's own processes serves.
+PATHS = frozenset(SCHEMAS)
+
+
+def prompts_of(given: str | list[Any]) -> list[Any]:
+    """The prompts that a body has: one text, the tokens of one, or a list of either."""
+    return [given] if isinstance(given, str) or isinstance(given[0], int) else given
 
 
 def parse_priority(value: Any) -> int:

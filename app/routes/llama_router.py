@@ -19,7 +19,7 @@ from app.routes.admin import body_of, known_model
 from app.routes.admin_models import runtime_of
 from app.routes.admin_rows import NOTHING
 from app.routes.events import HEADERS, check_followers, follow
-from app.routes.openai import remote_models
+from app.routes.openai import visible_models
 from cluster.changes import Change
 from cluster.client import LedgerClient
 from cluster.config import ModelConfig
@@ -47,8 +47,7 @@ async def models(request: Request) -> Response:
     """Every model, with `status.value`: unloaded, loading, loaded or sleeping."""
     gateway: Gateway = request.app.state.gateway
     config, ledger = gateway.config, await gateway.ledger.status()
-    names = [*config.models, *remote_models(config, ledger)]
-    listed = [name for name in names if is_allowed(config, caller_of(request), name)]
+    listed = visible_models(config, ledger, caller_of(request))
     rows = [row(name, config.models.get(name), ledger.models.get(name, NOTHING)) for name in listed]
     return JSONResponse({"object": "list", "data": rows})
 

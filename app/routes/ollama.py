@@ -22,7 +22,7 @@ from app.model_files import UNKNOWN, ModelFile, model_file
 from app.openapi import Operation
 from app.routes import ollama_rows as rows
 from app.routes.adapted import answer, parsed
-from app.routes.openai import remote_models
+from app.routes.openai import remote_models, visible_models
 from app.wire.adapter import NDJSON
 from app.wire.ollama.adapter import OllamaAdapter
 from app.wire.ollama.chat import checked, embeddings_of
@@ -99,8 +99,7 @@ async def tags(request: Request) -> Response:
     """Every model."""
     gateway: Gateway = request.app.state.gateway
     config, ledger = gateway.config, await gateway.ledger.status()
-    names = [*config.models, *remote_models(config, ledger)]
-    listed = [name for name in names if is_allowed(config, caller_of(request), name)]
+    listed = visible_models(config, ledger, caller_of(request))
     files = await asyncio.to_thread(_files, config, listed)
     return JSONResponse({"models": [rows.tag(name, config.models.get(name), files[name]) for name in listed]})
 

@@ -19,7 +19,7 @@ from app.body import read_json
 from app.openapi import Operation
 from app.routes.admin_rows import NOTHING
 from app.streams import Rhythm, Stream
-from cluster.config import ModelConfig, PoolConfig
+from cluster.config import Caller, ModelConfig, PoolConfig
 from cluster.ledger.snapshot import ModelRow, Snapshot
 from deployments.engines.registry import capabilities
 from deployments.gateway import Gateway
@@ -120,10 +120,11 @@ async def model_rows(request: Request) -> list[dict[str, Any]]:
     """A row for each model that the caller may use."""
     gateway: Gateway = request.app.state.gateway
     ledger = await gateway.ledger.status()
-    rows = [_row(gateway.config, name, ledger.models) for name in gateway.config.models]
-    rows += [remote_row(name, ledger) for name in remote_models(gateway.config, ledger)]
-    caller = caller_of(request)
-    return [row for row in rows if is_allowed(gateway.config, caller, row["id"])]
+    config = gateway.config
+    return [
+        _row(config, name, ledger.models) if name in config.models else remote_row(name, ledger)
+        for name in visible_models(config, ledger, caller_of(request))
+    ]
 
 
 def is_loaded(row: dict[str, Any]) -> bool:
@@ -143,6 +144,12 @@ async def show_model(request: Request, model: str) -> Response:
     if name not in known:
         raise unknown_model(name, [*gateway.config.models, *known])
     return JSONResponse(remote_row(name, ledger))
+
+
+def visible_models(config: PoolConfig, ledger: Snapshot, caller: Caller) -> list[str]:
+    """The ids of all models that a caller may use: the configured ones, and those that only servers offer."""
+    names = [*config.models, *remote_models(config, ledger)]
+    return [name for name in names if is_allowed(config, caller, name)]
 
 
 def remote_models(config: PoolConfig, ledger: Snapshot) -> list[str]:

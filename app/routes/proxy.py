@@ -5,7 +5,6 @@ method, query, status, headers, body and stream unchanged. Only engines that spe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from fastapi import Request
@@ -16,7 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from app.auth import caller_of, is_admin, refuse_foreign_page, route_path
 from app.body import parse, read_body
-from app.streams import request_id_of
+from app.streams import request_id_of, send_on
 from cluster import errors
 from cluster.config import ANONYMOUS, PoolConfig
 from deployments.engines.protocol import Call
@@ -81,24 +80,8 @@ class Proxy:
         headers = {name: value for name, value in request.headers.items() if name not in PRIVATE_HEADERS}
         call = Call(path, body, wanted.trace, scope["method"], scope["query_string"].decode("latin-1"), headers)
         first, reply = await gateway.pass_through(wanted, call)
-        await send_on(send, reply.status, reply.headers, first, reply.chunks)
-
-
-async def send_on(
-    send: Send, status: int, headers: Mapping[str, str], first: bytes, rest: AsyncGenerator[bytes, None]
-) -> None:
-    """An answer whose first part is there already. Serve cancels this when the client has left."""
-    raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-
-    def part(body: bytes, *, more: bool) -> Message:
-        return {"type": "http.response.body", "body": body, "more_body": more}
-
-    async with contextlib.aclosing(rest):
-        await send({"type": "http.response.start", "status": status, "headers": raw})
-        await send(part(first, more=True))
-        async for chunk in rest:
-            await send(part(chunk, more=True))
-        await send(part(b"", more=False))
+        answered = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in reply.headers.items()]
+        await send_on(send, reply.status, answered, first, reply.chunks)
 
 
 def _is_served(config: PoolConfig, model: str, path: str) -> bool:

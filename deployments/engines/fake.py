@@ -24,14 +24,12 @@ from cluster.config import FakeFaults
 from cluster.errors import BackendUnavailable, InvalidRequest, ModelUnavailable, RateLimited
 from deployments.engines.chat.metrics import metrics_object
 from deployments.engines.protocol import EVENT_STREAM, JSON, Call, EngineInfo, Kept, Progress, Reply, Report, once
+from deployments.schemas import CHAT, DETOKENIZE, EMBEDDINGS, PATHS, TOKENIZE, prompts_of
 from deployments.sse import DONE
 
-CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
-TOKENIZE, DETOKENIZE = "/tokenize", "/detokenize"
 ENVIRONMENT, ECHO = "/fake/environment", "/fake/echo"
 #: Environment variables that `GET /fake/environment` shows; never all of them, since some hold keys.
 SHOWN = ("CUDA_VISIBLE_DEVICES",)
-PATHS = frozenset({CHAT, COMPLETIONS, EMBEDDINGS, TOKENIZE, DETOKENIZE})
 EMBEDDING_SIZE = 8
 _LOAD_STEPS = 10
 
@@ -186,8 +184,7 @@ class FakeEngine:
 
 
 def _prompts(body: dict[str, Any]) -> int:
-    prompt = body.get("prompt")
-    return len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1
+    return len(prompts_of(body.get("prompt") or ""))
 
 
 def _sequences(body: dict[str, Any]) -> int:
@@ -212,9 +209,7 @@ def _tokens(call: Call) -> dict[str, Any]:
 
 
 def _embeddings(call: Call) -> dict[str, Any]:
-    given = call.json["input"]
-    if isinstance(given, str) or isinstance(given[0], int):
-        given = [given]
+    given = prompts_of(call.json["input"])
     in_base64 = call.json.get("encoding_format") == "base64"
     data = []
     for index, one in enumerate(given):

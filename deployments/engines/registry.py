@@ -13,11 +13,10 @@ from typing import Any, Generic, TypeVar, get_args
 
 from cluster.config import FakeModel, LlamaCppModel, ModelConfig
 from deployments.engines.protocol import Engine
+from deployments.schemas import PATHS
 
 M = TypeVar("M", bound=ModelConfig)
 
-#: What every engine that runs in the pool's own processes serves.
-PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize"})
 #: What servers with an OpenAI interface know nothing of.
 REMOTE_UNUSED = frozenset({"beam_size", "top_k", "repetition_penalty"})
 

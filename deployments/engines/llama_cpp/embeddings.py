@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from deployments.engines.llama_cpp.generation import Generation, Mailbox
-from deployments.engines.llama_cpp.prepare import TOKENIZE_PATH, Prepared, Preparer
+from deployments.engines.llama_cpp.prepare import Prepared, Preparer
 from deployments.engines.protocol import Call, Report
+from deployments.schemas import TOKENIZE
 
 
 class EmbeddingAnswer:
@@ -80,7 +81,7 @@ def _encoded(vector: npt.NDArray[np.float32]) -> str:
 def tokens_body(preparer: Preparer, call: Call) -> bytes:
     """The answer to `/tokenize` or `/detokenize`, with the members of llama-server's and of vLLM's. Blocks."""
     body = call.json
-    if call.path != TOKENIZE_PATH:
+    if call.path != TOKENIZE:
         text = preparer.text(body["tokens"])
         return json.dumps({"content": text, "prompt": text}).encode()
     tokens = preparer.tokens(body)

@@ -27,17 +27,11 @@ from deployments.engines.llama_cpp.generation import Generation, Job, Mailbox
 from deployments.engines.llama_cpp.load_meter import LoadMeter
 from deployments.engines.llama_cpp.loop import DecodeLoop
 from deployments.engines.llama_cpp.memory import DEFAULT_BATCH
-from deployments.engines.llama_cpp.prepare import (
-    DETOKENIZE_PATH,
-    EMBEDDINGS_PATH,
-    PATHS,
-    TOKENIZE_PATH,
-    Prepared,
-    Preparer,
-)
+from deployments.engines.llama_cpp.prepare import Prepared, Preparer
 from deployments.engines.llama_cpp.runtime import FLASH_ATTENTION, KV_TYPES, Runtime, RuntimeOptions, load_library
 from deployments.engines.llama_cpp.sampling import Grammar
 from deployments.engines.protocol import EVENT_STREAM, JSON, Call, EngineInfo, Progress, Reply, once
+from deployments.schemas import DETOKENIZE, EMBEDDINGS, PATHS, TOKENIZE
 
 #: Prompt tokens that one step may evaluate beside the running streams: bounded, so that a long prompt does not stall
 #: them; larger chunks gain little on a CPU (docs/measurements.md). 63 and not 64, because ggml's flash attention
@@ -137,9 +131,9 @@ class LlamaCppEngine:
         loop = self._loop
         if loop is None:
             raise BackendUnavailable("the model is not loaded")
-        if call.path in (TOKENIZE_PATH, DETOKENIZE_PATH):
+        if call.path in (TOKENIZE, DETOKENIZE):
             return await self._tokens(call)
-        answer = EmbeddingAnswer(call, self._model_id) if call.path == EMBEDDINGS_PATH else Answer(call, self._model_id)
+        answer = EmbeddingAnswer(call, self._model_id) if call.path == EMBEDDINGS else Answer(call, self._model_id)
         job = Job(Mailbox(loop.wake), max(1, call.slots))
         answer.begin(await self._prepare(call, job), list(job.pending), job.mailbox)
         if loop.stopping:

@@ -19,12 +19,7 @@ from deployments.engines.chat.thinking import OPEN as THINK
 from deployments.engines.chat.tools import CLOSE, OPEN, ToolPlan, tool_plan
 from deployments.engines.llama_cpp.runtime import Runtime, schema_to_grammar
 from deployments.engines.protocol import Call
-
-CHAT_PATH = "/v1/chat/completions"
-COMPLETIONS_PATH = "/v1/completions"
-EMBEDDINGS_PATH = "/v1/embeddings"
-TOKENIZE_PATH, DETOKENIZE_PATH = "/tokenize", "/detokenize"
-PATHS = frozenset({CHAT_PATH, COMPLETIONS_PATH, EMBEDDINGS_PATH, TOKENIZE_PATH, DETOKENIZE_PATH})
+from deployments.schemas import CHAT, COMPLETIONS, EMBEDDINGS, prompts_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +59,11 @@ class Preparer:
 
     def prepare(self, call: Call) -> Prepared:
         """Raises `InvalidRequest` and its subclasses; touches no engine state. The body has passed its schema."""
-        if call.path == CHAT_PATH:
+        if call.path == CHAT:
             return self._chat(call.json)
-        if call.path == COMPLETIONS_PATH:
+        if call.path == COMPLETIONS:
             return self._completion(call.json)
-        if call.path == EMBEDDINGS_PATH:
+        if call.path == EMBEDDINGS:
             return self._embeddings(call.json)
         raise InvalidRequest(f"this model does not serve {call.path}")
 
@@ -92,9 +87,7 @@ class Preparer:
         return self._text([token])
 
     def _embeddings(self, body: Mapping[str, Any]) -> Prepared:
-        given = body["input"]
-        if isinstance(given, str) or isinstance(given[0], int):
-            given = [given]
+        given = prompts_of(body["input"])
         if body.get("dimensions") not in (None, self._runtime.embedding_size):
             raise UnsupportedParameter("this model's embeddings have one size", param="dimensions")
         prompts = [self._tokens(one, "input") for one in given]
@@ -139,9 +132,7 @@ class Preparer:
 
     def _completion(self, body: Mapping[str, Any]) -> Prepared:
         options = completion_options(body)
-        given = body["prompt"]
-        if isinstance(given, str) or isinstance(given[0], int):
-            given = [given]
+        given = prompts_of(body["prompt"])
         prompts = [self._tokens(one) for one in given]
         explicit = _is_explicit(body)
         echo = bool(body.get("echo"))
