@@ -41,7 +41,7 @@ class City(BaseModel):
 @pytest.fixture(scope="module")
 def pool(port: int) -> Iterator[Pool]:
     models = {
-        "words": fake(tokens=5, tokens_per_s=50, ttft_s=0.05),
+        "words": fake(tokens=5, tokens_per_s=10, ttft_s=0.05),
         "slow": fake(load_s=22, tokens=3, tokens_per_s=1000),
         "smol": smollm2(num_cpus=0, target_inflight=4),
     }
