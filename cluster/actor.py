@@ -117,7 +117,7 @@ class LedgerActor:
         self._attached = Attached()
         self._operators = OperatorCalls(self._ledger)
         self._counts = Counts(self._ledger.knows)
-        self._watch = Watch(self._ledger, self._counts)
+        self._watch = Watch(self._ledger, self._counts, trace_of=self._parked.trace_of)
         self._moved_at = now
         self._desired: dict[str, int] = {}
         self._desired_version = 0
@@ -445,7 +445,7 @@ class LedgerActor:
         """The answer to a request, which has arrived now or before."""
         answer = self._parked.find(request.id)
         if answer is None:
-            answer = self._parked.park(request.id, holder)
+            answer = self._parked.park(request.id, holder, request.trace)
             self._post(
                 RequestArrived(
                     request.id,

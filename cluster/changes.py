@@ -29,6 +29,8 @@ LIMIT = 10_000
 BATCH = 1000
 #: Leases and queues of a model get one entry each in so many seconds, however busy it is.
 COUNTS_PERIOD_S = 0.1
+#: Clients choose their requests' ids; so many characters of one are kept.
+LONGEST_TRACE = 128
 #: Between two calls of a follower it still counts as one, for so many seconds.
 FOLLOWER_PAUSE_S = 5.0
 
@@ -105,10 +107,17 @@ class ChangeLog:
 class Watch:
     """Writes the change log of one ledger, and counts its transitions. To be told of every decision."""
 
-    def __init__(self, ledger: Ledger, counts: Counts, log: ChangeLog | None = None) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        counts: Counts,
+        log: ChangeLog | None = None,
+        trace_of: Callable[[str], str] = lambda request: "",
+    ) -> None:
         self.log = ChangeLog(ledger.epoch) if log is None else log
         self._ledger = ledger
         self._counts = counts
+        self._trace_of = trace_of
         self._briefs: dict[str, Brief] = {}
         self._servers: dict[str, ServerRow] = {}
         self._followers = 0
@@ -185,7 +194,7 @@ class Watch:
     def _changed(self, transition: Transition) -> None:
         self._counts.moved(transition)
         if isinstance(transition, SwapBegun):
-            told = {"reason": transition.reason, "because": _plain(transition.because)}
+            told = {"reason": transition.reason, "because": self._plain(transition.because)}
             self.log.add("swap", transition.model, victims=list(transition.victims), **told)
             return
         moved = transition
@@ -194,11 +203,22 @@ class Watch:
             moved.model,
             moved.replica,
             **{"from": moved.before.name, "to": moved.after.name, "cause": moved.cause, "reason": moved.reason},
-            because=_plain(moved.because),
+            because=self._plain(moved.because),
             record=moved.record,
             node=moved.node,
             devices=list(moved.devices),
         )
+
+    def _plain(self, because: Because | None) -> dict[str, Any] | None:
+        """`{rule, waiter, bound_in_s, cost_s, victims}`; None for what happened by itself.
+
+        `request` is what the waiter's client calls it, where that is known.
+        """
+        if because is None:
+            return None
+        plain = {**because._asdict(), "victims": list(because.victims)}
+        trace = self._trace_of(because.waiter) if because.waiter is not None else ""
+        return {**plain, "request": trace[:LONGEST_TRACE]} if trace else plain
 
     def _review_soon(self) -> None:
         if not self._review_due:
@@ -208,8 +228,3 @@ class Watch:
     def _review_now(self) -> None:
         self._review_due = False
         self.review()
-
-
-def _plain(because: Because | None) -> dict[str, Any] | None:
-    """`{rule, waiter, bound_in_s, cost_s, victims}`; None for what happened by itself."""
-    return None if because is None else {**because._asdict(), "victims": list(because.victims)}

@@ -29,6 +29,7 @@ def unpacked(decision: Packed) -> Grant | Reject | None:
 class _Call(NamedTuple):
     holder: str
     answer: Answer
+    trace: str
 
 
 class ParkedCalls:
@@ -41,10 +42,15 @@ class ParkedCalls:
         call = self._calls.get(request)
         return None if call is None else call.answer
 
-    def park(self, request: str, holder: str) -> Answer:
+    def park(self, request: str, holder: str, trace: str = "") -> Answer:
         answer: Answer = asyncio.get_running_loop().create_future()
-        self._calls[request] = _Call(holder, answer)
+        self._calls[request] = _Call(holder, answer, trace)
         return answer
+
+    def trace_of(self, request: str) -> str:
+        """What the client calls a request that waits; empty where nobody knows."""
+        call = self._calls.get(request)
+        return "" if call is None else call.trace
 
     def take(self, request: str) -> None:
         """The answer has gone to its caller."""

@@ -44,7 +44,7 @@ def local_serve(gpus: int = 1, direct: bool = True) -> Iterator[int]:
     import ray
     from ray.serve._private import api
 
-    from app.cli import OWN_RAY_FLAGS, RAY_FLAGS, direct_ingress_flags
+    from app.cli.flags import OWN_RAY_FLAGS, RAY_FLAGS, direct_ingress_flags
 
     port = free_port()
     proxy_port = free_port() if direct else port

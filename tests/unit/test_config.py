@@ -9,7 +9,8 @@ import jsonschema
 import pytest
 import yaml
 
-from app.cli import declared_gpus, lay_over, refuse_strangers_without_keys
+from app.cli.checks import refuse_strangers_without_keys
+from app.cli.document import declared_gpus, lay_over
 from cluster.config import ConfigError, FakeFaults, FakeModel, LlamaCppModel, ModelConfig, PoolConfig, load_config
 from cluster.config.schema import POOL, schemas
 from cluster.ledger.specs import ServerSpec

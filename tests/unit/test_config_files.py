@@ -10,7 +10,7 @@ import pytest
 import referencing
 import yaml
 
-from app.cli import lay_over
+from app.cli.document import lay_over
 from cluster.config import ConfigError, load_config, service_of
 from cluster.config.schema import POOL, SERVE, schemas, text
 

@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from app.cli import RAY_FLAGS, direct_ingress_flags, main
+from app.cli import main
+from app.cli.flags import RAY_FLAGS, direct_ingress_flags
 from deployments.public_port import reuse_public_port
 
 

@@ -1,0 +1,58 @@
+"""What `slotpool serve` serves where no file says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from app.cli.document import document_of
+from app.cli.found import free_id, id_of
+from cluster.config import ConfigError, load_config, read_yaml
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_the_built_in_pool_is_that_of_the_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    assert document_of(None, None) == read_yaml(ROOT / "serve_config.yaml")
+
+
+def test_a_file_in_the_working_folder_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "serve_config.yaml").write_text("applications: []")
+    monkeypatch.chdir(tmp_path)
+    assert document_of(None, None) == {"applications": []}
+
+
+def test_a_folder_is_a_pool_of_its_files(tmp_path: Path):
+    (tmp_path / "below").mkdir()
+    for name in (
+        "Qwen3 8B.Q4_K_M.gguf",
+        "below/qwen3-8b.Q4_K_M.gguf",
+        "big-00001-of-00002.gguf",
+        "big-00002-of-00002.gguf",
+        "mmproj-qwen.gguf",
+        "notes.txt",
+    ):
+        (tmp_path / name).write_text("")
+    args = document_of(tmp_path, 1)["applications"][0]["args"]
+    pool = load_config(args, {})
+    assert {name: Path(model.model_path or "").name for name, model in pool.models.items()} == {
+        "qwen3-8b.q4_k_m": "Qwen3 8B.Q4_K_M.gguf",
+        "qwen3-8b.q4_k_m-2": "qwen3-8b.Q4_K_M.gguf",
+        "big": "big-00001-of-00002.gguf",
+    }
+    assert {model.num_gpus for model in pool.models.values()} == {1}
+    on_cpu = load_config(document_of(tmp_path, 0)["applications"][0]["args"], {})
+    assert {model.num_gpus for model in on_cpu.models.values()} == {0}
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="there is no GGUF file in it"):
+        document_of(tmp_path, 0)
+
+
+def test_ids_of_files():
+    assert id_of(Path("SmolLM2-135M-Instruct.Q4_1.gguf")) == "smollm2-135m-instruct.q4_1"
+    assert id_of(Path("….gguf")) == "model"
+    assert free_id("a", {"a": 1, "a-2": 1}) == "a-3"
