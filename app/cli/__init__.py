@@ -22,6 +22,9 @@ INTERRUPTED = 130
 COMMANDS = {
     "serve": "Run a pool on this machine.",
     "flags": "Print what to export before Ray is started by other means.",
+    "add": "Write the configuration of a model's file.",
+    "validate": "Check a configuration, and show what fits.",
+    "doctor": "Say which engines and devices are there, and what is missing.",
     "status": "Show what the pool is doing.",
     "models": "List the models that the pool knows.",
     "ps": "List the replicas and what they run.",

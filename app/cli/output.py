@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import click
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.table import Table
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -90,9 +90,21 @@ def show(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], *, as_jso
     if as_json:
         show_json(rows)
     elif rows:
-        console().print(table(columns, rows))
+        emit(table(columns, rows))
     else:
         click.echo(nothing)
+
+
+def emit(*parts: RenderableType) -> None:
+    """Print what rich can show; in a pipe without the spaces that fill a table's last column."""
+    shown = console()
+    if shown.is_terminal:
+        shown.print(*parts, sep="\n")
+        return
+    with shown.capture() as captured:
+        shown.print(*parts, sep="\n")
+    for line in captured.get().splitlines():
+        click.echo(line.rstrip())
 
 
 def show_json(value: Any) -> None:

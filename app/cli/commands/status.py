@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from app.cli.output import Column, console, json_option, mib, printable, seconds, show_json, table
+from app.cli.output import Column, console, emit, json_option, mib, printable, seconds, show_json, table
 from app.cli.pool import Pool, Refused, pool_options
 from cluster import sentences
 
@@ -47,7 +47,7 @@ def command(pool: Pool, watch: bool, as_json: bool) -> None:
         if as_json:
             show_json(status)
         else:
-            console().print(*rendered(pool.url, status), sep="\n")
+            emit(*rendered(pool.url, status))
         return
     shown = console()
     if as_json or not shown.is_terminal:
@@ -55,7 +55,7 @@ def command(pool: Pool, watch: bool, as_json: bool) -> None:
             if as_json:
                 show_json(status)
             else:
-                shown.print(*rendered(pool.url, status), "", sep="\n")
+                emit(*rendered(pool.url, status), "")
         return
     from rich.console import Group
     from rich.live import Live

@@ -66,6 +66,14 @@ class GgufError(ValueError):
     """The file is not a whole GGUF file; the message says what is wrong with it and names the file alone."""
 
 
+class GgufCutOffError(GgufError):
+    """The file ends within its header, of which the rest would tell more."""
+
+
+class _EndsTooEarly(ValueError):
+    """A length leads beyond the end."""
+
+
 @dataclass
 class GgufHeader:
     """`metadata` has all scalars, short strings and short arrays; `lengths` the length of every array."""
@@ -98,7 +106,8 @@ def _read_one(path: Path) -> GgufHeader:
             return _Reader(data).header()
     except (OSError, ValueError, struct.error, IndexError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise GgufError(f"{path.name} is not a whole GGUF file: {reason}") from None
+        kind = GgufCutOffError if isinstance(error, _EndsTooEarly) else GgufError
+        raise kind(f"{path.name} is not a whole GGUF file: {reason}") from None
 
 
 class _Reader:
@@ -140,7 +149,7 @@ class _Reader:
         """Move on by `length` bytes; the place where they begin."""
         start = self._at
         if length > self._end - start:
-            raise ValueError("its header ends too early")
+            raise _EndsTooEarly("its header ends too early")
         self._at = start + length
         return start
 
@@ -174,7 +183,7 @@ class _Reader:
         length_of = struct.Struct("<Q").unpack_from
         for _ in range(count):
             if at + 8 > end:
-                raise ValueError("its header ends too early")
+                raise _EndsTooEarly("its header ends too early")
             at += 8 + length_of(data, at)[0]
         self._at = at
         self._skip(0)

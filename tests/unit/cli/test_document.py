@@ -18,6 +18,13 @@ def test_the_built_in_pool_is_that_of_the_checkout(monkeypatch: pytest.MonkeyPat
     assert document_of(None, None) == read_yaml(ROOT / "serve_config.yaml")
 
 
+def test_without_the_built_in_model_there_is_nothing_to_serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("app.cli.document.BUILT_IN_PACKAGE", "no_such_package")
+    with pytest.raises(ConfigError, match=r"nothing to serve: .* slotpool serve FOLDER"):
+        document_of(None, None)
+
+
 def test_a_file_in_the_working_folder_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     (tmp_path / "serve_config.yaml").write_text("applications: []")
     monkeypatch.chdir(tmp_path)
