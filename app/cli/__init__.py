@@ -25,6 +25,7 @@ COMMANDS = {
     "add": "Write the configuration of a model's file.",
     "validate": "Check a configuration, and show what fits.",
     "doctor": "Say which engines and devices are there, and what is missing.",
+    "import": "Turn a configuration of llama-swap, LiteLLM or Ollama into one.",
     "status": "Show what the pool is doing.",
     "models": "List the models that the pool knows.",
     "ps": "List the replicas and what they run.",
@@ -34,6 +35,7 @@ COMMANDS = {
     "chat": "Talk to a model.",
     "events": "Follow what happens in the pool.",
     "why": "Explain what the pool did for a request or a model.",
+    "bench": "Measure how fast a server answers.",
     "completion": "Print the script that completes commands in a shell.",
 }
 

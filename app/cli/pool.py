@@ -53,19 +53,43 @@ class Pool:
     """One pool at a URL. Every call raises `Failure` with one line for what goes wrong; the key is in none."""
 
     def __init__(
-        self, url: str, key: str | None, transport: httpx.BaseTransport | None = None, answer_s: float = ANSWER_S
+        self,
+        url: str,
+        key: str | None,
+        transport: httpx.BaseTransport | None = None,
+        answer_s: float = ANSWER_S,
+        is_key_named: bool = False,
     ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
+        self._transport = transport
+        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._key = key
+        self._is_key_named = is_key_named
         host = urlsplit(self.url).hostname
         if not host or urlsplit(self.url).scheme not in ("http", "https"):
             raise Misuse(f"{url!r} is no http:// or https:// URL")
         self._http = httpx.Client(
             base_url=self.url,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
+            headers=self._headers,
             timeout=httpx.Timeout(answer_s, connect=min(answer_s, CONNECT_S)),
             transport=transport,
             # A proxy of the environment does not lead back to this machine.
             trust_env=not is_loopback(host),
+        )
+
+    def at(self, url: str) -> Pool:
+        """Another address. The environment's key is the pool's: only one that was named for this call goes along."""
+        other = Pool(url, self._key if self._is_key_named else None, self._transport)
+        self._http.close()
+        return Pool(url, self._key, self._transport) if other.url == self.url else other
+
+    def async_client(self, limits: httpx.Limits) -> httpx.AsyncClient:
+        """A client of its own for many calls at a time, to be closed by its user."""
+        transport = self._transport if isinstance(self._transport, httpx.AsyncBaseTransport) else None
+        host = urlsplit(self.url).hostname or ""
+        trust_env = not is_loopback(host)
+        return httpx.AsyncClient(
+            base_url=self.url, headers=self._headers, limits=limits, transport=transport, trust_env=trust_env
         )
 
     def __enter__(self) -> Self:
@@ -200,7 +224,7 @@ def pool_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def with_pool(ctx: click.Context, /, *args: Any, url: str, key_file: Path | None, **options: Any) -> Any:
         # Tests put a transport of their own into the context.
-        with Pool(url, read_key(key_file), ctx.obj) as pool:
+        with Pool(url, read_key(key_file), ctx.obj, is_key_named=key_file is not None) as pool:
             return command(pool, *args, **options)
 
     return with_pool

@@ -1,0 +1,1 @@
+"""A bounded load generator for any server with OpenAI's chat route, and what it measured."""
