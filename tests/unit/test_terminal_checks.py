@@ -46,15 +46,28 @@ def test_a_ray_that_does_not_start_says_why_in_one_line(monkeypatch: pytest.Monk
         start_ray(0)
 
 
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    root = Path(__file__).parents[2]
+    return subprocess.run(["make", *arguments], cwd=root, capture_output=True, text=True, check=False)
+
+
+def test_cuda_without_its_compiler_is_one_line_before_anything_is_compiled():
+    result = make("cuda-compiler", "NVCC=no-such-compiler")
+    assert result.returncode
+    lines = [line for line in result.stderr.splitlines() if line.startswith("slotpool:")]
+    assert len(lines) == 1
+    assert "no-such-compiler" in lines[0]
+
+
+def test_cuda_is_passed_on_to_the_build_of_llama_cpp():
+    plan = make("--dry-run", "--always-make", "serve", "CUDA=1").stdout
+    assert '-DGGML_CUDA=on" .venv/bin/python -m pip' in plan
+    assert "-DGGML_CUDA" not in make("--dry-run", "--always-make", "serve").stdout
+
+
 @pytest.mark.parametrize(("variable", "kind"), [("CXX", "C++"), ("CC", "C")])
 def test_a_missing_compiler_is_one_line_before_anything_is_compiled(variable: str, kind: str):
-    result = subprocess.run(
-        ["make", "compiler", f"PYTHON={sys.executable}", f"{variable}=no-such-compiler"],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = make("compiler", f"PYTHON={sys.executable}", f"{variable}=no-such-compiler")
     assert result.returncode
     lines = [line for line in result.stderr.splitlines() if line.startswith("slotpool:")]
     assert len(lines) == 1
