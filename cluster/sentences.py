@@ -31,6 +31,9 @@ REASONS = {
     "withdrawn": "nobody needs it any more",
 }
 
+#: Shorter waits are not worth a word, in seconds.
+LEAST_WAIT_S = 0.05
+
 #: What happened to a replica, by the cause of its transition (`ledger.states`).
 CAUSES = {
     "placed": "a process for {model} starts{place}",
@@ -137,6 +140,25 @@ def _load(model: str | None, data: Mapping[str, Any]) -> str:
     return f"{model} is loaded to {float(data.get('progress') or 0):.0%}"
 
 
+def _request(model: str | None, data: Mapping[str, Any]) -> str:
+    name = data.get("trace") or data.get("id")
+    waits = {"in line": data.get("queue_wait_s"), "for the load": data.get("load_wait_s")}
+    parts = [
+        f"waited {each:.1f} s {where}" for where, each in waits.items() if each is not None and each >= LEAST_WAIT_S
+    ]
+    if data.get("ttft_s") is not None:
+        parts.append(f"had its first token after {data['ttft_s']:.2f} s")
+    if data.get("total_s") is not None:
+        parts.append(f"got {counted(int(data.get('output_tokens') or 0), 'token')} in {data['total_s']:.2f} s")
+    told = f"request {name} to {model} ended with {data.get('status')}"
+    return f"{told}: it {', '.join(parts)}" if parts else told
+
+
+def _requests(model: str | None, data: Mapping[str, Any]) -> str:
+    count = int(data.get("count") or 0)
+    return f"{counted(count, 'more request')} ended, with {counted(int(data.get('output_tokens') or 0), 'token')}"
+
+
 def _server(model: str | None, data: Mapping[str, Any]) -> str:
     url = data.get("url")
     if data.get("removed"):
@@ -158,6 +180,8 @@ _KINDS = {
     "queue": _queue,
     "lease": _lease,
     "load": _load,
+    "request": _request,
+    "requests": _requests,
     "server": _server,
     "config": _config,
 }

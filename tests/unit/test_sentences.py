@@ -47,6 +47,23 @@ def test_every_cause_of_a_transition_has_words(cause: str):
             change("server", url="http://x", is_up=False, last_refresh_error="refused"),
             "The server http://x cannot be read: refused.",
         ),
+        (
+            change(
+                "request",
+                id="9f",
+                trace="mine",
+                status=200,
+                queue_wait_s=1.25,
+                load_wait_s=0.0,
+                ttft_s=1.5,
+                total_s=2.0,
+                output_tokens=9,
+            ),
+            "request mine to coder ended with 200: it waited 1.2 s in line, had its first token after 1.50 s, "
+            "got 9 tokens in 2.00 s.",
+        ),
+        (change("request", id="9f", status=429), "request 9f to coder ended with 429."),
+        (change("requests", count=2, output_tokens=1), "2 more requests ended, with 1 token."),
         (change("config"), "The configuration has changed."),
         (change("something new"), "something new."),
     ],

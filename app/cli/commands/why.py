@@ -12,7 +12,7 @@ from app.cli.pool import Pool, complete_model, pool_options
 from cluster import sentences
 
 #: What tells nothing of reasons.
-DULL = ("lease", "load", "queue")
+DULL = ("lease", "load", "queue", "request")
 
 
 @click.command("why")
@@ -54,6 +54,8 @@ def of_request(request: str, changes: list[dict[str, Any]]) -> list[dict[str, An
 
 
 def waiters(change: dict[str, Any]) -> tuple[Any, ...]:
-    """The request for which something was decided, by its client's id and by the ledger's."""
-    because = (change.get("data") or {}).get("because") or {}
-    return because.get("request"), because.get("waiter")
+    """The request that a change is about, by its client's id and by the ledger's: one that ended, or that waited."""
+    data = change.get("data") or {}
+    because = data.get("because") or {}
+    ended = (data.get("trace"), data.get("id")) if change.get("kind") == "request" else ()
+    return because.get("request"), because.get("waiter"), *ended

@@ -118,6 +118,13 @@ def test_why_explains_a_model_and_a_request(pool: ScriptedPool):
     assert pool.run("why", "9f").output.splitlines() == lines[1:]
     assert json.loads(pool.run("why", "req-1", "--json").output) == {"model": None, "changes": [drained]}
     assert pool.run("why", "req-2").exit_code == 1
+    ended = change(3, "request", "coder", id="9f", trace="req-1", status=200, ttft_s=1.5)
+    pool.on("GET /v1/admin/events", log_of(drained, ended))
+    assert (
+        pool.run("why", "req-1")
+        .output.splitlines()[1]
+        .endswith("request req-1 to coder ended with 200: it had its first token after 1.50 s.")
+    )
 
 
 def test_one_question_is_answered_as_it_comes(pool: ScriptedPool):
