@@ -46,9 +46,10 @@ fuzz: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	@for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench $(ARGS) || exit 1; done
 
-# What is promised to clients: schemas, errors, configuration, and the routes over real Serve.
+# What is promised to clients: schemas, errors and configuration, and the same answers from every engine.
 test-contract: $(VENV)/.installed-dev
-	$(BIN)/pytest tests/unit/test_requests.py tests/unit/test_config.py tests/serve/test_pool_fake.py $(ARGS)
+	$(BIN)/pytest tests/unit/test_requests.py tests/unit/test_config.py $(ARGS)
+	$(BIN)/pytest tests/contract -v $(ARGS)
 
 test-api: $(VENV)/.installed-dev
 	$(BIN)/pytest tests/serve $(ARGS)

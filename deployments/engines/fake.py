@@ -4,7 +4,7 @@ It emits `ID:0 ID:1 ID:2 …`, one word a token, so that a test can see from the
 that nothing is missing. Each choice of each prompt is a sequence that says the same; as many run at a time as the call
 has slots. A word is a token in prompts, too, whose id is its checksum, and an embedding is drawn from its input's. Two
 raw paths tell what a call met: `GET /fake/environment` (the process's id and its devices) and `POST /fake/echo` (the
-body as it came).
+body as it came). Stop strings end an answer; what would need a model (a schema, a call, log-probabilities) is refused.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ import random
 import struct
 import time
 import zlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 from cluster.config import FakeFaults
-from cluster.errors import BackendUnavailable, InvalidRequest, ModelUnavailable, RateLimited
+from cluster.errors import BackendUnavailable, InvalidRequest, ModelUnavailable, RateLimited, UnsupportedParameter
 from deployments.engines.chat.metrics import metrics_object
+from deployments.engines.chat.stops import StopScanner
 from deployments.engines.protocol import EVENT_STREAM, JSON, Call, EngineInfo, Kept, Progress, Reply, Report, once
 from deployments.schemas import CHAT, DETOKENIZE, EMBEDDINGS, PATHS, TOKENIZE, prompts_of
 from deployments.sse import DONE
@@ -70,7 +71,8 @@ class FakeEngine:
             return Reply(200, dict(JSON), once(json.dumps(_tokens(call)).encode()))
         if call.path == EMBEDDINGS:
             return Reply(200, dict(JSON), once(json.dumps(_embeddings(call)).encode()))
-        report = Report(prompt_tokens=_prompts(call.json), cached_tokens=0, output_tokens=0)
+        _refuse_what_needs_a_model(call.json)
+        report = Report(prompt_tokens=_prompt_tokens(call.json), cached_tokens=0, output_tokens=0)
         chunks = self._answer(call, report)
         return Reply(200, dict(EVENT_STREAM if call.stream else JSON), chunks, report)
 
@@ -97,34 +99,37 @@ class FakeEngine:
             report.total_ms = (time.monotonic() - started) * 1e3
 
     async def _whole(self, call: Call, report: Report, started: float) -> AsyncGenerator[bytes, None]:
-        count, turns = self._length(call.json), _turns(call)
+        said, turns = list(self._said(call.json)), _turns(call)
         await asyncio.sleep(self._faults.ttft_s)
         report.ttft_ms = (time.monotonic() - started) * 1e3
-        await asyncio.sleep(len(turns) * count / self._faults.tokens_per_s)
+        await asyncio.sleep(len(turns) * len(said) / self._faults.tokens_per_s)
         self._fail_at(0, 0)
-        report.output_tokens = turns[-1].stop * count
+        report.output_tokens = turns[-1].stop * len(said)
         report.total_ms = (time.monotonic() - started) * 1e3
-        yield json.dumps(self._body(call, count, report)).encode()
+        text, finish = "".join(piece for piece, _ in said), said[-1][1]
+        yield json.dumps(self._body(call, text, finish, report)).encode()
 
     async def _stream(self, call: Call, report: Report, started: float) -> AsyncGenerator[bytes, None]:
         count = self._length(call.json)
         await asyncio.sleep(self._faults.ttft_s)
         report.ttft_ms = (time.monotonic() - started) * 1e3
-        steps = 0
+        steps = made = 0
         for turn in _turns(call):
-            for index in range(count):
+            finish = None
+            for index, (piece, end) in enumerate(self._said(call.json)):
+                finish = end
                 self._fail_at(index, count // 2)
                 if self._faults.fault == "hang_mid_stream" and index == count // 2:
                     await asyncio.Event().wait()
                 broken = self._faults.fault == "malformed" and index == count // 2
-                report.output_tokens = turn.start * count + len(turn) * (index + 1)
-                word = self._word(index)
-                yield b"data: {broken\n\n" if broken else b"".join(self._chunk(call, each, word) for each in turn)
+                report.output_tokens = made + len(turn) * (index + 1)
+                if broken or piece:
+                    yield b"data: {broken\n\n" if broken else b"".join(self._chunk(call, each, piece) for each in turn)
                 steps += 1
                 await asyncio.sleep(
                     max(0.0, started + self._faults.ttft_s + steps / self._faults.tokens_per_s - time.monotonic())
                 )
-            finish = self._finish(count)
+            made = report.output_tokens or 0
             report.total_ms = (time.monotonic() - started) * 1e3
             for each in turn:
                 last = each == turn[-1] and turn.stop == _sequences(call.json)
@@ -137,8 +142,17 @@ class FakeEngine:
     def _finish(self, count: int) -> str:
         return "stop" if count == self._faults.tokens else "length"
 
-    def _word(self, index: int) -> str:
-        return f"{self._id}:{index} "
+    def _said(self, body: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
+        """What each token of an answer shows, and at the last one why it ends there."""
+        count = self._length(body)
+        stop = body.get("stop") or ()
+        scanner = StopScanner((stop,) if isinstance(stop, str) else stop)
+        for index in range(count):
+            text = scanner.push(f"{self._id}:{index} ")
+            if scanner.stopped_by is not None:
+                yield text, "stop"
+                return
+            yield (text, None) if index < count - 1 else (text + scanner.flush(), self._finish(count))
 
     def _fail_at(self, index: int, where: int) -> None:
         if index != where:
@@ -172,23 +186,37 @@ class FakeEngine:
                 chunk["usage"] = self._usage(report)
         return b"data: " + json.dumps(chunk).encode() + b"\n\n"
 
-    def _body(self, call: Call, count: int, report: Report) -> dict[str, Any]:
-        text = "".join(self._word(index) for index in range(count))
+    def _body(self, call: Call, text: str, finish: str | None, report: Report) -> dict[str, Any]:
         is_chat = call.path == CHAT
         said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
-        choices = [
-            {"index": index, "finish_reason": self._finish(count), **said} for index in range(_sequences(call.json))
-        ]
+        choices = [{"index": index, "finish_reason": finish, **said} for index in range(_sequences(call.json))]
         head = self._head(call, "chat.completion" if is_chat else "text_completion")
         return {**head, "choices": choices, "usage": self._usage(report), "metrics": metrics_object(call, report)}
 
 
-def _prompts(body: dict[str, Any]) -> int:
-    return len(prompts_of(body.get("prompt") or ""))
+def _refuse_what_needs_a_model(body: dict[str, Any]) -> None:
+    """Raises `UnsupportedParameter` for a field that known words cannot obey."""
+    needs = {
+        "response_format": (body.get("response_format") or {}).get("type", "text") != "text",
+        "grammar": body.get("grammar") is not None,
+        "tool_choice": body.get("tool_choice") not in (None, "none", "auto"),
+        "logprobs": body.get("logprobs") not in (None, False),
+    }
+    for name, is_asked in needs.items():
+        if is_asked:
+            raise UnsupportedParameter(f"{name} is not supported by this engine, which has no model", param=name)
+
+
+def _prompt_tokens(body: dict[str, Any]) -> int:
+    """The words of all prompts, or of the whole chat; a prompt without any is one token, as for a real model."""
+    given = prompts_of(body.get("prompt") or "")
+    chat = [str(message.get("content") or "") for message in body.get("messages") or ()]
+    texts = [" ".join(chat)] if chat else given
+    return sum(max(1, len(text.split()) if isinstance(text, str) else len(text)) for text in texts)
 
 
 def _sequences(body: dict[str, Any]) -> int:
-    return (body.get("n") or 1) * _prompts(body)
+    return (body.get("n") or 1) * len(prompts_of(body.get("prompt") or ""))
 
 
 def _turns(call: Call) -> list[range]:

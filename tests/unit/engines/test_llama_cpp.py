@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import os
 import sys
 import threading
@@ -14,10 +13,8 @@ from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import pytest
 from openai.types import Completion
-from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from cluster.errors import (
     BackendUnavailable,
@@ -93,30 +90,9 @@ async def test_info(engine: LlamaCppEngine) -> None:
     assert 200 < info.memory_mib < 400
 
 
-async def test_stream_and_body_say_the_same(engine: LlamaCppEngine) -> None:
-    whole = await body(engine, ask(SEA))
-    ChatCompletion.model_validate(whole)
-    chunks = await events(engine, ask(SEA, stream_options={"include_usage": True}))
-    for chunk in chunks:
-        ChatCompletionChunk.model_validate(chunk)
-    streamed = "".join(c["choices"][0]["delta"].get("content", "") for c in chunks if c["choices"])
-    assert streamed == whole["choices"][0]["message"]["content"]
-    assert chunks[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"] == 24
-    assert len(chunks) > 10, "tokens come one by one"
-    metrics = chunks[-1]["metrics"]
-    assert metrics["pool_total_wall_ms"] >= metrics["engine_total_wall_ms"] >= metrics["backend_inference_wall_ms"] > 0
-    assert metrics["engine_output_tokens"] == 24
-
-
 async def test_the_answers_model_is_the_requests(engine: LlamaCppEngine) -> None:
     assert (await body(engine, ask(SEA, model="alias", max_tokens=1)))["model"] == "alias"
     assert (await body(engine, ask(SEA, max_tokens=1)))["model"] == "smollm2"
-
-
-async def test_the_end_of_sequence_token_stops(engine: LlamaCppEngine) -> None:
-    choice = (await body(engine, ask(SEA, max_tokens=100)))["choices"][0]
-    assert choice["finish_reason"] == "stop"
-    assert "<|im_end|>" not in choice["message"]["content"]
 
 
 async def test_a_second_request_reuses_the_common_prefix(engine: LlamaCppEngine) -> None:
@@ -294,15 +270,6 @@ async def test_an_answer_goes_on_where_the_assistants_text_ends(engine: LlamaCpp
     assert (await body(engine, fields))["choices"][0]["message"]["content"].startswith("5, 6")
 
 
-@pytest.mark.parametrize("topic", ["a king", "your neighbour", "Ada"])
-async def test_json_schema_answers_validate(engine: LlamaCppEngine, topic: str) -> None:
-    form = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
-    fields = ask(f"Describe {topic} as JSON.", response_format=form, max_tokens=80, temperature=1.0, seed=3)
-    choice = (await body(engine, fields))["choices"][0]
-    assert choice["finish_reason"] == "stop"
-    jsonschema.validate(json.loads(choice["message"]["content"]), PERSON)
-
-
 async def test_json_object_answers_are_objects(engine: LlamaCppEngine) -> None:
     fields = ask('Answer with {"ok": true}', response_format={"type": "json_object"}, max_tokens=150)
     choice = (await body(engine, fields))["choices"][0]
@@ -326,45 +293,11 @@ async def test_a_broken_grammar_is_refused(engine: LlamaCppEngine) -> None:
         await body(engine, ask(SEA, grammar="root ::= ("))
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
-async def test_a_forced_tool_call_is_valid(engine: LlamaCppEngine, choice: Any) -> None:
-    fields = ask("What is the weather in Oslo?", tools=[WEATHER], tool_choice=choice, max_tokens=80)
-    answer = ChatCompletion.model_validate(await body(engine, fields)).choices[0]
-    assert answer.finish_reason == "tool_calls"
-    assert answer.message.content is None
-    assert answer.message.tool_calls
-    call = answer.message.tool_calls[0]
-    assert call.type == "function"
-    assert call.function.name == "get_weather"
-    jsonschema.validate(json.loads(call.function.arguments), WEATHER["function"]["parameters"])  # type: ignore[index]
-
-    chunks = [ChatCompletionChunk.model_validate(chunk) for chunk in await events(engine, fields)]
-    deltas = [delta for chunk in chunks for delta in chunk.choices[0].delta.tool_calls or []]
-    assert deltas[0].id
-    assert deltas[0].function
-    assert deltas[0].function.name == "get_weather"
-    assert len(deltas) > 3, "arguments are streamed"
-    assert "".join(d.function.arguments or "" for d in deltas if d.function) == call.function.arguments
-    assert chunks[-1].choices[0].finish_reason == "tool_calls"
-
-
 async def test_tool_choice_none_never_calls(engine: LlamaCppEngine) -> None:
     answer = await body(engine, ask("What is the weather?", tools=[WEATHER], tool_choice="none"))
     assert "tool_calls" not in answer["choices"][0]["message"]
     plain = await body(engine, ask("What is the weather?"))
     assert answer["usage"]["prompt_tokens"] == plain["usage"]["prompt_tokens"]
-
-
-async def test_logprobs_are_a_distribution(engine: LlamaCppEngine) -> None:
-    answer = await body(engine, ask(SEA, logprobs=True, top_logprobs=20, max_tokens=6))
-    entries = answer["choices"][0]["logprobs"]["content"]
-    assert len(entries) == 6
-    for entry in entries:
-        total = sum(math.exp(other["logprob"]) for other in entry["top_logprobs"])
-        assert 0.2 < total <= 1.0001
-        assert entry["logprob"] == entry["top_logprobs"][0]["logprob"], "greedy takes the likeliest"
-        assert len(entry["top_logprobs"]) == 20
-    assert b"".join(bytes(entry["bytes"]) for entry in entries).decode() == answer["choices"][0]["message"]["content"]
 
 
 async def test_completion_logprobs_with_echo_score_the_prompt(engine: LlamaCppEngine) -> None:
@@ -388,35 +321,6 @@ async def test_prompts_as_text_and_as_tokens_are_the_same(engine: LlamaCppEngine
     assert len({answer["choices"][0]["text"] for answer in answers}) == 1
     with pytest.raises(InvalidRequest):
         await body(engine, {"prompt": [10**9]}, COMPLETIONS)
-
-
-async def test_stop_strings_cut_and_never_leak(engine: LlamaCppEngine) -> None:
-    whole = await text(engine, ask(SEA))
-    middle = whole.split()[4]
-    stop = f"{middle[1:]} {whole.split()[5][:2]}"
-    expected = whole[: whole.index(stop)]
-    choice = (await body(engine, ask(SEA, stop=[stop, "never"])))["choices"][0]
-    assert (choice["message"]["content"], choice["finish_reason"], choice["stop_reason"]) == (expected, "stop", stop)
-    chunks = await events(engine, ask(SEA, stop=stop))
-    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == expected
-    assert [chunk["choices"][0].get("stop_reason") for chunk in chunks][-1] == stop
-    assert "stop_reason" not in (await body(engine, ask(SEA, stop="never")))["choices"][0]
-
-
-async def test_a_seed_reproduces_and_another_differs(engine: LlamaCppEngine) -> None:
-    def fields(seed: int) -> dict[str, Any]:
-        return ask(SEA, temperature=1.0, top_p=0.95, top_k=50, seed=seed, max_tokens=16)
-
-    one, same, other = await asyncio.gather(*(text(engine, fields(seed)) for seed in (7, 7, 8)))
-    assert one == same
-    assert one != other
-
-
-async def test_penalties_change_a_greedy_answer(engine: LlamaCppEngine) -> None:
-    prompt = "Repeat the word dog many times: dog dog dog dog dog dog"
-    plain = await text(engine, ask(prompt))
-    assert plain != await text(engine, ask(prompt, frequency_penalty=2.0))
-    assert plain != await text(engine, ask(prompt, repeat_penalty=1.8))
 
 
 async def test_logit_bias_forces_and_forbids(engine: LlamaCppEngine) -> None:
@@ -445,18 +349,6 @@ async def test_thoughts_that_the_model_marks_are_no_text(engine: LlamaCppEngine)
     deltas = [chunk["choices"][0]["delta"] for chunk in await events(engine, answer)]
     assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "Hmm."
     assert "".join(delta.get("content", "") for delta in deltas) == "Yes <b>."
-
-
-async def test_n_choices_are_separate(engine: LlamaCppEngine) -> None:
-    fields = ask(SEA, n=2, temperature=1.0, seed=5, max_tokens=12)
-    choices = (await body(engine, fields))["choices"]
-    assert [choice["index"] for choice in choices] == [0, 1]
-    assert choices[0]["message"]["content"] != choices[1]["message"]["content"]
-    chunks = await events(engine, fields)
-    for index in (0, 1):
-        mine = [c["choices"][0] for c in chunks if c["choices"] and c["choices"][0]["index"] == index]
-        streamed = "".join(choice["delta"].get("content", "") for choice in mine)
-        assert streamed == choices[index]["message"]["content"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,8 @@
+"""The engines under test, by the name that their tests' ids begin with."""
+
+from __future__ import annotations
+
+from tests.contract.engine_fake import FAKE
+from tests.contract.engine_llama_cpp import LLAMA_CPP
+
+ENGINES = {entry.name: entry for entry in (LLAMA_CPP, FAKE)}

@@ -1,0 +1,112 @@
+"""An engine from load to unload: cancelled, killed, drained, and loaded again; nothing of it is left."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.errors import PoolError
+from tests.contract.entry import Entry
+from tests.contract.pool import SLOTS, OneModel
+from tests.contract.said import pieces_of, text_of
+from tests.unit.engines.drive import ask
+
+SEA = "Write one sentence about the sea."
+#: A slot is free this much after its client has left, in seconds.
+FREE_S = 1.0
+
+
+def endless(topic: str) -> dict[str, Any]:
+    """A request that runs for much longer than a test."""
+    return ask(f"Count. {topic}", max_tokens=400, ignore_eos=True)
+
+
+async def first_piece_s(engine: OneModel) -> float:
+    """How long a short answer takes to begin."""
+    asked = time.monotonic()
+    async with contextlib.aclosing(engine.live(ask("Hi.", max_tokens=2))) as events:
+        async for event in events:
+            if pieces_of([event]):
+                return time.monotonic() - asked
+    raise AssertionError("it says nothing")
+
+
+async def begun(engine: OneModel, fields: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    """A stream whose first piece of text is there."""
+    events = engine.live(fields)
+    async for event in events:
+        if pieces_of([event]):
+            return events
+    raise AssertionError("it says nothing")
+
+
+async def test_a_client_that_leaves_in_mid_stream_frees_its_slot(engine: OneModel):
+    usual_s = await first_piece_s(engine)
+    streams = await asyncio.gather(*(begun(engine, endless(str(number))) for number in range(SLOTS)))
+    assert len(engine.ledger.leases) == SLOTS
+    await asyncio.gather(*(stream.aclose() for stream in streams))
+    assert not engine.ledger.leases
+    assert await first_piece_s(engine) < usual_s + FREE_S
+
+
+async def test_a_client_that_leaves_before_the_first_token_frees_its_slot(engine: OneModel, entry: Entry):
+    usual_s = await first_piece_s(engine)
+    prompts = [f"{number} " + " ".join(map(str, range(number, number + 250))) for number in range(SLOTS)]
+    readers = [asyncio.create_task(engine.events(ask(prompt, max_tokens=20))) for prompt in prompts]
+    await asyncio.sleep(0.1)
+    assert len(engine.ledger.leases) == SLOTS
+    for reader in readers:
+        reader.cancel()
+    await asyncio.gather(*readers, return_exceptions=True)
+    assert not engine.ledger.leases
+    assert await first_piece_s(engine) < usual_s + FREE_S
+
+
+async def test_an_engine_that_is_killed_costs_its_streams_an_error_event_and_is_replaced(engine: OneModel):
+    stream = await begun(engine, endless("a"))
+    engine.kill()
+    events = [event async for event in stream]
+    error = events[-1]["error"]
+    assert set(error) >= {"message", "type", "param", "code"}
+    assert error["message"]
+    assert text_of(await engine.body(ask(SEA, max_tokens=4))), "and the pool has a fresh one"
+
+
+async def test_what_runs_may_end_when_the_model_is_unloaded(engine: OneModel):
+    stream = await begun(engine, ask(SEA, max_tokens=12, ignore_eos=True))
+    unloading = asyncio.create_task(engine.unload())
+    events = [event async for event in stream]
+    assert events[-1]["choices"][0]["finish_reason"] == "length"
+    await unloading
+
+
+async def test_a_load_that_fails_says_why_and_leaves_nothing(engine: OneModel, entry: Entry, folder: Path):
+    await engine.unload()
+    before = engine.held_mib()
+    reason = await engine.fail_to_load(entry.broken(folder))
+    assert len(reason) > 10
+    assert str(folder) not in reason, "a client may read it"
+    with pytest.raises(PoolError) as refused:
+        await engine.body(ask(SEA))
+    assert (refused.value.status, refused.value.code) == (503, "MODEL_UNAVAILABLE")
+    assert engine.held_mib() <= before + 10
+    await engine.load()
+    assert text_of(await engine.body(ask(SEA, max_tokens=4))), "the next load tries again"
+
+
+async def test_an_unload_returns_the_memory(engine: OneModel):
+    """To within a tenth of what the model took: of the processes that were started for it, since the machine has
+    others, whose memory moves as well."""
+    await engine.unload()
+    before = engine.held_mib()
+    await engine.load()
+    assert text_of(await engine.body(ask(SEA, max_tokens=4)))
+    loaded = engine.held_mib()
+    await engine.unload()
+    assert engine.held_mib() - before <= max(5, (loaded - before) / 10)
