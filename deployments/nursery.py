@@ -47,7 +47,7 @@ MODULES = (
 #: when it is made, and page by page that takes twice as long (docs/measurements.md, "Swaps with replicas that stay").
 #: It is read when a process begins, so what is forked from here has it as well.
 ENVIRONMENT = {
-    "GOMP_SPINCOUNT": "200",
+    "GOMP_SPINCOUNT": "10000",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",

@@ -25,7 +25,7 @@ from deployments.weights import prefetch
 logger = logging.getLogger("slotpool.replica")
 
 #: In an engine's environment: a bounded spin at OpenMP's barriers, which is read when the library is loaded.
-ENGINE_ENVIRONMENT = {"GOMP_SPINCOUNT": "200"}
+ENGINE_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
 
 #: What still runs when an engine is to be unloaded may take as long as this to end, in seconds, and so may the engine.
 UNLOAD_S = 5.0

@@ -53,7 +53,7 @@ def bare_loads(answer: Any) -> None:
 
 
 def bare_load_s() -> float:
-    os.environ.setdefault("GOMP_SPINCOUNT", "200")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=bare_loads, args=(theirs,))

@@ -237,7 +237,7 @@ async def test_the_nursery_is_one_process_with_one_thread_and_initialises_nothin
     # What engines need is imported where it is installed.
     assert (b"libllama" in status_of(pid, "maps")) == (importlib.util.find_spec("llama_cpp") is not None)
     assert b"_raylet" not in status_of(pid, "maps")
-    assert b"GOMP_SPINCOUNT=200" in status_of(pid, "environ")
+    assert b"GOMP_SPINCOUNT=10000" in status_of(pid, "environ")
     first.kill()
     second.kill()
 

@@ -23,6 +23,7 @@ from deployments.engines.chat.logprobs import TokenLogprob
 from deployments.engines.llama_cpp.generation import Delta, Generation, Job, Mailbox
 from deployments.engines.llama_cpp.runtime import Logits, Runtime
 from deployments.engines.llama_cpp.sampling import NO_TOKEN, Sampler, top_logprobs
+from deployments.engines.llama_cpp.team import Team
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class DecodeLoop:
         self._deltas: list[tuple[Mailbox, Delta]] = []
         self._thread = threading.Thread(target=self._run, name="llama-decode", daemon=True)
         self._copy_gain = max(COPY_GAIN, runtime.n_ctx // 64)
+        self._team = Team(runtime.threads)
         self.steps = 0
 
     def start(self) -> None:
@@ -162,6 +164,8 @@ class DecodeLoop:
         if embeds:
             self._runtime.want_embeddings(False)
         self.steps += 1
+        if self._team.changed():
+            self._runtime.set_threads(self._team.size)
         if code != 0:
             log.error("llama_decode failed with code %d", code)
             self._fail([slot for slot, _ in rows], "the engine failed to decode")

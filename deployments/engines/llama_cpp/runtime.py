@@ -66,6 +66,11 @@ class Runtime:
         self.offloads = options.n_gpu_layers != 0 and bool(lib.llama_supports_gpu_offload())
         self._batch = _Batch(lib, self.n_batch)
 
+    @property
+    def threads(self) -> int:
+        """The most threads that may evaluate a batch."""
+        return self._options.n_threads
+
     @classmethod
     def open(cls, options: RuntimeOptions, progress: Callable[[float], None]) -> Runtime:
         """Load weights and vocabulary; blocks for as long as that takes. Raises `ModelUnavailable`, leaving nothing.
@@ -198,6 +203,10 @@ class Runtime:
 
     def discard(self) -> None:
         self._batch.clear()
+
+    def set_threads(self, threads: int) -> None:
+        """How many threads evaluate the next batches."""
+        self._lib.llama_set_n_threads(self._context, threads, threads)
 
     def warm_up(self) -> None:
         """Evaluate one token, so that the first request does not pay for what a device does once."""
