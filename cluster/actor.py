@@ -456,6 +456,7 @@ class LedgerActor:
                     request.keep_alive_s,
                     request.slots,
                     request.principal,
+                    request.is_patient,
                 )
             )
             if not answer.done():

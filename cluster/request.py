@@ -12,7 +12,7 @@ class Request(NamedTuple):
     2 medium, 3 low. `timeout_s` counts from the moment in which the request is sent to the ledger. `keep_alive_s` is
     how long the model should stay afterwards: None = its idle timeout, -1 = pin. `slots` is how many sequences it
     will run (choices times prompts), before that is clamped to what a replica has. `principal` is the API key's
-    name; `trace` is the client's own `X-Request-Id`, for logs.
+    name; `trace` is the client's own `X-Request-Id`, for logs. One that `is_patient` is not refused for load.
     """
 
     id: str
@@ -24,3 +24,4 @@ class Request(NamedTuple):
     slots: int = 1
     principal: str = "anonymous"
     trace: str = ""
+    is_patient: bool = False

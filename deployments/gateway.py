@@ -31,7 +31,6 @@ from deployments.engines.protocol import Call, Reply
 from deployments.leased_call import LeasedCall, ServeWay, Way
 from deployments.limits import Limits
 from deployments.link import Leased, Links
-from deployments.patience import PAUSE_S, patient, sends_away
 from deployments.run_info import RunInfo
 from deployments.sse import DONE, comment, error_event, is_comment
 
@@ -42,6 +41,8 @@ logger = logging.getLogger("slotpool.gateway")
 
 #: A waiting stream says where it waits this often, in seconds.
 KEEP_ALIVE_S = 5.0
+#: How long a request waits that waits for as long as its client stays, in seconds: every wait has an end.
+PATIENCE_S = 7 * 86_400.0
 #: How often a request is tried on another replica, when its own vanished before the first byte.
 RETRIES = 1
 #: Pause before that, in seconds: a connection ends a moment before the ledger has heard of the engine's death, and
@@ -80,22 +81,17 @@ class Gateway:
             each(configuration)
 
     def stream(
-        self, request: Request, body: dict[str, Any], info: RunInfo | None = None, *, is_patient: bool = False
+        self, request: Request, body: dict[str, Any], info: RunInfo | None = None
     ) -> AsyncGenerator[bytes, None]:
         """The answer of the engine to a request and its body: SSE events for a streaming body, one body otherwise.
 
         Waiting streams yield a comment every few seconds. Raises a `PoolError` for anything that goes wrong before the
         first byte, comments included; later failures of a stream are an error event. Closing the generator frees the
-        slot. `info` learns what becomes of the request. One that `is_patient` is not sent away for load.
+        slot. `info` learns what becomes of the request.
         """
         info = info or RunInfo()
         call = Call(request.path, body, request.trace)
-        # Who says himself how long he will wait is not kept longer.
-        if is_patient and request.timeout_s >= self.config.request_timeout_s(request.model):
-            chunks = patient(lambda: self._stream(request, call, info), info, streams=call.stream)
-        else:
-            chunks = self._stream(request, call, info)
-        return self._limited(request, info, chunks)
+        return self._limited(request, info, self._stream(request, call, info))
 
     def _limited(
         self, request: Request, info: RunInfo, chunks: AsyncGenerator[bytes, None]
@@ -167,29 +163,21 @@ class Gateway:
                     raise
                 await asyncio.sleep(RETRY_PAUSE_S)
 
-    async def touch(self, request: Request, *, is_patient: bool = False) -> None:
+    async def touch(self, request: Request) -> None:
         """Wait for a lease as the request would, and give it back unused: its model is loaded then, and stays as asked.
 
         Raises the `PoolError` that the ledger decides.
         """
-        while True:
-            try:
-                lease = await self.ledger.acquire(request._replace(id=uuid.uuid4().hex))
-            except errors.PoolError as error:
-                if not (is_patient and sends_away(error)):
-                    raise
-                await asyncio.sleep(PAUSE_S)
-                continue
-            self.ledger.release(lease)
-            return
+        wait_s = PATIENCE_S if request.is_patient else request.timeout_s
+        self.ledger.release(await self.ledger.acquire(request._replace(id=uuid.uuid4().hex, timeout_s=wait_s)))
 
     async def _attempt(
         self, request: Request, call: Call, info: RunInfo, *, is_last: bool
     ) -> AsyncGenerator[bytes, None]:
         """One lease and the call that runs on it. A lease that is lost before the first byte counts as no request."""
-        arrived = info.arrived
         # Each attempt has an id of its own: the lease of a vanished replica may still be in the ledger's books.
-        attempt = request._replace(id=uuid.uuid4().hex, timeout_s=self._left(request, arrived))
+        wait_s = PATIENCE_S if request.is_patient else _left(request, info.arrived)
+        attempt = request._replace(id=uuid.uuid4().hex, timeout_s=wait_s)
         waiting = asyncio.ensure_future(self.ledger.acquire(attempt))
         lease = None
         try:
@@ -204,10 +192,12 @@ class Gateway:
                 # Granted in the very moment in which the client left.
                 with contextlib.suppress(errors.PoolError, RayError, asyncio.CancelledError):
                     self.ledger.release(waiting.result())
-        run = self._leased_call(request, call, lease, arrived)
+        # A patient one has the time that it may run, however long it has waited.
+        left_s = request.timeout_s if request.is_patient else _left(request, info.arrived)
+        run = self._leased_call(request, call, lease, info.arrived, left_s)
         status: int | None = CLIENT_LEFT
         try:
-            async with contextlib.aclosing(self._run(request, call, lease, info, run)) as chunks:
+            async with contextlib.aclosing(self._run(request, call, lease, info, run, left_s)) as chunks:
                 async for chunk in chunks:
                     info.status, info.headers = run.status, run.headers
                     yield chunk
@@ -221,7 +211,7 @@ class Gateway:
             info.report = run.report
             run.end(status)
 
-    def _leased_call(self, request: Request, call: Call, lease: Grant, arrived: float) -> LeasedCall:
+    def _leased_call(self, request: Request, call: Call, lease: Grant, arrived: float, left_s: float) -> LeasedCall:
         def release(status: int | None) -> None:
             ended = None if status is None else outcome(request, lease, run, status, arrived, is_stream=call.stream)
             self.ledger.release(lease, ended)
@@ -230,11 +220,11 @@ class Gateway:
             if self.config.server(lease.replica) is None:
                 self.ledger.tell("replica_suspected", lease.replica)
 
-        run = LeasedCall(self._left(request, arrived), release, suspect)
+        run = LeasedCall(left_s, release, suspect)
         return run
 
     async def _run(
-        self, request: Request, call: Call, lease: Grant, info: RunInfo, run: LeasedCall
+        self, request: Request, call: Call, lease: Grant, info: RunInfo, run: LeasedCall, left_s: float
     ) -> AsyncGenerator[bytes, None]:
         body, info.devices = call.body, lease.devices
         # The model that answers may be another than was asked for: a variant, a fallback, a CPU offload.
@@ -248,7 +238,6 @@ class Gateway:
             load_wait_ms=lease.load_wait_s * 1e3,
             pool_elapsed_ms=(time.monotonic() - info.arrived) * 1e3,
         )
-        left_s = self._left(request, info.arrived)
         server = self.config.server(lease.replica)
         if server is not None:
             chunks = self._on_server(server, request, call, left_s, run)
@@ -298,9 +287,6 @@ class Gateway:
         self._pinned[lease.replica] = handle
         return handle
 
-    def _left(self, request: Request, arrived: float) -> float:
-        return max(0.0, arrived + request.timeout_s - time.monotonic())
-
     async def _where(self, request: str) -> bytes:
         place = await self.ledger.waiting(request)
         if place is None:
@@ -309,6 +295,10 @@ class Gateway:
             percent = "" if place.progress is None else f" {place.progress:.0%}"
             return comment(f"loading model={place.where}{percent}")
         return comment(f"queued position={place.where}")
+
+
+def _left(request: Request, arrived: float) -> float:
+    return max(0.0, arrived + request.timeout_s - time.monotonic())
 
 
 def outcome(

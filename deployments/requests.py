@@ -124,6 +124,11 @@ def parse_raw(
     return _request(config, path, name, PoolRequest(), request_id, headers, caller)
 
 
+def patient(config: PoolConfig, request: Request) -> Request:
+    """The request as one that waits for as long as its client stays; who says how long he will wait waits no longer."""
+    return request._replace(is_patient=request.timeout_s >= config.request_timeout_s(request.model))
+
+
 def _request(
     config: PoolConfig,
     path: str,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import Request, Response
@@ -22,7 +22,7 @@ from app.wire.adapter import Adapter, WholeAdapter
 from cluster import errors
 from cluster.request import Request as PoolRequest
 from deployments.gateway import Gateway
-from deployments.requests import model_of
+from deployments.requests import model_of, patient
 from deployments.run_info import RunInfo
 from deployments.sse import is_comment
 
@@ -45,28 +45,34 @@ async def read_body(request: Request) -> dict[str, Any]:
     return body
 
 
-def admitted(request: Request, adapter: WholeAdapter) -> tuple[PoolRequest, dict[str, Any]]:
+def admitted(
+    request: Request, adapter: WholeAdapter, *, is_patient: bool = False
+) -> tuple[PoolRequest, dict[str, Any]]:
     """The adapter's chat as it travels, and as its engine gets it. Raises what is wrong with it."""
-    return asked(request, adapter.path, adapter.chat)
+    wanted, chat = asked(request, adapter.path, adapter.chat)
+    return (patient(request.app.state.gateway.config, wanted) if is_patient else wanted), chat
 
 
 async def answer(
     request: Request, adapter: Adapter, on_end: OnEnd | None = None, *, is_patient: bool = False
 ) -> Response:
-    """Run the adapter's chat through the pool, and answer in its family's way (`is_patient`: `Gateway.stream`)."""
+    """Run the adapter's chat through the pool, and answer in its family's way.
+
+    One that `is_patient` waits as `deployments.requests.patient` says.
+    """
     if not adapter.chat.get("stream"):
         return await answer_whole(request, adapter, on_end, is_patient=is_patient)
     gateway: Gateway = request.app.state.gateway
-    wanted, chat = admitted(request, adapter)
+    wanted, chat = admitted(request, adapter, is_patient=is_patient)
     info = RunInfo()
-    chunks = gateway.stream(wanted, chat, info, is_patient=is_patient)
+    chunks = gateway.stream(wanted, chat, info)
     rest = events(adapter, chunks, info, on_end)
     try:
         first = await anext(rest)
     except BaseException:
         await rest.aclose()
         raise
-    return Stream(first, rest, media_type=adapter.media_type, headers=_ignored(adapter, wanted))
+    return Stream(first, rest, media_type=adapter.media_type, headers=ignored_header(adapter.ignored, wanted))
 
 
 async def answer_whole(
@@ -74,21 +80,21 @@ async def answer_whole(
 ) -> Response:
     """Run the adapter's chat through the pool, and answer once it is over."""
     gateway: Gateway = request.app.state.gateway
-    wanted, chat = admitted(request, adapter)
+    wanted, chat = admitted(request, adapter, is_patient=is_patient)
     info = RunInfo()
-    chunks = gateway.stream(wanted, chat, info, is_patient=is_patient)
+    chunks = gateway.stream(wanted, chat, info)
     body = adapter.whole(await completion_of(chunks), info)
     if on_end is not None:
         await on_end()
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return Response(content, headers=_ignored(adapter, wanted), media_type="application/json")
+    return Response(content, headers=ignored_header(adapter.ignored, wanted), media_type="application/json")
 
 
-def _ignored(adapter: WholeAdapter, wanted: PoolRequest) -> dict[str, str]:
+def ignored_header(ignored: Sequence[str], wanted: PoolRequest) -> dict[str, str]:
     """The header that says what was left out, which is also logged."""
-    if not adapter.ignored:
+    if not ignored:
         return {}
-    names = ", ".join(adapter.ignored).encode("ascii", "replace").decode()
+    names = ", ".join(ignored).encode("ascii", "replace").decode()
     names = "".join(each if each.isprintable() else "?" for each in names)[:MAX_IGNORED]
     logger.info("request %s to %s: ignored %s", wanted.trace, wanted.model, names)
     return {"X-Slotpool-Ignored": names}

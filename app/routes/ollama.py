@@ -1,6 +1,6 @@
 """Ollama's family: chat, generate, embed, and what models there are. These are configured, so nothing is pulled.
 
-Its requests wait as long as their client does (`deployments/patience.py`).
+Its requests wait as long as their client does (`deployments.requests.patient`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from app.wire.ollama.schema import ChatRequest, EmbedRequest, GenerateRequest
 from cluster import errors
 from cluster.config import PoolConfig
 from deployments.gateway import Gateway
-from deployments.requests import is_allowed, model_of, unknown_model
+from deployments.requests import is_allowed, model_of, patient, unknown_model
 from deployments.run_info import RunInfo
 from deployments.schemas import CHAT, EMBEDDINGS
 
@@ -157,7 +157,7 @@ async def _run(request: Request, adapter: OllamaAdapter) -> Response:
     wanted, _ = asked(request, CHAT, question)
     unloads = adapter.chat.get("keep_alive") == 0
     if not unloads or await _is_resident(gateway, wanted.model):
-        await gateway.touch(wanted, is_patient=True)
+        await gateway.touch(patient(gateway.config, wanted))
     return JSONResponse(adapter.done("unload" if unloads else "load"))
 
 
@@ -179,7 +179,7 @@ async def _embed(request: Request, body: Mapping[str, Any]) -> Embedded:
         raise errors.InvalidRequest("input: the text to embed is missing", param="input")
     wanted, embedding = asked(request, EMBEDDINGS, embeddings_of(given, body))
     info = RunInfo()
-    async with contextlib.aclosing(gateway.stream(wanted, embedding, info, is_patient=True)) as chunks:
+    async with contextlib.aclosing(gateway.stream(patient(gateway.config, wanted), embedding, info)) as chunks:
         found = parsed(b"".join([chunk async for chunk in chunks]))
     try:
         vectors = [each["embedding"] for each in found["data"]]

@@ -20,7 +20,7 @@ class RequestArrived(NamedTuple):
 
     `keep_alive_s` is how long the model should stay after this request: None = the model's idle timeout, -1 = pin.
     `slots` is how many sequences it will run at once: it gets so many slots of one replica, or all that a replica has.
-    `principal` is who asks: the name of an API key.
+    `principal` is who asks: the name of an API key. One that `is_patient` is let into a full queue.
     """
 
     request: str
@@ -31,6 +31,7 @@ class RequestArrived(NamedTuple):
     keep_alive_s: float | None = None
     slots: int = 1
     principal: str = "anonymous"
+    is_patient: bool = False
 
 
 class RequestCancelled(NamedTuple):

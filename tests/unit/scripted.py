@@ -14,7 +14,6 @@ from cluster.errors import PoolError
 from cluster.request import Request
 from deployments.engines.protocol import Call, Report
 from deployments.limits import Limits
-from deployments.patience import patient
 from deployments.run_info import RunInfo
 from deployments.sse import DONE, error_event
 
@@ -46,12 +45,9 @@ class Scripted:
         self.closed = 0
 
     def stream(
-        self, request: Request, body: dict[str, Any], info: RunInfo | None = None, *, is_patient: bool = False
+        self, request: Request, body: dict[str, Any], info: RunInfo | None = None
     ) -> AsyncGenerator[bytes, None]:
-        told = info or RunInfo()
-        if is_patient and request.timeout_s >= self.config.request_timeout_s(request.model):
-            return patient(lambda: self._stream(request, body, told), told, streams=bool(body.get("stream")))
-        return self._stream(request, body, told)
+        return self._stream(request, body, info or RunInfo())
 
     async def _stream(self, request: Request, body: dict[str, Any], info: RunInfo) -> AsyncGenerator[bytes, None]:
         self.requests.append((request, body))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from cluster.config import load_config
 from cluster.errors import PoolError, ReplicaGone
+from cluster.ledger.events import Grant
 from cluster.request import Request
+from deployments.engines.protocol import Call
 from deployments.gateway import Gateway
+from deployments.leased_call import LeasedCall
 from deployments.limits import Limits
 from deployments.run_info import RunInfo
 from deployments.sse import DONE
@@ -74,3 +80,37 @@ async def test_a_stream_that_has_said_its_last_word_gets_no_error_behind_it():
 async def test_a_refusal_before_the_first_byte_is_raised():
     with pytest.raises(ReplicaGone):
         await answer(Scripted([GONE], [GONE]), stream=True)
+
+
+class Granted(Gateway):
+    """A gateway whose ledger grants after `wait_s`; what was asked of it, and how long the answer might take."""
+
+    def __init__(self, wait_s: float) -> None:
+        self.config = load_config({"models": {"m": {"backend": "fake"}}}, environ={})
+        self.limits = Limits()
+        self.asked: list[Request] = []
+        self.left_s = 0.0
+
+        async def acquire(request: Request) -> Grant:
+            self.asked.append(request)
+            await asyncio.sleep(wait_s)
+            return Grant(request.id, "h", "m", "m#1", (0,), 1, 0.0, 0.0, devices=())
+
+        self.ledger: Any = SimpleNamespace(acquire=acquire, release=lambda *_: None)
+
+    async def _run(
+        self, request: Request, call: Call, lease: Grant, info: RunInfo, run: LeasedCall, left_s: float
+    ) -> AsyncGenerator[bytes, None]:
+        self.left_s = left_s
+        yield BODY
+
+
+async def test_who_waits_as_long_as_his_client_stays_asks_once_and_then_has_all_of_his_time():
+    hasty, patient = Granted(wait_s=0.05), Granted(wait_s=0.05)
+    await answer(hasty, stream=False)
+    [chunk async for chunk in patient.stream(Request("r", "m", timeout_s=0.01, is_patient=True), {})]
+    assert hasty.left_s < hasty.asked[0].timeout_s <= 600.0
+    assert (len(patient.asked), patient.asked[0].is_patient, patient.left_s) == (1, True, 0.01)
+    assert patient.asked[0].timeout_s > 86_400.0
+    await patient.touch(Request("r", "m", timeout_s=0.01, is_patient=True))
+    assert patient.asked[1].timeout_s > 86_400.0

@@ -20,7 +20,6 @@ from cluster import errors
 from cluster.config import load_config
 from cluster.errors import PoolError
 from cluster.ledger.snapshot import ModelRow, Snapshot
-from deployments import patience
 from deployments.schemas import CHAT, COMPLETIONS, EMBEDDINGS
 from tests.pool import SMOLLM2
 from tests.unit.scripted import QUEUED, Scripted, chunk, said
@@ -50,11 +49,6 @@ async def lines(*script: bytes | PoolError, path: str = "/api/chat", **fields: A
     assert answer.text.endswith("\n")
     assert "" not in answer.text[:-1].split("\n")
     return [json.loads(line) for line in answer.text.splitlines()]
-
-
-@pytest.fixture(autouse=True)
-def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "PAUSE_S", 0.0)
 
 
 async def test_a_chat_is_streamed_unless_told_otherwise():
@@ -134,18 +128,13 @@ async def test_a_waiting_stream_has_empty_messages():
     assert waiting["done"] is False
 
 
-async def test_nobody_is_sent_away():
-    late = errors.BackendTimeout("late", phase="queued")
-    gateway = Scripted([errors.QueueFull("full", retry_after=9)], [QUEUED, late], said("a"))
-    answer = await ask(gateway)
-    assert [json.loads(line)["message"]["content"] for line in answer.text.splitlines() if line][-2] == "a"
-    assert "error" not in answer.text
-    assert len(gateway.requests) == gateway.closed == 3
-    for script in ([errors.QueueFull("full")], [QUEUED, late]):
-        hurried = await ask(Scripted(script), timeout_s=5)
-        assert "late" in hurried.text or hurried.status_code == 429
-    whole = Scripted([errors.QueueFull("full")], [b'{"choices": [{"message": {"content": "x"}}]}'])
-    assert (await ask(whole, stream=False)).json()["message"]["content"] == "x"
+@pytest.mark.parametrize(("path", "fields"), [("/api/chat", {}), ("/api/generate", {}), ("/api/embed", {"input": "x"})])
+async def test_a_request_waits_for_as_long_as_its_client_unless_it_says_for_how_long(path: str, fields: dict[str, Any]):
+    for said_s, is_patient in ((None, True), (5, False)):
+        gateway = Scripted([b'{"data": [{"embedding": [1.0]}]}'] if "input" in fields else said("a"))
+        answer = await ask(gateway, path, **fields, **({} if said_s is None else {"timeout_s": said_s}))
+        assert answer.status_code == 200
+        assert gateway.requests[0][0].is_patient is is_patient
 
 
 async def test_other_errors_are_told_at_once():

@@ -28,7 +28,7 @@ READY, DRAINING = ReplicaState.READY, ReplicaState.DRAINING
 
 
 def request_arrived(pool: Pool, event: RequestArrived, now: float) -> None:
-    request, holder, name, _, deadline, _, slots, _ = event
+    request, holder, name, _, deadline, _, slots, _, _ = event
     lease = pool.leases.get(request)
     if lease is not None:
         pool.announce(lease)
@@ -146,10 +146,11 @@ def _admit(pool: Pool, model: Model, event: RequestArrived, now: float) -> None:
     threshold = 0 if pool.is_recovering else pool.spec.offload_queue_threshold
     if threshold and model.spec.num_gpus and model.queue.count >= threshold:
         other = pool.models.get(model.spec.cpu_offload_model or "")
-        if other is None:
+        if other is not None:
+            waiter.model = model = other
+        elif not event.is_patient:
             _queue_full(pool, waiter, model, now)
             return
-        waiter.model = model = other
     waiter.fallbacks = _fallbacks(pool, event.model, model)
     if not pool.is_recovering:
         while (error := policy.unavailable(pool, model, now) or _too_late(pool, waiter, now)) is not None:
@@ -163,7 +164,7 @@ def _admit(pool: Pool, model: Model, event: RequestArrived, now: float) -> None:
             return
     full = len(pool.waiters) >= pool.spec.queue_max_size
     limit = None if pool.is_recovering else model.spec.max_queued
-    if full or (limit is not None and model.queue.count >= limit):
+    if not event.is_patient and (full or (limit is not None and model.queue.count >= limit)):
         if not server_slots.squeeze_in(pool, waiter, now):
             _queue_full(pool, waiter, model, now)
         return

@@ -11,7 +11,7 @@ from cluster.ledger.specs import NodeSpec, PoolSpec
 _TEXT, _NUMBER, _COUNT = (str,), (int, float), (int,)
 
 _FIELDS: dict[type[Any], tuple[tuple[type[Any], ...], ...]] = {
-    events.RequestArrived: (_TEXT, _TEXT, _TEXT, _COUNT, _NUMBER, (int, float, type(None)), _COUNT, _TEXT),
+    events.RequestArrived: (_TEXT, _TEXT, _TEXT, _COUNT, _NUMBER, (int, float, type(None)), _COUNT, _TEXT, (bool,)),
     events.RequestCancelled: (_TEXT,),
     events.LeaseReleased: (_TEXT, _COUNT),
     events.HolderDied: (_TEXT,),
@@ -62,6 +62,7 @@ def fault(event: Any) -> str | None:
         and type(event.slots) is int
         and event.slots >= 1
         and type(event.principal) is str
+        and type(event.is_patient) is bool
         and isfinite(event.deadline)
     ):
         return None

@@ -33,6 +33,7 @@ BAD: list[Any] = [
     RequestArrived("r", "h", "A", 2, 5.0, float("nan")),
     RequestArrived("r", "h", "A", 2, 5.0, "soon"),  # type: ignore[arg-type]
     RequestArrived(1, "h", "A", 2, 5.0),  # type: ignore[arg-type]
+    RequestArrived("r", "h", "A", 2, 5.0, is_patient="yes"),  # type: ignore[arg-type]
     LeaseReleased("r", None),  # type: ignore[arg-type]
     LeaseReannounced("r", "h", "A", "A#1", 1, 9),
     ConfigChanged({}),  # type: ignore[arg-type]

@@ -153,6 +153,24 @@ def test_queue_bounds() -> None:
     assert desk.arrive("b2", "B") == ["reject b2 QueueFull"]
 
 
+def test_the_patient_stand_in_a_full_line_and_keep_their_place() -> None:
+    desk = Desk(model("A", max_queued=1), model("B"), queue_max_size=2)
+
+    def arrive(request: str, name: str) -> list[str]:
+        return desk.tell(RequestArrived(request, "h", name, 2, desk.now + 9e5, is_patient=True))
+
+    desk.arrive("first", "A")
+    assert arrive("second", "A") == [], "the model's line is full"
+    assert arrive("third", "A") == [], "all lines are full"
+    assert desk.arrive("hasty", "A") == ["reject hasty QueueFull"]
+    assert arrive("other", "B") == []
+    assert desk.boot("A", "A#1") == ["grant first A#1"]
+    # Who comes when a slot is about to be free stands behind them.
+    desk.arrive("late", "A")
+    assert desk.release("first") == ["grant second A#1"]
+    assert desk.release("second") == ["grant third A#1"]
+
+
 def test_cancelled_in_the_queue_loads_nothing() -> None:
     desk = Desk(model("A"))
     desk.arrive("r1", "A")
@@ -237,6 +255,9 @@ def test_offload_without_a_model_is_refused() -> None:
     desk = Desk(model("A"), offload_queue_threshold=1)
     desk.arrive("r1", "A")
     assert desk.arrive("r2", "A") == ["reject r2 QueueFull"]
+    assert desk.tell(RequestArrived("r3", "h", "A", 2, 9e5, is_patient=True)) == []
+    assert desk.boot("A", "A#1") == ["grant r1 A#1"]
+    assert desk.release("r1") == ["grant r3 A#1"]
 
 
 def test_fallbacks_in_order_each_once() -> None:
