@@ -24,7 +24,8 @@ class Upstream:
     """What the server does may be changed at any time; what it saw may be read at any time.
 
     `fault`: `cut` closes the connection in the middle of an event, `hang` stops in mid-stream, `garbage` answers
-    nonsense, `deaf` takes a connection and says nothing; a number is the status of every answer.
+    nonsense, `deaf` takes a connection and says nothing; a number is the status of every answer. Who asks for more than
+    `most_tokens` is refused with 400, as vLLM does where they do not fit.
     """
 
     def __init__(self, *models: str, tokens: int = 5, gap_s: float = 0.0) -> None:
@@ -32,6 +33,7 @@ class Upstream:
         self.tokens = tokens
         self.gap_s = gap_s
         self.fault: str | int | None = None
+        self.most_tokens: int | None = None
         self.manifest_fault: str | int | None = None
         self.running: Counter[str] = Counter()
         self.peak = 0
@@ -88,6 +90,9 @@ class Upstream:
         if scope["path"].startswith("/echo"):
             await self._echo(scope, body, send)
             return
+        if scope["path"].startswith(("/v1/rerank", "/v1/score", "/v1/audio/")):
+            await _other(scope, body, send)
+            return
         request = json.loads(body)
         self.bodies.append(request)
         work = asyncio.create_task(self._answer(request, send))
@@ -137,8 +142,11 @@ class Upstream:
         try:
             if self.fault == "deaf":
                 await asyncio.Event().wait()
-            if isinstance(self.fault, int):
-                await _reply(send, self.fault, {"error": {"message": f"upstream says {self.fault}"}})
+            fault = self.fault
+            if self.most_tokens is not None and request.get("max_tokens", 0) > self.most_tokens:
+                fault = 400
+            if isinstance(fault, int):
+                await _reply(send, fault, {"error": {"message": f"upstream says {fault}"}})
             elif self.fault == "garbage":
                 await _reply(send, 200, None)
             elif request.get("stream"):
@@ -181,6 +189,25 @@ class Upstream:
             await send({"type": "http.response.body", "body": event, "more_body": True})
             await asyncio.sleep(self.gap_s)
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": False})
+
+
+async def _other(scope: dict[str, Any], body: bytes, send: Any) -> None:
+    """What servers have beside chat: documents ranked or scored by their length, speech, and the length of a sound."""
+    if scope["path"] == "/v1/audio/transcriptions":
+        await _reply(send, 200, {"text": f"{len(body)} bytes"})
+        return
+    request = json.loads(body)
+    if scope["path"] == "/v1/audio/speech":
+        head = [(b"content-type", b"audio/wav")]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        await send({"type": "http.response.body", "body": b"RIFF\x00\xff" + request["input"].encode()})
+        return
+    scores = [float(len(each)) for each in request.get("documents") or request["text_2"]]
+    if scope["path"] == "/v1/score":
+        await _reply(send, 200, {"data": [{"index": index, "score": score} for index, score in enumerate(scores)]})
+        return
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])
+    await _reply(send, 200, {"results": [{"index": each, "relevance_score": scores[each]} for each in order]})
 
 
 async def _reply(send: Any, status: int, body: Any) -> None:

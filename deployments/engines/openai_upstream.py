@@ -14,6 +14,7 @@ import json
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -23,6 +24,7 @@ from cluster.errors import BackendTimeout, BackendUnavailable, PoolError, RateLi
 from cluster.servers.types import base_url, hold_fields
 from deployments.engines.protocol import EVENT_STREAM, JSON, Call, Reply, Report
 from deployments.engines.upstream_bytes import EventSplitter, Unreadable, UsageReader, one_body
+from deployments.schemas import CHAT
 
 #: A server on a network answers a connection within this time, in seconds, or is taken to be away.
 CONNECT_S = 5.0
@@ -65,8 +67,16 @@ class Upstreams:
         head: dict[str, Any] = {"status": 200, "headers": dict(EVENT_STREAM if call.stream else JSON)}
         deadline = asyncio.get_running_loop().time() + timeout_s
         chunks = self._answer(server, call, keep_alive_s, deadline, report, head)
-        # The first item only says that the server has accepted. From here on closing the chunks ends the request.
-        await anext(chunks)
+        try:
+            # The first item only says that the server has accepted. From here on closing the chunks ends the request.
+            await anext(chunks)
+        except BackendUnavailable as refusal:
+            unbounded = _without_bound(call)
+            if refusal.code != "upstream_invalid_request" or unbounded is None:
+                raise
+            # It may want to know room for all the tokens of the bound; without one it takes what fits.
+            chunks = self._answer(server, unbounded, keep_alive_s, deadline, report, head)
+            await anext(chunks)
         return Reply(head["status"], head["headers"], chunks, report)
 
     async def _answer(
@@ -124,6 +134,14 @@ class Upstreams:
             ) from None
         except httpx.TransportError:
             raise _gone(f"the connection to the server {server.url} was lost") from None
+
+
+def _without_bound(call: Call) -> Call | None:
+    """A chat without the tokens that it asks for, where they are a bound and no wish; None where they are not."""
+    body = call.body
+    if isinstance(body, bytes) or call.path != CHAT or not body.get("clamp_max_tokens") or not body.get("max_tokens"):
+        return None
+    return replace(call, body={name: value for name, value in body.items() if name != "max_tokens"})
 
 
 def _content(server: ServerEntry, body: dict[str, Any], keep_alive_s: float) -> bytes:

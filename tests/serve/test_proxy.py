@@ -70,6 +70,26 @@ def test_a_servers_answer_comes_back_as_it_is_and_as_it_comes(pool: Pool, upstre
     assert answer.headers["content-type"] == "image/x"
 
 
+def test_rerank_score_and_audio_go_to_engines_that_have_them(pool: Pool):
+    with pool.http() as http:
+        ranked = http.post("/v1/rerank", json={"model": "far", "query": "x", "documents": ["a", "ccc", "bb"]}).json()
+        assert [each["index"] for each in ranked["results"]] == [1, 2, 0]
+        scored = http.post("/v1/score", json={"model": "far", "text_1": "x", "text_2": ["a", "bb"]}).json()
+        assert [each["score"] for each in scored["data"]] == [1.0, 2.0]
+        spoken = http.post("/v1/audio/speech", json={"model": "far", "input": "hi", "voice": "any"})
+        assert (spoken.content, spoken.headers["content-type"]) == (b"RIFF\x00\xffhi", "audio/wav")
+    heard = pool.openai().audio.transcriptions.create(model="far", file=("a.wav", b"RIFF" * 1000))
+    assert int(heard.text.split()[0]) > 4000
+
+
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v1/score", "/v1/audio/speech"])
+def test_an_engine_that_has_none_of_them_says_so(pool: Pool, path: str):
+    with pool.http() as http:
+        answer = http.post(path, json={"model": "words", "input": "x", "query": "x", "documents": ["x"]})
+    assert answer.status_code in (400, 404)
+    assert "does not serve" in answer.json()["error"]["message"]
+
+
 def test_a_client_that_leaves_frees_its_slot(pool: Pool, upstream: Upstream):
     upstream.release.clear()
     with pool.http() as http, http.stream("POST", "/echo?model=far", content=b"ab") as answer:

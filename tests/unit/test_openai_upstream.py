@@ -59,6 +59,19 @@ async def test_a_body_and_a_stream_go_through(upstream):
     assert data.endswith(b"data: [DONE]\n\n")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_bound_that_leaves_the_prompt_no_room_is_no_reason_to_be_refused(upstream, stream):
+    """vLLM and SGLang refuse what they could not give in full, and the clients of Messages always ask for very much."""
+    upstream.most_tokens = 100
+    await read(upstream, call(stream, max_tokens=32_000, clamp_max_tokens=True))
+    assert [body.get("max_tokens") for body in upstream.bodies] == [32_000, None]
+    await read(upstream, call(stream, max_tokens=90, clamp_max_tokens=True))
+    assert len(upstream.bodies) == 3
+    with pytest.raises(PoolError, match="upstream says 400"):
+        await read(upstream, call(stream, max_tokens=32_000))
+    assert len(upstream.bodies) == 4, "who counts on all of them is told"
+
+
 async def test_events_leave_as_they_come(upstream):
     upstream.gap_s = 0.1
     chunks = await read(upstream, call(stream=True))
