@@ -22,6 +22,7 @@ from app.routes.admin_rows import gpu_row, is_resident, memory_row, short_row
 from cluster import effects, errors
 from cluster.config import CacheType, FlashAttention
 from deployments.gateway import Gateway
+from deployments.requests import unknown_model
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -210,7 +211,7 @@ def known_model(gateway: Gateway, model: str) -> str:
     """The id for an id or alias. Raises `ModelNotFound`; also for a public name, which is no one model's."""
     name = gateway.config.resolve(model)
     if name is None or name not in gateway.config.models:
-        raise errors.ModelNotFound(f"the model {model!r} does not exist", available_models=list(gateway.config.models))
+        raise unknown_model(model, list(gateway.config.models))
     return name
 
 

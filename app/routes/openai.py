@@ -17,8 +17,10 @@ from app.asking import asked
 from app.auth import caller_of
 from app.body import read_json
 from app.openapi import Operation
+from app.routes.adapted import ignored_header
 from app.routes.admin_rows import NOTHING
 from app.streams import Rhythm, Stream
+from app.wire.hosted import without_hosted_tools
 from cluster.config import Caller, ModelConfig, PoolConfig
 from cluster.ledger.snapshot import ModelRow, Snapshot
 from deployments.engines.registry import capabilities
@@ -69,11 +71,14 @@ async def infer(request: Request, path: str) -> Response:
     """Run the request's body through the pool. The status is sent only once there is something to say."""
     gateway: Gateway = request.app.state.gateway
     body = await read_json(request, gateway.config.max_body_mb)
+    body, ignored = without_hosted_tools(body) if path == CHAT else (body, [])
     wanted, checked = asked(request, path, body)
+    headers = ignored_header(ignored, wanted)
     chunks = gateway.stream(wanted, checked)
     if not checked.get("stream"):
         async with contextlib.aclosing(chunks):
-            return Response(b"".join([chunk async for chunk in chunks]), media_type="application/json")
+            whole = b"".join([chunk async for chunk in chunks])
+        return Response(whole, headers=headers, media_type="application/json")
     try:
         first = await anext(chunks)
     except BaseException:
@@ -82,8 +87,8 @@ async def infer(request: Request, path: str) -> Response:
     if is_comment(first):
         # It waits: from here on a generator looks at every chunk, which a stream that begins at once need not pay for.
         event = empty_event(path, wanted.trace, wanted.model)
-        return Stream(first + event, chunks, rest=with_events(chunks, event))
-    return Stream(first, chunks)
+        return Stream(first + event, chunks, rest=with_events(chunks, event), headers=headers)
+    return Stream(first, chunks, headers=headers)
 
 
 async def with_events(chunks: AsyncGenerator[bytes, None], event: bytes) -> AsyncGenerator[bytes, None]:
@@ -174,7 +179,9 @@ def remote_row(name: str, ledger: Snapshot) -> dict[str, Any]:
         "format": None,
         "status": ledger.models.get(name, NOTHING).state,
         "aliases": [],
+        "capabilities": ["chat"],
         "context_length": None,
+        "max_model_len": None,
         "slots": sum(server.max_concurrent for server in servers),
         "min_replicas": 0,
         "max_replicas": 0,
@@ -202,7 +209,9 @@ def _row(config: PoolConfig, name: str, states: dict[str, ModelRow]) -> dict[str
         "status": states.get(name, NOTHING).status,
         "aliases": list(model.aliases),
         "capabilities": capabilities(model),
+        # The same under the name by which clients of vLLM look for it.
         "context_length": model.context_length,
+        "max_model_len": model.context_length,
         "slots": model.target_inflight,
         "min_replicas": model.min_replicas,
         "max_replicas": model.max_replicas,

@@ -143,6 +143,7 @@ async def count_tokens(request: Request) -> Response:
 @router.post(f"{PATH}/compact")
 async def compact(request: Request) -> Response:
     """Not here: nothing in the pool can shorten a conversation. Clients that ask do it by themselves then."""
+    await adapted.read_body(request)
     raise errors.InvalidRequest("conversations are not compacted here", status=404, code="NOT_FOUND")
 
 

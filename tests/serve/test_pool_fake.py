@@ -103,7 +103,10 @@ def test_models_and_service_routes(pool: Pool):
         listed = http.get("/v1/models").json()
         assert set(listed["models"]) <= set(MODELS)
         assert "quick" in listed["models"]
-        assert http.get("/v1/models?model=quick").json()["id"] == "quick"
+        row = http.get("/v1/models?model=quick").json()
+        assert (row["id"], row["object"], row["type"], row["execution_mode"]) == ("quick", "model", "llm", "cpu")
+        assert {"backend", "format", "status", "aliases", "context_length", "max_model_len", "capabilities"} <= set(row)
+        assert http.get("/v1/models/quick").json() == row
         assert http.get("/v1/models/nope").status_code == 404
         assert http.get("/health").json()["status"] == "healthy"
         assert http.get("/ready").status_code == 200
