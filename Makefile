@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+AGENTS := .agents
 PORT   ?= 8000
 GPUS   ?=
 CONFIG ?=
@@ -57,8 +58,9 @@ test-api: $(VENV)/.installed-dev
 test-ui:
 	@echo "There is no page to test yet."
 
-test-agents:
-	@echo "There are no recorded conversations of coding agents to test with yet."
+# Real agents and client libraries, two gigabytes of them: the first time installs them. Not a part of `make test`.
+test-agents: $(VENV)/.installed-dev $(AGENTS)/.installed
+	$(BIN)/pytest tests/agents/turns.py --timeout=0 $(ARGS)
 
 test-cluster: $(VENV)/.installed-dev
 	$(BIN)/pytest tests/unit tests/stateful tests/sim tests/chaos $(ARGS)
@@ -95,5 +97,13 @@ $(VENV)/.cuda: | cuda-compiler $(VENV)/.installed
 	$(LLAMA_BUILD) $(PIP) install -c .ci/constraints.txt --no-deps --no-cache-dir --force-reinstall --no-binary llama-cpp-python llama-cpp-python
 	@touch $@
 
+$(AGENTS)/.installed: tests/agents/package.json tests/agents/requirements.txt tests/agents/requirements-aider.txt
+	@command -v npm >/dev/null || { echo "slotpool: the agents need Node.js with npm" >&2; exit 1; }
+	mkdir -p $(AGENTS) && cp tests/agents/package.json $(AGENTS)/
+	cd $(AGENTS) && npm install --no-package-lock --no-audit --no-fund
+	$(PYTHON) -m venv $(AGENTS)/python && $(AGENTS)/python/bin/pip install -q -r tests/agents/requirements.txt
+	$(PYTHON) -m venv $(AGENTS)/aider && $(AGENTS)/aider/bin/pip install -q -r tests/agents/requirements-aider.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(AGENTS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -10,13 +10,13 @@ import json
 import time
 from collections.abc import Iterator
 
-import httpx
 import openai
 import pytest
 from openai.types.responses import ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
 from tests.pool import Pool, fake, running_pool, smollm2
+from tests.silence import FAMILIES, PATIENCE_S, longest_silence
 
 OFFICIAL: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)
 TOOL = {
@@ -29,8 +29,6 @@ TOOL = {
     },
     "strict": None,
 }
-#: A client gives up that has got no event for so long, in seconds.
-PATIENCE_S = 16.0
 
 
 class City(BaseModel):
@@ -168,36 +166,14 @@ def test_a_response_in_the_background_is_polled_and_cancelled(pool: Pool):
     assert client.responses.retrieve(endless.id).status == "cancelled"
 
 
-#: A stream of each family: path, body, and what stands in an event that its client parses.
-FAMILIES = {
-    "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}, "data: {"),
-    "completions": ("/v1/completions", {"prompt": "x"}, "data: {"),
-    "responses": ("/v1/responses", {"input": "x"}, "data: {"),
-    "flat": ("/llm-pool/v1/responses", {"input": "x"}, "data: {"),
-    "messages": ("/v1/messages", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 9}, "data: {"),
-    "ollama": ("/api/chat", {"messages": [{"role": "user", "content": "x"}]}, "{"),
-}
-
-
-async def longest_silence(pool: Pool, family: str) -> tuple[float, str]:
-    """The longest time without an event that a client parses, and the whole text."""
-    path, body, mark = FAMILIES[family]
-    longest, last, text = 0.0, time.monotonic(), ""
-    async with (
-        httpx.AsyncClient(base_url=pool.url, timeout=60) as http,
-        http.stream("POST", path, json={"model": "slow", "stream": True, **body}) as answer,
-    ):
-        async for line in answer.aiter_lines():
-            text += line + "\n"
-            if line.startswith(mark):
-                longest, last = max(longest, time.monotonic() - last), time.monotonic()
-    return longest, text
-
-
 async def test_a_stream_that_waits_for_a_long_load_is_never_silent_in_any_family(pool: Pool):
     """22 s of load: each client has an event in time, and behind each stands one request."""
     before = pool.ledger()["submitted"]
-    told = dict(zip(FAMILIES, await asyncio.gather(*(longest_silence(pool, name) for name in FAMILIES)), strict=True))
+    told = dict(
+        zip(
+            FAMILIES, await asyncio.gather(*(longest_silence(pool.url, "slow", name) for name in FAMILIES)), strict=True
+        )
+    )
     for family, (longest, text) in told.items():
         assert longest < PATIENCE_S, family
         assert "slow:2" in text, family
