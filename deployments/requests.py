@@ -77,7 +77,10 @@ def model_of(config: PoolConfig, body: Any, caller: Caller = TRUSTED) -> str:
     if name is not None and not (name.isprintable() and len(name) <= MAX_NAME):
         # It may be a server's, and so goes to the ledger as it is.
         raise errors.InvalidRequest("model: no model has such a name", param="model")
-    model = resolve_model(config, name)
+    try:
+        model = resolve_model(config, name)
+    except errors.ModelNotFound:
+        raise unknown_model(str(name), [each for each in config.models if is_allowed(config, caller, each)]) from None
     if not is_allowed(config, caller, model):
         message = f"the key {caller.principal!r} is not good for the model {model!r}"
         raise errors.Forbidden(message, param="model", available_models=list(caller.models))

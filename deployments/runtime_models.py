@@ -19,6 +19,7 @@ from cluster.config import ConfigError, Configuration, PoolConfig, load_config
 from cluster.config.share import share_of
 from cluster.config.version import IdTaken, NoSuchModel, patched, reloaded, with_model, without_model
 from deployments.applications import Applications
+from deployments.requests import unknown_model
 from deployments.weights import check_runtime_path
 
 logger = logging.getLogger("slotpool.models")
@@ -127,7 +128,7 @@ class RuntimeModels:
         try:
             changed = change(before)
         except NoSuchModel as error:
-            raise errors.ModelNotFound(str(error), available_models=list(before.pool.models)) from None
+            raise unknown_model(error.model, list(before.pool.models)) from None
         except IdTaken as error:
             raise errors.InvalidRequest(str(error), param="id", status=409, code="model_exists") from None
         except ConfigError as error:

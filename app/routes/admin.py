@@ -150,6 +150,7 @@ async def stats(request: Request) -> Response:
 async def load_in_background(request: Request) -> Response:
     """Begin to load a model, which is registered first if its id is new; `GET /admin/models` tells how it goes."""
     wanted = await body_of(request, LoadById)
+    request.state.model = wanted.id
     runtime = runtime_of(request)
     if wanted.path is not None and wanted.id not in runtime.configuration.pool.names.targets:
         path = await asyncio.to_thread(path_of_quant, wanted.path, wanted.quant)
@@ -165,7 +166,8 @@ async def load_in_background(request: Request) -> Response:
 async def unload_by_id(request: Request) -> Response:
     """Unload a model and wait for the end of it; 404 if it is not loaded."""
     gateway = _gateway(request)
-    name = known_model(gateway, (await body_of(request, UnloadById)).id)
+    request.state.model = (await body_of(request, UnloadById)).id
+    name = known_model(gateway, request.state.model)
     row = (await gateway.ledger.status()).models.get(name)
     if row is None or row.state in ("unloaded", "failed"):
         raise errors.ModelNotFound(f"the model {name!r} is not loaded", code="model_not_loaded")

@@ -31,6 +31,7 @@ async def register(request: Request) -> Response:
     model = keys.pop("id", None)
     if not isinstance(model, str):
         raise errors.InvalidRequest("id: a string is needed", param="id", status=422)
+    request.state.model = model
     configuration = await runtime_of(request).register(model, keys)
     return JSONResponse(await row(request, configuration, model), 201)
 

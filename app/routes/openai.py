@@ -25,7 +25,7 @@ from cluster.config import Caller, ModelConfig, PoolConfig
 from cluster.ledger.snapshot import ModelRow, Snapshot
 from deployments.engines.registry import capabilities
 from deployments.gateway import Gateway
-from deployments.requests import is_allowed, resolve_model, unknown_model
+from deployments.requests import is_allowed, model_of, unknown_model
 from deployments.schemas import (
     CHAT,
     COMPLETIONS,
@@ -141,13 +141,12 @@ def is_loaded(row: dict[str, Any]) -> bool:
 async def show_model(request: Request, model: str) -> Response:
     """One model, by its id or an alias, or the public name of several variants."""
     gateway: Gateway = request.app.state.gateway
-    name = resolve_model(gateway.config, model)
+    name = model_of(gateway.config, {"model": model}, caller_of(request))
     ledger = await gateway.ledger.status()
     if name in gateway.config.names.targets:
         return JSONResponse(_row(gateway.config, name, ledger.models))
-    known = remote_models(gateway.config, ledger)
-    if name not in known:
-        raise unknown_model(name, [*gateway.config.models, *known])
+    if name not in remote_models(gateway.config, ledger):
+        raise unknown_model(name, visible_models(gateway.config, ledger, caller_of(request)))
     return JSONResponse(remote_row(name, ledger))
 
 

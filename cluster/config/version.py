@@ -31,6 +31,10 @@ class IdTaken(ConfigError):
 class NoSuchModel(ConfigError):
     """The configuration has no model of this id."""
 
+    def __init__(self, model: str) -> None:
+        super().__init__(f"the model {model!r} does not exist")
+        self.model = model
+
 
 class Configuration(NamedTuple):
     """`version` is the time of the deploy and the serial number of the changes made at run time on it; greater wins.
@@ -147,7 +151,7 @@ _REFERENCES = ("aliases", "cpu_offload_model", "fallbacks", "weight", "group")
 
 def _existing(pool: PoolConfig, model: str) -> ModelConfig:
     if model not in pool.models:
-        raise NoSuchModel(f"the model {model!r} does not exist")
+        raise NoSuchModel(model)
     return pool.models[model]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Mapping
@@ -20,18 +21,21 @@ INSTALLED = ROOT / ".agents"
 NODE, PYTHON = INSTALLED / "node_modules", INSTALLED / "python" / "bin"
 SCRIPTS = Path(__file__).parent / "scripts"
 QUESTION = "Say hello in one short sentence."
+#: How many tokens the fake engine answers with. It gives as many as it is asked for, and some clients ask for 64,000.
+TOKENS = 6
 
 Command = Callable[[str, str, Path], list[str]]
+Environment = Callable[[str, str, Path], Mapping[str, str]]
 
 
 @dataclass(frozen=True)
 class Client:
-    """`command` makes the command line for the pool's URL, a model's id and the home folder, where it may put files."""
+    """`command` and `environment` are made for the pool's URL, a model's id and the home folder, where files may be."""
 
     name: str
     package: str
     command: Command
-    environment: Callable[[str, str], Mapping[str, str]] = field(default=lambda url, model: {})
+    environment: Environment = field(default=lambda url, model, home: {})
 
     @property
     def version(self) -> str:
@@ -72,7 +76,7 @@ def run(client: Client, url: str, model: str, home: Path, timeout_s: float) -> R
         "DO_NOT_TRACK": "1",
         **nowhere,
         **dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1,localhost"),
-        **client.environment(url, model),
+        **client.environment(url, model, home),
     }
     process = subprocess.Popen(
         client.command(url, model, home),
@@ -120,11 +124,12 @@ def _claude(url: str, model: str, home: Path) -> list[str]:
     return [str(NODE / ".bin/claude"), "--model", model, "--print", QUESTION]
 
 
-def _claude_environment(url: str, model: str) -> dict[str, str]:
+def _claude_environment(url: str, model: str, home: Path) -> dict[str, str]:
     return {
         "ANTHROPIC_BASE_URL": url,
         "ANTHROPIC_API_KEY": "none",
         "ANTHROPIC_DEFAULT_HAIKU_MODEL": model,
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(TOKENS),
         "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
         "DISABLE_TELEMETRY": "1",
         "DISABLE_AUTOUPDATER": "1",
@@ -137,14 +142,16 @@ def _opencode(url: str, model: str, home: Path) -> list[str]:
         "npm": "@ai-sdk/openai-compatible",
         "name": "pool",
         "options": {"baseURL": f"{url}/v1", "apiKey": "none"},
-        "models": {model: {"name": model}},
+        "models": {model: {"name": model, "limit": {"context": 32_768, "output": TOKENS}}},
     }
     config = {"provider": {"pool": provider}, "small_model": f"pool/{model}", "autoupdate": False, "share": "disabled"}
     (home / "opencode.json").write_text(json.dumps(config))
-    return [
-        *("env", f"OPENCODE_CONFIG={home / 'opencode.json'}", str(NODE / ".bin/opencode")),
-        *("run", "--model", f"pool/{model}", QUESTION),
-    ]
+    return [str(NODE / ".bin/opencode"), "run", "--model", f"pool/{model}", QUESTION]
+
+
+def _opencode_environment(url: str, model: str, home: Path) -> dict[str, str]:
+    off = ("MODELS_FETCH", "AUTOUPDATE", "DEFAULT_PLUGINS", "SHARE")
+    return {"OPENCODE_CONFIG": str(home / "opencode.json"), **{f"OPENCODE_DISABLE_{each}": "1" for each in off}}
 
 
 def _continue(url: str, model: str, home: Path) -> list[str]:
@@ -184,25 +191,24 @@ def _llm(url: str, model: str, home: Path) -> list[str]:
 
 def _script(name: str, *arguments: str) -> Command:
     def command(url: str, model: str, home: Path) -> list[str]:
-        runner = [str(PYTHON / "python")] if name.endswith(".py") else ["node"]
-        return [*runner, str(SCRIPTS / name), *arguments, url, model, QUESTION]
+        if name.endswith(".py"):
+            return [str(PYTHON / "python"), str(SCRIPTS / name), *arguments, url, model, QUESTION, str(TOKENS)]
+        # Node looks for packages in the folders above a script.
+        return ["node", shutil.copy(SCRIPTS / name, INSTALLED), *arguments, url, model, QUESTION, str(TOKENS)]
 
     return command
 
 
-#: Node looks for packages in the folders above a script; these are elsewhere.
-_NODE = {"NODE_PATH": str(NODE), "SLOTPOOL_NODE_MODULES": str(NODE)}
-
 CLIENTS = (
-    Client("codex", "@openai/codex", _codex, lambda url, model: {"POOL_KEY": "none"}),
+    Client("codex", "@openai/codex", _codex, lambda url, model, home: {"POOL_KEY": "none"}),
     Client("claude-code", "@anthropic-ai/claude-code", _claude, _claude_environment),
-    Client("opencode", "opencode-ai", _opencode, lambda url, model: {"OPENCODE_DISABLE_MODELS_FETCH": "1"}),
-    Client("continue", "@continuedev/cli", _continue, lambda url, model: {"CONTINUE_TELEMETRY_ENABLED": "0"}),
+    Client("opencode", "opencode-ai", _opencode, _opencode_environment),
+    Client("continue", "@continuedev/cli", _continue, lambda url, model, home: {"CONTINUE_TELEMETRY_ENABLED": "0"}),
     Client("aider", "aider-chat", _aider),
-    Client("ai-sdk-responses", "@ai-sdk/openai", _script("ai_sdk.mjs", "responses"), lambda url, model: _NODE),
-    Client("ai-sdk-compatible", "@ai-sdk/openai-compatible", _script("ai_sdk.mjs", "compatible"), lambda *_: _NODE),
-    Client("ai-sdk-anthropic", "@ai-sdk/anthropic", _script("ai_sdk.mjs", "anthropic"), lambda url, model: _NODE),
-    Client("llm", "llm", _llm, lambda url, model: {"OPENAI_API_KEY": "none"}),
+    Client("ai-sdk-responses", "@ai-sdk/openai", _script("ai_sdk.mjs", "responses")),
+    Client("ai-sdk-compatible", "@ai-sdk/openai-compatible", _script("ai_sdk.mjs", "compatible")),
+    Client("ai-sdk-anthropic", "@ai-sdk/anthropic", _script("ai_sdk.mjs", "anthropic")),
+    Client("llm", "llm", _llm, lambda url, model, home: {"OPENAI_API_KEY": "none", "LLM_USER_PATH": str(home / "llm")}),
     Client("pydantic-ai-chat", "pydantic-ai-slim", _script("pydantic_ai_turn.py", "chat")),
     Client("pydantic-ai-responses", "pydantic-ai-slim", _script("pydantic_ai_turn.py", "responses")),
     Client("pydantic-ai-anthropic", "pydantic-ai-slim", _script("pydantic_ai_turn.py", "anthropic")),

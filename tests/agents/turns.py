@@ -21,16 +21,21 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.agents.clients import CLIENTS, Client, Ran, run
+from tests.agents.clients import CLIENTS, TOKENS, Client, Ran, run
 from tests.pool import Pool, fake, running_pool
 from tests.silence import FAMILIES, PATIENCE_S, longest_silence
 
 SCENES = ("warm", "loading", "refused")
 LOAD_S = 40.0
-TOKENS = 6
 #: How many clients run at a time; each takes a processor for some seconds when it starts.
 AT_A_TIME = 4
 TURN_S = 150.0
+#: The models of each scene. Refusals are counted for the whole pool, so there is one at a time.
+MODELS = {
+    "warm": [f"warm-{index}" for index in range(AT_A_TIME)],
+    "loading": [f"slow-{index}" for index in range(AT_A_TIME)],
+    "refused": ["manual"],
+}
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,10 @@ class Turn:
 @pytest.fixture(scope="module")
 def pool(port: int) -> Iterator[Pool]:
     answers = {"tokens": TOKENS, "tokens_per_s": 50}
-    models: dict[str, Any] = {"warm": {**fake(**answers), "min_replicas": 1}, "silent": fake(load_s=LOAD_S, **answers)}
-    models |= {f"slow-{index}": fake(load_s=LOAD_S, **answers) for index in range(AT_A_TIME)}
-    models["manual"] = {**fake(**answers), "activation": "manual"}
+    models: dict[str, Any] = {"silent": fake(load_s=LOAD_S, **answers)}
+    models |= {model: {**fake(**answers), "min_replicas": 1} for model in MODELS["warm"]}
+    models |= {model: fake(load_s=LOAD_S, **answers) for model in MODELS["loading"]}
+    models |= {model: {**fake(**answers), "activation": "manual"} for model in MODELS["refused"]}
     with running_pool(port, {"models": models, "max_asleep": len(models)}) as pool:
         yield pool
         pool.check()
@@ -65,38 +71,40 @@ def statuses_of(pool: Pool, model: str) -> Counter[int]:
 
 
 class Stage:
-    """Where the turns are played."""
+    """Where the turns are played, each with a model that no other client has at that time."""
 
     def __init__(self, pool: Pool, folder: Path) -> None:
         self._pool, self._folder = pool, folder
-        self._slow: queue.Queue[str] = queue.Queue()
-        for index in range(AT_A_TIME):
-            self._slow.put(f"slow-{index}")
-        self._refusing = threading.Lock()
+        self._free: dict[str, queue.Queue[str]] = {scene: queue.Queue() for scene in SCENES}
+        for scene, models in MODELS.items():
+            for model in models:
+                self._free[scene].put(model)
 
     def play(self, client: Client, scene: str) -> Turn:
         """One turn of a client in a scene."""
-        if scene == "loading":
-            model = self._slow.get()
-            try:
+        model = self._free[scene].get()
+        try:
+            if scene == "loading":
                 self._order(model, "unload")
-                return self._turn(client, scene, model)
-            finally:
-                self._slow.put(model)
-        if scene == "refused":
-            with self._refusing:
-                # A process is there afterwards, so that the load comes between the refusal and the second try.
-                self._order("manual", "load")
-                self._order("manual", "unload")
-                turn = threading.Event()
-                watcher = threading.Thread(target=self._load_after_a_refusal, args=(turn,))
-                watcher.start()
-                try:
-                    return self._turn(client, scene, "manual")
-                finally:
-                    turn.set()
-                    watcher.join()
-        return self._turn(client, scene, "warm")
+            if scene == "refused":
+                return self._refused_turn(client, model)
+            return self._turn(client, scene, model)
+        finally:
+            self._free[scene].put(model)
+
+    def _refused_turn(self, client: Client, model: str) -> Turn:
+        """A turn with a model that its operator loads when the client has been refused."""
+        # A process is there afterwards, so that the load comes between the refusal and the second try.
+        self._order(model, "load")
+        self._order(model, "unload")
+        is_over = threading.Event()
+        operator = threading.Thread(target=self._load_after_a_refusal, args=(model, is_over))
+        operator.start()
+        try:
+            return self._turn(client, "refused", model)
+        finally:
+            is_over.set()
+            operator.join()
 
     def _turn(self, client: Client, scene: str, model: str) -> Turn:
         home = self._folder / f"{client.name}-{scene}"
@@ -106,11 +114,11 @@ class Stage:
         took_s, after = time.monotonic() - started, statuses_of(self._pool, model)
         return Turn(model, ran, took_s, after - before)
 
-    def _load_after_a_refusal(self, is_over: threading.Event) -> None:
+    def _load_after_a_refusal(self, model: str, is_over: threading.Event) -> None:
         before = self._pool.ledger()["rejected"]
         while not is_over.wait(0.02):
             if self._pool.ledger()["rejected"] > before:
-                self._order("manual", "load")
+                self._order(model, "load")
                 return
 
     def _order(self, model: str, order: str) -> None:

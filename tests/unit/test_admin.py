@@ -17,6 +17,7 @@ from cluster.config import load_config
 from cluster.gpus import Gpu
 from cluster.ledger.ledger import Ledger
 from cluster.ledger.snapshot import ModelRow
+from tests.unit.scripted import Scripted
 
 
 def test_errors_of_the_admin_families_carry_detail():
@@ -32,6 +33,14 @@ def test_errors_of_the_admin_families_carry_detail():
         assert "retry-after" not in detailed.headers
         assert body["error"]["code"] == "model_not_loaded"
         assert body["detail"] == {"code": "model_not_loaded", "model": "m", "message": error.message}
+
+
+async def test_an_id_that_stands_in_the_body_stands_in_detail():
+    async with Scripted().http() as http:
+        answer = await http.post("/admin/models/unload", json={"id": "zzz"})
+    assert answer.status_code == 404
+    assert answer.json()["error"]["install_endpoint"] == "/v1/models/install"
+    assert (answer.json()["detail"]["code"], answer.json()["detail"]["model"]) == ("unknown_model", "zzz")
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,9 @@ def test_what_a_key_allows():
     with pytest.raises(errors.Forbidden) as refused:
         ask(CHAT_BODY, caller=Caller("other", models=("b",)))
     assert refused.value.body()["error"]["available_models"] == ["b"]
+    with pytest.raises(errors.ModelNotFound) as unknown:
+        ask({**CHAT_BODY, "model": "nobody"}, caller=Caller("other", models=("b",)))
+    assert unknown.value.body()["error"]["available_models"] == [], "the others are none of its business"
 
 
 @pytest.mark.parametrize("prompt", ["x", "", ["x", "y"], [1, 2], [[1], [2]]])

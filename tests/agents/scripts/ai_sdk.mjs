@@ -1,22 +1,18 @@
-// One streamed turn of the AI SDK: `node ai_sdk.mjs responses|compatible|anthropic URL MODEL QUESTION`.
-import { createRequire } from "node:module";
-import { pathToFileURL } from "node:url";
+// One streamed turn of the AI SDK: `node ai_sdk.mjs responses|compatible|anthropic URL MODEL QUESTION TOKENS`.
+import { createAnthropic } from "@ai-sdk/anthropic";
+import { createOpenAI } from "@ai-sdk/openai";
+import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
+import { streamText } from "ai";
 
-// The packages are not installed beside this file.
-const require = createRequire(`${process.env.SLOTPOOL_NODE_MODULES}/`);
-const load = async (name) => import(pathToFileURL(require.resolve(name)));
+const [kind, url, model, question, tokens] = process.argv.slice(2);
+const options = { name: "pool", baseURL: `${url}/v1`, apiKey: "none" };
+const models = {
+  responses: () => createOpenAI(options).responses(model),
+  compatible: () => createOpenAICompatible(options)(model),
+  anthropic: () => createAnthropic(options)(model),
+};
 
-const [kind, url, model, question] = process.argv.slice(2);
-const { streamText } = await load("ai");
-
-async function chosen() {
-  const options = { baseURL: `${url}/v1`, apiKey: "none" };
-  if (kind === "responses") return (await load("@ai-sdk/openai")).createOpenAI(options).responses(model);
-  if (kind === "anthropic") return (await load("@ai-sdk/anthropic")).createAnthropic(options)(model);
-  return (await load("@ai-sdk/openai-compatible")).createOpenAICompatible({ name: "pool", ...options })(model);
-}
-
-const answer = streamText({ model: await chosen(), prompt: question });
+const answer = streamText({ model: models[kind](), prompt: question, maxOutputTokens: Number(tokens) });
 for await (const part of answer.fullStream) {
   if (part.type === "error") throw part.error;
   if (part.type === "text-delta") process.stdout.write(part.text);

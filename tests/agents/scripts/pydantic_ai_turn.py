@@ -1,4 +1,4 @@
-"""One streamed turn of pydantic-ai: `pydantic_ai_turn.py chat|responses|anthropic URL MODEL QUESTION`."""
+"""One streamed turn of pydantic-ai: `pydantic_ai_turn.py chat|responses|anthropic URL MODEL QUESTION TOKENS`."""
 
 import asyncio
 import sys
@@ -10,7 +10,7 @@ from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.anthropic import AnthropicProvider
 from pydantic_ai.providers.openai import OpenAIProvider
 
-kind, url, model, question = sys.argv[1:]
+kind, url, model, question, tokens = sys.argv[1:]
 
 
 def chosen() -> Model:
@@ -21,7 +21,8 @@ def chosen() -> Model:
 
 
 async def main() -> None:
-    async with Agent(chosen(), instructions="Be brief.").run_stream(question) as answer:
+    agent = Agent(chosen(), instructions="Be brief.", model_settings={"max_tokens": int(tokens)})
+    async with agent.run_stream(question) as answer:
         async for text in answer.stream_text(delta=True):
             print(text, end="", flush=True)
     print()
