@@ -41,6 +41,9 @@ operations = (
     ),
 )
 
+#: A header of OpenAI's client for Node, by which its `responses.stream()` names itself. That ends with an error at an
+#: event that it does not know, so it gets the official ones only.
+STRICT_READER = "x-stainless-helper-method"
 #: What a field of the chat body is called here.
 PARAMS = {
     "messages": "input",
@@ -78,6 +81,7 @@ async def _create(request: Request, body: dict[str, Any]) -> Response:
     config: PoolConfig = request.app.state.gateway.config
     kind = FlatResponses if is_flat else Responses
     adapter = kind(wanted, new_id("response"), wanted.model or str(config.default_model), chat, ignored)
+    adapter.tells_metrics = STRICT_READER not in request.headers
     if wanted.store is False:
         if wanted.background:
             raise errors.InvalidRequest("background: needs store, or nobody could read the answer", param="background")

@@ -77,6 +77,16 @@ async def test_a_stream_of_text():
     assert metrics["engine_total_wall_ms"] == 9.0
 
 
+async def test_the_helper_of_nodes_client_gets_the_events_that_it_knows():
+    """It ends with an error at any other. The metrics are not lost: they stand in the response."""
+    body = {"model": "m", "input": "x", "stream": True}
+    async with Scripted(said("a")).http() as http:
+        answer = await http.post("/v1/responses", json=body, headers={"x-stainless-helper-method": "stream"})
+    parsed = official(answer.text)
+    assert "metrics" not in types(parsed)
+    assert len(parsed[-1]["response"]["metrics"]) == METRICS
+
+
 async def test_calls_follow_the_text_each_as_an_item():
     def call(index: int, **function: str) -> bytes:
         head = {"id": f"call_{index}", "type": "function"} if "name" in function else {}

@@ -28,6 +28,8 @@ class Responses:
         self.chat, self.ignored = chat, ignored
         self.response = response_object(request, response_id, model)
         self.output = Output()
+        #: Whether the stream has the pool's own event. The metrics stand in the last one's response, too.
+        self.tells_metrics = True
         self._sequence = 0
         self._has_begun = False
 
@@ -50,7 +52,8 @@ class Responses:
         begun = b"" if self._has_begun else self._in_progress()
         rendered = begun + self._events(self.output.finish())
         self._finish(info)
-        rendered += self._event("response.metrics", id=self.response["id"], metrics=self.response["metrics"])
+        if self.tells_metrics:
+            rendered += self._event("response.metrics", id=self.response["id"], metrics=self.response["metrics"])
         return rendered + self._event(f"response.{self.response['status']}", response=self.response)
 
     def failed(self, error: PoolError) -> bytes:
