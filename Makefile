@@ -23,7 +23,7 @@ BUILD_FLAGS = $(shell echo 'int x;' | $${CXX:-c++} $(NO_AMX) -x c++ -fsyntax-onl
 CMAKE_FLAGS = $$CMAKE_ARGS $(if $(CUDA),-DGGML_CUDA=on)
 LLAMA_BUILD = CFLAGS="$$CFLAGS $(BUILD_FLAGS)" CXXFLAGS="$$CXXFLAGS $(BUILD_FLAGS)" CMAKE_ARGS="$(CMAKE_FLAGS)"
 
-.PHONY: serve test check fuzz bench test-contract test-api test-ui test-cluster test-agents clean install compiler cuda-compiler
+.PHONY: serve test check fuzz bench test-contract test-api test-ui vendor-ui test-cluster test-agents clean install compiler cuda-compiler
 
 serve: $(VENV)/.installed $(if $(CUDA),$(VENV)/.cuda)
 	@exec $(BIN)/slotpool serve --port $(PORT) $(if $(CONFIG),--config $(CONFIG)) $(if $(GPUS),--gpus $(GPUS))
@@ -55,8 +55,13 @@ test-contract: $(VENV)/.installed-dev
 test-api: $(VENV)/.installed-dev
 	$(BIN)/pytest tests/serve $(ARGS)
 
-test-ui:
-	@echo "There is no page to test yet."
+# The status page in a real browser (Debian: apt-get install chromium).
+test-ui: $(VENV)/.installed-dev
+	$(BIN)/pytest tests/ui tests/unit/test_ui.py $(ARGS)
+
+# The page's libraries, as app/ui/vendor/manifest.json pins them; ARGS=--update writes the digests of other versions.
+vendor-ui:
+	$(PYTHON) scripts/vendor_ui.py $(ARGS)
 
 # Real agents and client libraries, two gigabytes of them: the first time installs them. Not a part of `make test`.
 test-agents: $(VENV)/.installed-dev $(AGENTS)/.installed

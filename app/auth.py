@@ -19,6 +19,8 @@ from deployments.gateway import Gateway
 
 #: Routes that answer without a key: probes have none.
 OPEN_PATHS = {"/health", "/ready"}
+#: The status page itself, which asks for a key; its files hold nothing that is anybody's.
+PAGE = "/ui"
 #: Everything below these is for operators.
 ADMIN_PATHS = ("/v1/admin", "/admin", "/models/load", "/models/unload")
 #: Methods that change nothing.
@@ -79,7 +81,7 @@ def admit(config: PoolConfig, scope: Scope) -> Caller:
             if guarded:
                 raise errors.Forbidden("this route needs an admin key")
             return Caller.of(key, is_admin=False)
-        if path in OPEN_PATHS or (scope["method"], path) == ("HEAD", "/"):
+        if is_open(scope["method"], path):
             return Caller(may_pin=False)
         if guarded or config.api_keys:
             kind = "admin" if guarded else "API"
@@ -130,6 +132,13 @@ def route_path(scope: Scope) -> str:
     path: str = scope["path"]
     prefix: str = scope.get("root_path", "")
     return path[len(prefix) :] if prefix and path.startswith(prefix) else path
+
+
+def is_open(method: str, path: str) -> bool:
+    """Whether a request needs no key where others do."""
+    if path == PAGE or path.startswith(f"{PAGE}/"):
+        return method in ("GET", "HEAD")
+    return path in OPEN_PATHS or (method, path) == ("HEAD", "/")
 
 
 def is_admin(path: str) -> bool:

@@ -28,6 +28,7 @@ from app.routes import (
     openai,
     responses,
     service,
+    ui,
     validation,
 )
 from app.routes.proxy import Proxy
@@ -54,6 +55,7 @@ def build_http(gateway: Gateway) -> FastAPI:
     app.include_router(messages.router)
     app.include_router(ollama.router)
     app.include_router(llama_router.router)
+    app.include_router(ui.router)
     for prefix in ("/v1/admin", "/admin"):
         app.include_router(admin.router, prefix=prefix)
         app.include_router(admin_models.router, prefix=prefix)

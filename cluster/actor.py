@@ -63,7 +63,7 @@ from cluster.ledger.events import (
 from cluster.ledger.ledger import Ledger
 from cluster.ledger.snapshot import Snapshot
 from cluster.ledger.specs import NodeSpec
-from cluster.metrics import Counts, refused
+from cluster.metrics import Counts, Outcome, refused
 from cluster.operator_calls import Ended, OperatorCalls, refuse_overrides, refuse_unload
 from cluster.orders import Address, AsleepState, EngineState, Order, Prefetch, Sleep, Unload, Wake
 from cluster.owned_config import OwnedConfiguration
@@ -167,9 +167,13 @@ class LedgerActor:
                 continue
             self._post(RequestCancelled(request))
             self._parked.cancel(request)
-        for _, _, outcome in settled:
+        for request, _, outcome in settled:
             if outcome is not None:
-                self._counts.ended(outcome)
+                self._ended(request, outcome)
+
+    def _ended(self, request: str, outcome: Outcome) -> None:
+        self._counts.ended(outcome)
+        self._watch.ended(request, outcome)
 
     async def lease_address(self, node: str) -> Address | None:
         """Where a holder on a node connects to take its leases; None where it cannot, and calls `acquire_now`."""
@@ -469,7 +473,7 @@ class LedgerActor:
         """A request ends here if it is refused, or its client has left; a granted one ends with its lease."""
         decided = None if answer.cancelled() else answer.result()
         if not isinstance(decided, Grant):
-            self._counts.ended(refused(request, decided))
+            self._ended(request.id, refused(request, decided))
 
     def _answer(self, answer: Grant | Reject) -> None:
         if not self._parked.decide(answer) and isinstance(answer, Grant):

@@ -21,7 +21,7 @@ from cluster.ledger.transitions import Because, SwapBegun, Transition
 
 if TYPE_CHECKING:
     from cluster.ledger.ledger import Ledger
-    from cluster.metrics import Counts
+    from cluster.metrics import Counts, Outcome
 
 #: How many entries are kept. One is about half a kilobyte.
 LIMIT = 10_000
@@ -29,10 +29,20 @@ LIMIT = 10_000
 BATCH = 1000
 #: Leases and queues of a model get one entry each in so many seconds, however busy it is.
 COUNTS_PERIOD_S = 0.1
-#: Clients choose their requests' ids; so many characters of one are kept.
+#: Clients choose their requests' ids, and the names of models that are not there; so many characters of one are kept.
 LONGEST_TRACE = 128
+LONGEST_MODEL = 256
 #: Between two calls of a follower it still counts as one, for so many seconds.
 FOLLOWER_PAUSE_S = 5.0
+#: Of the requests that end within one period, so many get an entry each; the others are summed up in one.
+REQUESTS_PERIOD_S = 0.5
+REQUESTS_IN_PERIOD = 10
+#: A follower who begins is shown so many entries of these kinds from before.
+RECENT = 200
+RECENT_KINDS = frozenset(("replica", "swap", "request", "config"))
+
+#: A model of which nothing was told yet.
+NOTHING = Brief("unloaded", 0, 0, (0, 0, 0), None)
 
 _TO_REVIEW = frozenset((ServerManifest, ServerSuspected, ConfigChanged))
 
@@ -41,11 +51,13 @@ class Change(NamedTuple):
     """One entry. `time` is in seconds since 1970; `data` is plain and depends on `kind`:
 
     `replica`  from, to, cause, reason, because, record, node, devices: a transition (`ledger.transitions.Moved`)
-    `model`    state, ready, last_error, removed: a model as it stands now
-    `queue`    queued, by_class: who waits for a model
-    `lease`    leases: how many requests a model runs
+    `model`    state, ready, last_error, remote, pinned, memory_mib, load_s, removed: a model as it stands now
+    `queue`    queued, by_class, since_by_class, bound_at: who waits for a model, and since when (the ledger's clock)
+    `lease`    leases, drain_s: how many requests a model runs; replicas: record, leases, used, slots of each with any
     `load`     progress: how much of a replica's load is done, 0.0 to 1.0
     `swap`     victims, reason, because: a model was promised their room
+    `request`  one that ended: id, and the rest of `metrics.Outcome`; never what was asked or answered
+    `requests` count, prompt_tokens, output_tokens: those that ended beyond what is told of one by one
     `server`   an external server as it stands now
     `config`   the pool's configuration changed
     """
@@ -61,13 +73,15 @@ class Change(NamedTuple):
 class Changes(NamedTuple):
     """What a follower is told. With a snapshot, all that it knew is void, and `changes` is empty.
 
-    `version` is what it has seen now, to be named in the next call together with `epoch`.
+    `version` is what it has seen now, to be named in the next call together with `epoch`. `recent` comes with a
+    snapshot: what happened before it, for people to read.
     """
 
     epoch: str
     version: int
     snapshot: Snapshot | None
     changes: list[Change]
+    recent: tuple[Change, ...] = ()
 
 
 class ChangeLog:
@@ -93,6 +107,11 @@ class ChangeLog:
             return None
         start = len(self._entries) - missed
         return list(itertools.islice(self._entries, start, start + limit))
+
+    def recent(self) -> tuple[Change, ...]:
+        """The last entries that tell what happened, oldest first, without those that only count."""
+        told = (each for each in reversed(self._entries) if each.kind in RECENT_KINDS)
+        return tuple(itertools.islice(told, RECENT))[::-1]
 
     async def grown(self, version: int, timeout_s: float) -> None:
         """Wait until there is an entry behind `version`, at most so long."""
@@ -123,6 +142,8 @@ class Watch:
         self._followers = 0
         self._followed_until = 0.0
         self._review_due = False
+        self._ended = 0
+        self._untold = [0, 0, 0]
 
     def decided(self, event: Any) -> None:
         """The ledger has decided about an event. Cheap where nothing moved; never blocks."""
@@ -140,6 +161,28 @@ class Watch:
         """So much of a replica's load is done."""
         self.log.add("load", self._ledger.model_of(replica), replica, progress=round(fraction, 3))
 
+    def ended(self, request: str, outcome: Outcome) -> None:
+        """A request ended. A flood of them costs the log no more than a few entries a second."""
+        self._ended += 1
+        if self._ended == 1:
+            asyncio.get_running_loop().call_later(REQUESTS_PERIOD_S, self._sum_up)
+        if self._ended <= REQUESTS_IN_PERIOD:
+            told = outcome._asdict()
+            told["trace"] = outcome.trace[:LONGEST_TRACE]
+            # A refused one names its model itself, at any length.
+            self.log.add("request", told.pop("model")[:LONGEST_MODEL], None, id=request, **told)
+            return
+        untold = self._untold
+        untold[0] += 1
+        untold[1] += outcome.prompt_tokens or 0
+        untold[2] += outcome.output_tokens or 0
+
+    def _sum_up(self) -> None:
+        (count, prompt_tokens, output_tokens), self._untold = self._untold, [0, 0, 0]
+        self._ended = 0
+        if count:
+            self.log.add("requests", count=count, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
+
     async def follow(
         self, epoch: str, version: int, timeout_s: float, limit: int, snapshot: Callable[[], Snapshot]
     ) -> Changes:
@@ -149,7 +192,7 @@ class Watch:
         if found is None:
             # What the snapshot shows and what the log has told are the same.
             self.review()
-            return Changes(log.epoch, log.version, snapshot(), [])
+            return Changes(log.epoch, log.version, snapshot(), [], log.recent())
         if not found:
             self._followers += 1
             self._review_soon()
@@ -166,18 +209,20 @@ class Watch:
         """Write what differs from what was last told of models, queues, leases and servers."""
         before, now = self._briefs, self._ledger.briefs()
         for name, brief in now.items():
-            old = before.get(name)
-            if brief == old:
+            old = before.get(name, NOTHING)
+            if brief == old and name in before:
                 continue
-            if old is None or (brief.state, brief.ready, brief.last_error) != (old.state, old.ready, old.last_error):
-                told = {"state": brief.state, "ready": brief.ready, "last_error": brief.last_error, "removed": False}
-                self.log.add("model", name, **told)
-            if brief.leases != (old.leases if old else 0):
-                self.log.add("lease", name, leases=brief.leases)
-            if brief.queued_by_class != (old.queued_by_class if old else (0, 0, 0)):
-                self.log.add("queue", name, queued=sum(brief.queued_by_class), by_class=list(brief.queued_by_class))
+            stands = _standing(brief)
+            if stands != _standing(old) or name not in before:
+                self.log.add("model", name, **stands, removed=False)
+            if (brief.leases, brief.uses) != (old.leases, old.uses):
+                uses = [each._asdict() for each in brief.uses]
+                self.log.add("lease", name, leases=brief.leases, drain_s=brief.drain_s, replicas=uses)
+            waits = _waiting(brief)
+            if waits != _waiting(old):
+                self.log.add("queue", name, **waits)
         for name in before.keys() - now.keys():
-            self.log.add("model", name, state="unloaded", ready=0, last_error=None, removed=True)
+            self.log.add("model", name, **_standing(NOTHING), removed=True)
         self._briefs = now
         self._review_servers()
 
@@ -228,3 +273,14 @@ class Watch:
     def _review_now(self) -> None:
         self._review_due = False
         self.review()
+
+
+def _standing(brief: Brief) -> dict[str, Any]:
+    keys = ("state", "ready", "last_error", "remote", "pinned", "memory_mib", "load_s")
+    return {key: getattr(brief, key) for key in keys}
+
+
+def _waiting(brief: Brief) -> dict[str, Any]:
+    by_class = brief.queued_by_class
+    waits = {"queued": sum(by_class), "by_class": list(by_class), "since_by_class": list(brief.since_by_class)}
+    return {**waits, "bound_at": brief.bound_at}

@@ -47,7 +47,8 @@ class Outcome(NamedTuple):
     """How one request ended, as its ingress saw it. Times are in seconds; None is what nobody knows.
 
     `model` is the one that answered, or the one that was asked for if none did; `status` is HTTP's, also for a stream
-    that broke later than its head. `ttft_s` and `total_s` count from the request's arrival at the ingress.
+    that broke later than its head. `ttft_s` and `total_s` count from the request's arrival at the ingress. `trace` is
+    the client's own `X-Request-Id`.
     """
 
     model: str
@@ -62,6 +63,7 @@ class Outcome(NamedTuple):
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
     output_tokens: int | None = None
+    trace: str = ""
 
     @property
     def tpot_s(self) -> float | None:
@@ -83,7 +85,8 @@ def refused(request: Request, reject: Reject | None) -> Outcome:
     if reject is not None:
         kind: type[errors.PoolError] = getattr(errors, reject.error, errors.PoolError)
         status = int(reject.extras.get("status", kind.status))
-    return Outcome(request.model, family(request.path), request.principal, request.priority, status)
+    asked = request.model, family(request.path), request.principal, request.priority
+    return Outcome(*asked, status, trace=request.trace)
 
 
 class Histogram:
@@ -109,7 +112,7 @@ class ModelFigures:
 
     def add(self, outcome: Outcome) -> None:
         """Count one request. All of them pass here, so it is written to be quick."""
-        _, _, _, _, _, queue_s, load_s, ttft_s, total_s, tokens_in, tokens_cached, tokens_out = outcome
+        _, _, _, _, _, queue_s, load_s, ttft_s, total_s, tokens_in, tokens_cached, tokens_out, _ = outcome
         self.tokens_in += tokens_in or 0
         self.tokens_out += tokens_out or 0
         self.tokens_cached += tokens_cached or 0

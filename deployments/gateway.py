@@ -324,4 +324,5 @@ def outcome(
         report.prompt_tokens,
         report.cached_tokens,
         report.output_tokens,
+        request.trace,
     )

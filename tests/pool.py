@@ -139,6 +139,14 @@ class Pool:
         assert ray.get(effects.find_ledger().check.remote()) is None
 
 
+def kill_ingress() -> None:
+    """End the process that serves HTTP, in the middle of whatever it does. Serve starts another."""
+    import ray
+
+    actors = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True) if "#ingress#" in each["name"]]
+    ray.kill(ray.get_actor(actors[0], namespace="serve"), no_restart=True)
+
+
 def serve_document(args: dict[str, Any]) -> dict[str, Any]:
     """A Serve configuration like `serve_config.yaml`, with these `args`."""
     from cluster import effects

@@ -16,7 +16,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
 
-from cluster import errors
+from cluster import errors, sentences
 from cluster.changes import Change, Changes
 from cluster.client import LedgerClient
 from cluster.ledger.snapshot import as_dict
@@ -29,6 +29,8 @@ router = APIRouter(tags=["admin"])
 QUIET_S = 15.0
 #: Pause between two looks for a ledger that is being restarted, in seconds.
 RETRY_S = 0.5
+#: What is told without a sentence, for there is much of it.
+SILENT = frozenset(("lease", "queue", "load"))
 HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 #: So many may follow at one ingress: each parks a call in the ledger.
 MAX_FOLLOWERS = 200
@@ -110,11 +112,22 @@ def seen_by(last_event_id: str) -> tuple[str, int]:
 
 def _snapshot(found: Changes) -> bytes:
     assert found.snapshot is not None, "a new beginning has a snapshot"
-    return _event("snapshot", as_dict(found.snapshot), f"{found.epoch}-{found.version}")
+    told = {**as_dict(found.snapshot), "recent": [_plain(each) for each in found.recent]}
+    return _event("snapshot", told, f"{found.epoch}-{found.version}")
 
 
 def _change(epoch: str, change: Change) -> bytes:
-    return _event(change.kind, change._asdict(), f"{epoch}-{change.version}")
+    return _event(change.kind, _plain(change), f"{epoch}-{change.version}")
+
+
+def _plain(change: Change) -> dict[str, Any]:
+    """An entry with what it says, and why, in words. Counts that moved speak for themselves."""
+    plain = change._asdict()
+    if change.kind in SILENT:
+        return plain
+    data = change.data
+    because = sentences.why(data.get("because"), str(data.get("reason") or ""))
+    return {**plain, "text": sentences.of_change(plain), "why": because}
 
 
 def _event(kind: str, data: dict[str, Any], event_id: str | None = None) -> bytes:

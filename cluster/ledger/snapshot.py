@@ -17,7 +17,7 @@ from cluster.ledger.states import ReplicaState
 
 if TYPE_CHECKING:
     from cluster.ledger.books.pool import Pool
-    from cluster.ledger.books.records import Model, Replica
+    from cluster.ledger.books.records import Claim, Model, Replica
     from cluster.ledger.books.servers import Server
 
 
@@ -44,7 +44,7 @@ class ReplicaRow:
 
     `devices` are those that it was assigned, none while its engine sleeps; `visible_devices` those that its engine's
     process says it has, None if it has not said so. `record` numbers the records of one life of the ledger, as in
-    `transitions.Moved`.
+    `transitions.Moved`. `used` slots are leased: a lease may have several.
 
     What only the actor knows, it fills in: `pid` of the process that holds the engine, `started_at` of the replica
     (seconds since 1970), and `progress` of the load, 0.0 to 1.0, while it loads.
@@ -58,6 +58,7 @@ class ReplicaRow:
     node: str
     since: float
     record: int = 0
+    used: int = 0
     devices: tuple[int, ...] = ()
     visible_devices: tuple[str, ...] | None = None
     pid: int | None = None
@@ -66,11 +67,22 @@ class ReplicaRow:
 
 
 @dataclass(frozen=True, slots=True)
+class SwapRow:
+    """Room that is promised to a model as soon as these replicas have left; the rest as in `transitions.Because`."""
+
+    victims: tuple[str, ...]
+    reason: str
+    waiter: str | None
+    cost_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelRow:
     """One model. `state` is its best replica's in the admin route's words; `loading` is an operator's load under way.
 
     `memory_mib` is what a replica was measured to take, `memory_estimated_mib` what the configuration says of it.
-    `asleep` is how many of its replicas are kept without a loaded engine.
+    `asleep` is how many of its replicas are kept without a loaded engine. `since_by_class` is when the first who waits
+    in each class came, `bound_at` when the first of their bounds is reached, `drain_s` how long its drains take.
     """
 
     state: str = "unloaded"
@@ -90,6 +102,10 @@ class ModelRow:
     backoff_until: float | None = None
     loading: bool = False
     asleep: int = 0
+    since_by_class: tuple[float | None, float | None, float | None] = (None, None, None)
+    bound_at: float | None = None
+    drain_s: float | None = None
+    swap: SwapRow | None = None
 
     @property
     def status(self) -> str:
@@ -112,8 +128,18 @@ class ServerRow:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeRow:
+    """One machine of the cluster. Memory is what models may take of it, in MiB; 0 = unknown, not limited."""
+
+    name: str
+    gpus: int = 0
+    memory_mib: int = 0
+    device_memory_mib: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All that the ledger shows. Times (`since`, `waiting_since`, `last_arrival`, `backoff_until`) are on its clock.
+    """All that the ledger shows. Its times (what ends in `since`, `_at`, `_until` or `_arrival`) are on its clock.
 
     `overloaded`: somebody waits longer than his class's bound.
 
@@ -135,6 +161,7 @@ class Snapshot:
     replicas: tuple[ReplicaRow, ...] = ()
     models: dict[str, ModelRow] = field(default_factory=dict)
     servers: tuple[ServerRow, ...] = ()
+    nodes: tuple[NodeRow, ...] = ()
     now: float = 0.0
     time: float = 0.0
     stalled: str | None = None
@@ -159,14 +186,31 @@ def view(pool: Pool, name: str) -> ModelView | None:
     )
 
 
+class Use(NamedTuple):
+    """How much of a replica that serves, or drains, is in use."""
+
+    record: int
+    leases: int
+    used: int
+    slots: int
+
+
 class Brief(NamedTuple):
-    """What changes from request to request, of one model."""
+    """What changes from request to request, or from load to load, of one model; as in `ModelRow`."""
 
     state: str
     ready: int
     leases: int
     queued_by_class: tuple[int, int, int]
     last_error: str | None
+    since_by_class: tuple[float | None, float | None, float | None] = (None, None, None)
+    bound_at: float | None = None
+    remote: bool = False
+    pinned: bool = False
+    memory_mib: int | None = None
+    load_s: float | None = None
+    drain_s: float | None = None
+    uses: tuple[Use, ...] = ()
 
 
 def briefs(pool: Pool) -> dict[str, Brief]:
@@ -180,7 +224,33 @@ def _brief(pool: Pool, model: Model, on_servers: int) -> Brief:
     remote = pool.servers.state(model.name) if best in ("unloaded", "failed") else None
     high, medium, low = model.queue.counts
     ready = model.counts[ReplicaState.READY]
-    return Brief(remote or best, ready, model.leased + on_servers, (high, medium, low), model.last_error)
+    since, bound_at = _waits(pool, model) if model.queue.count else ((None, None, None), None)
+    return Brief(
+        state=remote or best,
+        ready=ready,
+        leases=model.leased + on_servers,
+        queued_by_class=(high, medium, low),
+        last_error=model.last_error,
+        since_by_class=since,
+        bound_at=bound_at,
+        remote=is_remote(model),
+        pinned=model.is_pinned,
+        memory_mib=model.measured_mib,
+        load_s=model.load_s,
+        drain_s=model.drain_s or None,
+        uses=tuple(
+            Use(each.serial, len(each.leases), each.used, each.slots)
+            for each in model.placed_replicas()
+            if each.state in (ReplicaState.READY, ReplicaState.DRAINING)
+        ),
+    )
+
+
+def _waits(pool: Pool, model: Model) -> tuple[tuple[float | None, float | None, float | None], float]:
+    """Since when the first of each class waits, and when the first of their bounds is reached."""
+    high, medium, low = ((line[0].arrived if line else None) for line in model.queue.lines)
+    first = min(head.arrived + policy.bound_s(pool, model, head.priority) for head in model.queue.heads())
+    return (high, medium, low), first
 
 
 def take(pool: Pool) -> Snapshot:
@@ -198,6 +268,10 @@ def take(pool: Pool) -> Snapshot:
         replicas=tuple(_replica(replica) for model in pool.models.values() for replica in model.replicas),
         models={name: _model(pool.models[name], now) for name, now in briefs(pool).items()},
         servers=servers(pool),
+        nodes=tuple(
+            NodeRow(each.name, each.gpus, each.memory_mib, each.device_memory_mib)
+            for each in (node.spec for node in pool.book.nodes.values() if node.present)
+        ),
     )
 
 
@@ -220,15 +294,17 @@ def _replica(replica: Replica) -> ReplicaRow:
         node=replica.place.node,
         since=replica.since,
         record=replica.serial,
+        used=replica.used,
         devices=replica.place.devices if replica.is_placed else (),
         visible_devices=replica.devices,
     )
 
 
 def _model(model: Model, now: Brief) -> ModelRow:
+    claim = model.claim
     return ModelRow(
         state=now.state,
-        remote=is_remote(model),
+        remote=now.remote,
         queued=model.queue.count,
         queued_by_class=now.queued_by_class,
         leases=now.leases,
@@ -237,14 +313,25 @@ def _model(model: Model, now: Brief) -> ModelRow:
         desired=model.desired,
         ready=now.ready,
         last_error=now.last_error,
-        load_s=model.load_s,
-        memory_mib=model.measured_mib,
+        load_s=now.load_s,
+        memory_mib=now.memory_mib,
         memory_estimated_mib=model.spec.memory_mib or None,
-        pinned=model.is_pinned,
+        pinned=now.pinned,
         backoff_until=model.backoff_until if model.failures else None,
         loading=model.order is not None,
         asleep=sum(1 for each in model.in_state(ReplicaState.ASLEEP) if not each.is_placed),
+        since_by_class=now.since_by_class,
+        bound_at=now.bound_at,
+        drain_s=now.drain_s,
+        swap=None if claim is None else _swap(claim),
     )
+
+
+def _swap(claim: Claim) -> SwapRow:
+    victims = tuple(each.uid or "" for each in claim.victims)
+    why = claim.because
+    assert why is not None, "a promise says why it was made"
+    return SwapRow(victims, why.rule, why.waiter, why.cost_s)
 
 
 def servers(pool: Pool) -> tuple[ServerRow, ...]:

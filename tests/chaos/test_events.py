@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.pool import Pool, fake, running_pool
+from tests.pool import Pool, fake, kill_ingress, running_pool
 
 MODELS = {
     "calm": {**fake(tokens_per_s=20, tokens=40), "target_inflight": 8, "min_replicas": 1},
@@ -83,8 +83,6 @@ async def ask(pool: Pool, model: str) -> None:
 
 
 async def test_events_go_on_exactly_where_the_ingress_died(pool: Pool):
-    import ray
-
     follower = Follower(pool)
     following = asyncio.create_task(follower.run())
     await follower.has_heard.wait()
@@ -93,8 +91,7 @@ async def test_events_go_on_exactly_where_the_ingress_died(pool: Pool):
     # A load, a stream and its leases are under way when the ingress dies.
     lost = [asyncio.create_task(ask(pool, model)) for model in ("calm", "calm", "visitor")]
     await asyncio.to_thread(pool.wait, lambda ledger: ledger["models"]["calm"]["leases"] == 2)
-    actors = [name for name in ray.util.list_named_actors(all_namespaces=True) if "#ingress#" in name["name"]]
-    ray.kill(ray.get_actor(actors[0]["name"], namespace="serve"), no_restart=True)
+    kill_ingress()
     await asyncio.gather(*lost, return_exceptions=True)
     await asyncio.to_thread(pool.wait, lambda ledger: ledger["leases"] == 0, 60)
     await ask(pool, "visitor")

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from cluster import changes
 from cluster.changes import ChangeLog, Changes, Watch
 from cluster.ledger.events import (
     ConfigChanged,
@@ -17,7 +18,7 @@ from cluster.ledger.events import (
 )
 from cluster.ledger.ledger import Ledger
 from cluster.ledger.specs import ModelSpec, NodeSpec, PoolSpec, ServerSpec
-from cluster.metrics import Counts
+from cluster.metrics import Counts, Outcome
 
 SPEC = PoolSpec(
     models={name: ModelSpec(name, slots=2, num_gpus=1.0) for name in "ab"}, nodes={"n": NodeSpec("n", gpus=1)}
@@ -175,6 +176,78 @@ async def test_a_reason_names_the_request_as_its_client_does():
     assert told is not None
     swap = next(change for change in told if change.kind == "swap")
     assert swap.data["because"]["request"] == ("client's s" * 30)[:128]
+
+
+async def test_leases_and_queues_are_told_with_what_people_want_to_know():
+    room = Room()
+    await room.follow()
+    room.load()
+    room.now = 3.0
+    room.tell(RequestArrived("s", "h", "b", 1, 9e9))
+    room.watch.review()
+    told = (await room.follow()).changes
+    leases = [change.data for change in told if change.kind == "lease"]
+    assert leases[-1] == {
+        "leases": 1,
+        "drain_s": None,
+        "replicas": [{"record": 2, "leases": 1, "used": 1, "slots": 2}],
+    }
+    (queue,) = [change.data for change in told if change.kind == "queue" and change.model == "b"]
+    assert queue == {"queued": 1, "by_class": [1, 0, 0], "since_by_class": [3.0, None, None], "bound_at": 18.0}
+    (loaded,) = [change.data for change in told if change.kind == "model" and change.data["state"] == "loaded"]
+    assert (loaded["pinned"], loaded["remote"], loaded["removed"]) == (False, False, False)
+
+
+OUTCOME = Outcome("a", "chat", "alice", 2, 200, 0.5, 0.25, 1.0, 2.0, 7, 3, 20, "mine")
+
+
+async def test_a_request_that_ended_is_told_without_what_it_said():
+    room = Room()
+    await room.follow()
+    room.watch.ended("r", OUTCOME._replace(trace="x" * 1000))
+    (told,) = (await room.follow()).changes
+    assert (told.kind, told.model, told.replica) == ("request", "a", None)
+    assert told.data == {
+        "id": "r",
+        "family": "chat",
+        "principal": "alice",
+        "priority": 2,
+        "status": 200,
+        "queue_wait_s": 0.5,
+        "load_wait_s": 0.25,
+        "ttft_s": 1.0,
+        "total_s": 2.0,
+        "prompt_tokens": 7,
+        "cached_tokens": 3,
+        "output_tokens": 20,
+        "trace": "x" * 128,
+    }
+
+
+async def test_a_flood_of_requests_is_summed_up(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(changes, "REQUESTS_PERIOD_S", 0.01)
+    room = Room()
+    await room.follow()
+    for _ in range(2):
+        before = room.log.version
+        for index in range(1000):
+            room.watch.ended(f"r{index}", OUTCOME)
+        await asyncio.sleep(0.05)
+        told = room.log.after("e", before)
+        assert told is not None
+        assert [change.kind for change in told] == ["request"] * 10 + ["requests"]
+        assert told[-1].data == {"count": 990, "prompt_tokens": 990 * 7, "output_tokens": 990 * 20}
+
+
+async def test_who_begins_is_shown_what_happened_before():
+    room = Room()
+    room.load()
+    room.watch.ended("r", OUTCOME)
+    room.watch.progress("u", 0.5)
+    recent = (await room.follow()).recent
+    assert [change.kind for change in recent][-1] == "request"
+    assert {change.kind for change in recent} == {"replica", "request"}
+    assert [change.version for change in recent] == sorted(change.version for change in recent)
 
 
 @pytest.mark.parametrize("limit", [1, 3, 100])

@@ -77,6 +77,15 @@ async def test_a_stream_begins_with_a_snapshot_and_goes_on_exactly_behind_any_ev
     assert [each.event for each in await read(pool, events[-1].id, 1)] == ["comment"]
 
 
+async def test_a_snapshot_brings_what_happened_before_it():
+    pool = Pool()
+    pool.tell(RequestArrived("r", "h", "a", 2, 9e9))
+    (first,) = await read(pool, "", 1)
+    (placed,) = first.data["recent"]
+    assert (placed["kind"], placed["data"]["cause"], placed["why"]) == ("replica", "placed", "request r waits for it")
+    assert placed["text"] == "A process for a starts on device 0, because request r waits for it."
+
+
 async def test_who_was_away_too_long_or_in_another_life_begins_anew():
     pool = Pool()
     (first,) = await read(pool, "", 1)

@@ -58,3 +58,22 @@ def test_progress_stands_only_at_what_loads(ledger: Ledger) -> None:
     loads = dataclasses.replace(snapshot.replicas[0], state="LOADING", progress=0.5)
     plain = as_dict(dataclasses.replace(snapshot, replicas=(loads,)))
     assert json.loads(json.dumps(plain))["replicas"][0]["progress"] == 0.5
+
+
+def test_a_snapshot_says_who_waits_since_when_and_for_what(ledger: Ledger) -> None:
+    """Half of what the status page tells of a swap: the other half are the changes behind it."""
+    snapshot = ledger.snapshot()
+    waits = snapshot.models["b"]
+    assert waits.since_by_class == (3.0, None, 4.0)
+    assert waits.bound_at == 3.0 + 15.0
+    assert waits.swap is not None
+    assert (waits.swap.victims, waits.swap.reason, waits.swap.waiter) == (("u",), "class", "s")
+    assert (snapshot.models["a"].swap, snapshot.models["a"].bound_at) == (None, None)
+    assert [(node.name, node.gpus) for node in snapshot.nodes] == [("n", 1)]
+    assert snapshot.replicas[0].used == 1
+
+
+def test_a_brief_tells_how_much_of_each_replica_is_in_use(ledger: Ledger) -> None:
+    briefs = ledger.briefs()
+    assert [use._asdict() for use in briefs["a"].uses] == [{"record": 2, "leases": 1, "used": 1, "slots": 1}]
+    assert briefs["b"].uses == (), "it has no place yet"
