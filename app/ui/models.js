@@ -3,7 +3,7 @@
 import { load, pin, unload } from "./api.js";
 import { Component, html } from "./html.js";
 import { CLASSES } from "./state.js";
-import { ago, size, span, whyLeft, whyWaits } from "./words.js";
+import { ago, said, size, span, whyLeft, whyWaits } from "./words.js";
 
 export function Waiting({ state, now }) {
   const waiting = Object.values(state.models).filter((model) => model.queued);
@@ -84,7 +84,7 @@ function Model({ pool, model, now, busy, act, tryModel }) {
       <td class="standing">
         <span class="badge ${word}">${word}</span>
         ${model.last_error && word === "failed" && html`<p class="why bad">${model.last_error}</p>`}
-        ${model.left && !up && html`<p class="why" data-left>${model.left.by ? "evicted" : "unloaded"} ${ago(now - model.left.time)} ${whyLeft(model.left)}</p>`}
+        ${model.left && !up && html`<p class="why" data-left title=${said(model.left.why)}>${model.left.by ? "evicted" : "unloaded"} ${ago(now - model.left.time)} ${whyLeft(model.left)}</p>`}
       </td>
       <td class="num" data-label="Running">${model.leases}</td>
       <td class="num" data-label="Waiting">${model.queued}</td>

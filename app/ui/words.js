@@ -33,8 +33,8 @@ export const clock = (time) => new Date(time * 1000).toLocaleTimeString([], { ho
 // What the pool says itself, with the long ids of requests cut short.
 export const said = (text) => text.replaceAll(/\b([0-9a-f]{8})[0-9a-f-]{24,28}\b/g, "$1…");
 
-// Why a model leaves its place, or has left it, with the model that got it.
-export const whyLeft = (left) => `${left.by ? `for ${left.by}: ` : "because "}${said(left.why)}`;
+// Why a model leaves its place, or has left it, with the model that got it; the log has the whole reason.
+export const whyLeft = (left) => `${left.by ? `for ${left.by}: ` : "because "}${said(left.why).split(/ \(|, which costs/)[0]}`;
 
 export function bound(model, now) {
   if (model.bound_at === null) return "";
