@@ -13,7 +13,7 @@ import { begin, poolNow, sample, take, tokenRate } from "./state.js";
 
 const DRAW_MS = 100;
 const TICK_MS = 1000;
-const DEVICES_PAUSE_MS = 1500;
+const DEVICES_PAUSE_MS = 3000;
 
 const WORDS = { connecting: "connecting …", live: "live", lost: "reconnecting …", refused: "a key is needed" };
 
@@ -51,12 +51,14 @@ class Page extends Component {
     }, DRAW_MS);
   }
 
-  // What the drivers say of the devices' memory changes with what is loaded.
+  // What the drivers say of the devices' memory changes with what is loaded; where there is none it is asked once.
   askDevicesSoon() {
+    if (this.hasNoDevices) return;
     this.asking ??= setTimeout(async () => {
       this.asking = undefined;
       try {
         this.pool.gpus = (await devices()).gpus;
+        this.hasNoDevices = !this.pool.gpus.length;
       } catch {
         // The scheduler is away: it is asked again after the next change.
       }

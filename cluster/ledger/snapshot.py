@@ -186,6 +186,10 @@ def view(pool: Pool, name: str) -> ModelView | None:
     )
 
 
+#: Since when nobody waits in any class.
+NOBODY = (None, None, None)
+
+
 class Use(NamedTuple):
     """How much of a replica that serves, or drains, is in use."""
 
@@ -224,26 +228,17 @@ def _brief(pool: Pool, model: Model, on_servers: int) -> Brief:
     remote = pool.servers.state(model.name) if best in ("unloaded", "failed") else None
     high, medium, low = model.queue.counts
     ready = model.counts[ReplicaState.READY]
-    since, bound_at = _waits(pool, model) if model.queue.count else ((None, None, None), None)
-    return Brief(
-        state=remote or best,
-        ready=ready,
-        leases=model.leased + on_servers,
-        queued_by_class=(high, medium, low),
-        last_error=model.last_error,
-        since_by_class=since,
-        bound_at=bound_at,
-        remote=is_remote(model),
-        pinned=model.is_pinned,
-        memory_mib=model.measured_mib,
-        load_s=model.load_s,
-        drain_s=model.drain_s or None,
-        uses=tuple(
-            Use(each.serial, len(each.leases), each.used, each.slots)
-            for each in model.placed_replicas()
-            if each.state in (ReplicaState.READY, ReplicaState.DRAINING)
-        ),
-    )
+    since, bound_at = _waits(pool, model) if model.queue.count else (NOBODY, None)
+    uses = _uses(model) if ready or model.counts[ReplicaState.DRAINING] else ()
+    leases, counts = model.leased + on_servers, (high, medium, low)
+    learned = (model.measured_mib, model.load_s, model.drain_s or None)
+    waits = (counts, model.last_error, since, bound_at)
+    return Brief(remote or best, ready, leases, *waits, is_remote(model), model.is_pinned, *learned, uses)
+
+
+def _uses(model: Model) -> tuple[Use, ...]:
+    serving = [each for each in model.replicas if each.state.may_hold_leases]
+    return tuple([Use(each.serial, len(each.leases), each.used, each.slots) for each in serving])
 
 
 def _waits(pool: Pool, model: Model) -> tuple[tuple[float | None, float | None, float | None], float]:

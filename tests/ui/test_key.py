@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, expect
 
 from tests.pool import Pool, fake, running_pool
@@ -37,6 +38,8 @@ def test_the_page_asks_for_the_admin_key(browser: Browser, pool: Pool):
     expect(key).to_be_focused()
     expect(page.locator(".connection")).to_have_text("a key is needed")
     expect(page.locator(".ask-key")).to_contain_text("a valid admin key is required")
+    found = Axe().run(page)
+    assert found.violations_count == 0, found.generate_report()
     key.fill("user")
     key.press("Enter")
     expect(page.locator(".ask-key")).to_contain_text("this route needs an admin key")
