@@ -65,7 +65,7 @@ vendor-ui:
 
 # Real agents and client libraries, two gigabytes of them: the first time installs them. Not a part of `make test`.
 test-agents: $(VENV)/.installed-dev $(AGENTS)/.installed
-	$(BIN)/pytest tests/agents/turns.py --timeout=0 $(ARGS)
+	$(BIN)/pytest tests/agents/turns.py tests/agents/compliance.py --timeout=0 $(ARGS)
 
 test-cluster: $(VENV)/.installed-dev
 	$(BIN)/pytest tests/unit tests/stateful tests/sim tests/chaos $(ARGS)

@@ -200,6 +200,9 @@ class Gateway:
             async with contextlib.aclosing(self._run(request, call, lease, info, run, left_s)) as chunks:
                 async for chunk in chunks:
                     info.status, info.headers = run.status, run.headers
+                    if chunk.endswith(DONE):
+                        # Who leaves behind the last word has all of it.
+                        status = run.status
                     yield chunk
             status = info.status = run.status
             info.headers = run.headers

@@ -76,11 +76,13 @@ class LeasedCall:
             answer = Answer(way)
             await answer.begin()
             self.status, self.headers = answer.status, answer.headers
-            async with contextlib.aclosing(answer.chunks()) as chunks:
-                async for chunk in chunks:
-                    self.first_at = self.first_at or time.monotonic()
-                    yield chunk
-            self.report = answer.report or self.report
+            try:
+                async with contextlib.aclosing(answer.chunks()) as chunks:
+                    async for chunk in chunks:
+                        self.first_at = self.first_at or time.monotonic()
+                        yield chunk
+            finally:
+                self.report = answer.report or self.report
         except (OSError, StopAsyncIteration):
             raise (too_long() if self.is_expired else gone) from None
         finally:

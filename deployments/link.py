@@ -13,6 +13,7 @@ A connection carries one call at a time and is kept for the next one after a cle
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -28,6 +29,7 @@ from cluster.frames import Connection, frame
 from cluster.orders import Address
 from cluster.sockets import connect
 from deployments.engines.protocol import Call, Report
+from deployments.sse import DONE
 
 logger = logging.getLogger("slotpool.link")
 
@@ -39,6 +41,8 @@ MAX_CHUNK = 2**20
 REQUEST_LIMITS = {REQUEST: 2**20, BODY: 2**30}
 ANSWER_LIMITS = {HEAD: 2**20, CHUNK: MAX_CHUNK, END: 2**20, FAILURE: 2**20}
 
+#: An engine's report follows its last word within this time, in seconds, or is not waited for.
+REPORT_S = 0.2
 #: A connection that nobody uses is closed after this time, in seconds, and so many are kept for each engine.
 IDLE_S = 30.0
 MAX_IDLE = 512
@@ -125,15 +129,30 @@ class Answer:
         self.status, self.headers = head["status"], head["headers"]
 
     async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The body. Raises the engine's failure; the report is there when it has ended."""
+        """The body. Raises the engine's failure; the report is there when it has ended.
+
+        Whoever leaves a stream behind its last word leaves a whole answer: its report is taken nevertheless.
+        """
         async for kind, payload in self.frames:
             if kind == CHUNK:
-                yield payload
+                try:
+                    yield payload
+                except GeneratorExit:
+                    if payload.endswith(DONE):
+                        await self._take_report()
+                    raise
             elif kind == FAILURE:
                 raise decode_failure(payload)
             else:
                 self.report = Report.from_dict(msgpack.unpackb(payload))
                 return
+
+    async def _take_report(self) -> None:
+        with contextlib.suppress(OSError, StopAsyncIteration):
+            async with asyncio.timeout(REPORT_S):
+                kind, payload = await anext(self.frames)
+                if kind == END:
+                    self.report = Report.from_dict(msgpack.unpackb(payload))
 
 
 class LinkCall:

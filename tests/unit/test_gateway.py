@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncGenerator
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 from cluster.config import load_config
 from cluster.errors import PoolError, ReplicaGone
 from cluster.ledger.events import Grant
+from cluster.metrics import Outcome
 from cluster.request import Request
 from deployments.engines.protocol import Call
 from deployments.gateway import Gateway
@@ -90,19 +92,24 @@ class Granted(Gateway):
         self.limits = Limits()
         self.asked: list[Request] = []
         self.left_s = 0.0
+        self.ended: list[Outcome | None] = []
 
         async def acquire(request: Request) -> Grant:
             self.asked.append(request)
             await asyncio.sleep(wait_s)
             return Grant(request.id, "h", "m", "m#1", (0,), 1, 0.0, 0.0, devices=())
 
-        self.ledger: Any = SimpleNamespace(acquire=acquire, release=lambda *_: None)
+        def release(lease: Grant, outcome: Outcome | None = None) -> None:
+            self.ended.append(outcome)
+
+        self.ledger: Any = SimpleNamespace(acquire=acquire, release=release)
 
     async def _run(
         self, request: Request, call: Call, lease: Grant, info: RunInfo, run: LeasedCall, left_s: float
     ) -> AsyncGenerator[bytes, None]:
         self.left_s = left_s
-        yield BODY
+        for chunk in (EVENT, DONE) if call.stream else (BODY,):
+            yield chunk
 
 
 async def test_who_waits_as_long_as_his_client_stays_asks_once_and_then_has_all_of_his_time():
@@ -114,3 +121,13 @@ async def test_who_waits_as_long_as_his_client_stays_asks_once_and_then_has_all_
     assert patient.asked[0].timeout_s > 86_400.0
     await patient.touch(Request("r", "m", timeout_s=0.01, is_patient=True))
     assert patient.asked[1].timeout_s > 86_400.0
+
+
+@pytest.mark.parametrize(("last", "status"), [(DONE, 200), (EVENT, 499)])
+async def test_who_leaves_behind_the_last_word_has_all_of_it(last: bytes, status: int):
+    gateway = Granted(wait_s=0.0)
+    async with contextlib.aclosing(gateway.stream(Request("r", "m"), {"stream": True})) as chunks:
+        async for chunk in chunks:
+            if chunk == last:
+                break
+    assert [outcome and outcome.status for outcome in gateway.ended] == [status]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections.abc import AsyncIterator, Iterator
@@ -19,6 +20,7 @@ from deployments.engine_child import EngineChild
 from deployments.engines.protocol import Call
 from deployments.leased_call import LeasedCall, ServeWay, Way
 from deployments.link import CHUNK, END, FAILURE, HEAD, Leased, Links, encode_failure
+from deployments.sse import DONE
 from tests.unit.raylet import Raylet, started_raylet
 
 GONE = ReplicaGone("gone")
@@ -81,6 +83,20 @@ async def test_a_call_that_ends_releases_once_and_has_its_report(raylet: Raylet,
     assert (book.released, book.suspicions) == ([200], 0)
     assert book.call.report.output_tokens == 3
     assert book.call.headers["content-type"] == "text/event-stream"
+
+
+async def test_a_reader_that_leaves_behind_the_last_word_leaves_a_report(raylet: Raylet, engine: EngineChild):
+    """Clients close their connection at `[DONE]`, and what they have used is counted nevertheless."""
+    book = Book(raylet, 30.0)
+    async with contextlib.aclosing(book.chunks(3)) as chunks:
+        async for chunk in chunks:
+            if chunk.endswith(DONE):
+                break
+    assert book.call.report.output_tokens == 3
+    early = Book(raylet, 30.0)
+    async with contextlib.aclosing(early.chunks(1000)) as chunks:
+        await anext(chunks)
+    assert early.call.report.output_tokens is None
 
 
 async def test_an_engine_that_hangs_ends_at_the_deadline_and_is_suspected(raylet: Raylet, engine: EngineChild):
