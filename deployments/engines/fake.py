@@ -21,7 +21,13 @@ from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 from cluster.config import FakeFaults
-from cluster.errors import BackendUnavailable, InvalidRequest, ModelUnavailable, RateLimited, UnsupportedParameter
+from cluster.errors import (
+    BackendUnavailable,
+    InvalidRequest,
+    ModelUnavailable,
+    RateLimited,
+    UnsupportedParameter,
+)
 from deployments.engines.chat.metrics import metrics_object
 from deployments.engines.chat.stops import StopScanner
 from deployments.engines.protocol import EVENT_STREAM, JSON, Call, EngineInfo, Kept, Progress, Reply, Report, once
@@ -31,7 +37,7 @@ from deployments.sse import DONE
 ENVIRONMENT, ECHO = "/fake/environment", "/fake/echo"
 #: Environment variables that `GET /fake/environment` shows; never all of them, since some hold keys.
 SHOWN = ("CUDA_VISIBLE_DEVICES",)
-EMBEDDING_SIZE = 8
+EMBEDDING_SIZE, MAX_EMBEDDING_SIZE = 8, 4096
 _LOAD_STEPS = 10
 
 
@@ -239,11 +245,14 @@ def _tokens(call: Call) -> dict[str, Any]:
 def _embeddings(call: Call) -> dict[str, Any]:
     given = prompts_of(call.json["input"])
     in_base64 = call.json.get("encoding_format") == "base64"
+    size = call.json.get("dimensions") or EMBEDDING_SIZE
+    if size > MAX_EMBEDDING_SIZE:
+        raise UnsupportedParameter(f"embeddings have at most {MAX_EMBEDDING_SIZE} dimensions", param="dimensions")
     data = []
     for index, one in enumerate(given):
         drawn = random.Random(json.dumps(one))
-        vector = [drawn.gauss(0.0, 1.0) for _ in range(EMBEDDING_SIZE)]
-        packed = base64.b64encode(struct.pack(f"<{EMBEDDING_SIZE}f", *vector)).decode()
+        vector = [drawn.gauss(0.0, 1.0) for _ in range(size)]
+        packed = base64.b64encode(struct.pack(f"<{size}f", *vector)).decode()
         data.append({"object": "embedding", "index": index, "embedding": packed if in_base64 else vector})
     tokens = sum(len(one.split()) if isinstance(one, str) else len(one) for one in given)
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}

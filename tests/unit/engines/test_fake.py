@@ -11,9 +11,10 @@ import os
 import pytest
 
 from cluster.config import FakeFaults
-from cluster.errors import InvalidRequest, RateLimited
+from cluster.errors import InvalidRequest, RateLimited, UnsupportedParameter
 from deployments.engines.fake import FakeEngine
 from deployments.engines.protocol import Call, Reply, Report
+from deployments.schemas import EMBEDDINGS
 from tests.unit.engines.drive import CHAT, COMPLETIONS, ask, stream_of
 
 
@@ -31,6 +32,22 @@ async def test_a_raw_body_comes_back_with_its_type() -> None:
     reply = await fake().call(call)
     assert (reply.status, reply.headers["content-type"]) == (200, "image/x")
     assert await read(reply) == sent
+
+
+@pytest.mark.parametrize("size", [3, 20])
+async def test_an_embedding_has_the_size_that_was_asked_for(size: int) -> None:
+    def call(**fields: object) -> Call:
+        return Call(EMBEDDINGS, {"model": "m", "input": "x", **fields}, "r")
+
+    whole, sized = [
+        json.loads(await read(await fake().call(each)))["data"][0]["embedding"]
+        for each in (call(), call(dimensions=size))
+    ]
+    assert len(sized) == size
+    assert sized[:8] == whole[:size]
+    with pytest.raises(UnsupportedParameter) as refused:
+        await fake().call(call(dimensions=10**9))
+    assert refused.value.param == "dimensions"
 
 
 async def test_it_tells_the_environment_of_its_process(monkeypatch: pytest.MonkeyPatch) -> None:
