@@ -48,9 +48,21 @@ def document_of(source: Path | None, gpus: int | None) -> dict[str, Any]:
     if source is None:
         refuse_missing_model()
         return serve_document({"models": BUILT_IN})
-    if source.is_dir():
+    if source.is_dir() or source.suffix == ".gguf":
         return serve_document({"models": models_in(source, gpus)})
-    return read_yaml(source)
+    return serve_document_in(source) or serve_document({"config": str(source.resolve())})
+
+
+def serve_document_in(file: Path) -> dict[str, Any] | None:
+    """The Serve configuration in a file; None where it is one of a pool. Raises `ConfigError`."""
+    if not file.is_file():
+        return read_yaml(file)
+    try:
+        found = read_yaml(file)
+    except ConfigError:
+        # A list of models, or broken: who reads it as a pool's says what is wrong.
+        return None
+    return found if "applications" in found else None
 
 
 def refuse_missing_model() -> None:

@@ -14,13 +14,14 @@ _LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}$")
 
 
 def models_in(folder: Path, gpus: int | None) -> dict[str, Any]:
-    """The models of a folder and of those below it, by their ids. Raises `ConfigError` where there are none.
+    """The models of a folder and of those below it, or of one file, by their ids. Raises `ConfigError` without any.
 
     None is loaded before somebody asks for it. `gpus` is how many this machine is said to have; None looks.
     """
-    files = sorted(each for each in folder.expanduser().resolve().rglob("*.gguf") if is_model(each))
+    place = folder.expanduser().resolve()
+    files = [place] if place.is_file() else sorted(each for each in place.rglob("*.gguf") if is_model(each))
     if not files:
-        raise ConfigError(f"{folder}: there is no GGUF file in it; slotpool add says how to configure other models")
+        raise ConfigError(f"{folder}: there is no GGUF file")
     share = 1 if (count_gpus() if gpus is None else gpus) else 0
     models: dict[str, Any] = {}
     for file in files:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -22,6 +23,8 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 KEY_VARIABLE = "SLOTPOOL_API_KEY"
 #: Seconds that a plain question may take, and that a connection may.
 ANSWER_S, CONNECT_S = 30.0, 5.0
+#: Who follows a pool looks for it so many times, with a pause in seconds, when it is lost.
+RETRIES, RETRY_S = 30, 1.0
 #: What a shell waits for while it completes a model's name, in seconds.
 COMPLETE_S = 0.5
 #: The change log keeps 10,000 entries; some are lost between the question for its end and that for the rest.
@@ -125,6 +128,25 @@ class Pool:
         headers = {"Last-Event-ID": seen} if seen else {}
         with self.lines("GET", "/v1/admin/events", headers=headers) as lines:
             yield events_of(lines)
+
+    def follow(self) -> Iterator[Event]:
+        """The change log from now on, also beyond an ingress that is replaced. Endless; raises `Failure`."""
+        seen: str | None = None
+        lost = 0
+        while True:
+            try:
+                with self.events(seen) as found:
+                    for event in found:
+                        seen, lost = event.id or seen, 0
+                        yield event
+            except Unreachable:
+                # Who never reached it has the wrong address.
+                if seen is None or lost >= RETRIES:
+                    raise
+            lost += 1
+            if lost > RETRIES:
+                raise Unreachable(f"the pool at {self.url} tells nothing any more")
+            time.sleep(RETRY_S)
 
     def history(self) -> list[dict[str, Any]]:
         """What the change log still has, the oldest first."""

@@ -27,13 +27,12 @@ def command(pool: Pool, model: str | None, last: int, follow: bool, as_json: boo
             say(change, as_json)
     if not follow:
         return
-    with pool.events() as found:
-        for event in found:
-            if is_change(event):
-                if concerns(event.data, model):
-                    say(event.data, as_json)
-            elif event.kind == "reset":
-                click.echo("The scheduler was restarted.", err=True)
+    for event in pool.follow():
+        if is_change(event):
+            if concerns(event.data, model):
+                say(event.data, as_json)
+        elif event.kind == "reset":
+            click.echo("The scheduler was restarted.", err=True)
 
 
 def is_change(event: Event) -> bool:

@@ -25,8 +25,8 @@ from cluster.config import load_config
 def command(source: Path | None, config: Path | None, port: int | None, gpus: int | None) -> None:
     """Run a pool on this machine until Ctrl-C.
 
-    FILE is a Serve configuration, serve_config.yaml of the working folder where none is given. Of a FOLDER all GGUF
-    files are served. Without either, it is a small built-in chat model.
+    FILE is a configuration of the pool or of Serve, or a GGUF file; where none is given, serve_config.yaml of the
+    working folder. Of a FOLDER all GGUF files are served. Without either, it is a small built-in chat model.
     """
     gpus = declared_gpus() if gpus is None else gpus
     document = lay_over(document_of(source, gpus), config, port)

@@ -72,15 +72,14 @@ def statuses(pool: Pool) -> Iterator[dict[str, Any]]:
     second.
     """
     try:
-        with pool.events() as events:
-            seen_at = 0.0
-            for event in events:
-                # What came while we waited is in the status already that is read now.
-                if event.kind == "snapshot" or (event.data or {}).get("time", seen_at) >= seen_at:
-                    time.sleep(PAUSE_S)
-                    status = pool.get("/v1/status")
-                    seen_at = status["ledger"]["time"]
-                    yield status
+        seen_at = 0.0
+        for event in pool.follow():
+            # What came while we waited is in the status already that was read.
+            if event.kind == "snapshot" or (event.data or {}).get("time", seen_at) >= seen_at:
+                time.sleep(PAUSE_S)
+                status = pool.get("/v1/status")
+                seen_at = status["ledger"]["time"]
+                yield status
     except Refused as refusal:
         if not refusal.wants_key:
             raise

@@ -9,10 +9,11 @@ from typing import Any
 import click
 
 from app.cli.artifacts import ERROR, NOTE, WARNING, Artifact, Problem, estimated, examine
+from app.cli.document import lay_over, serve_document_in
 from app.cli.machine import Machine, machine
 from app.cli.output import Column, Failure, emit, json_option, listed, mib, printable, show_json, table
 from app.cli.plan import Plan, plan_of
-from cluster.config import ConfigError, PoolConfig, load_config, read_yaml
+from cluster.config import ConfigError, PoolConfig, load_config
 
 COLUMNS = (
     Column("MODEL", "model"),
@@ -64,22 +65,11 @@ def command(config: Path, gpus: int | None, gpu_memory: int | None, as_json: boo
 
 def args_of(config: Path) -> dict[str, Any]:
     """An application's args for a file: those of a Serve configuration, or the file itself."""
-    if config.suffix in (".yaml", ".yml") and config.is_file():
-        applications = _applications(config)
-        if applications is not None:
-            if len(applications) != 1 or not isinstance(applications[0], dict):
-                raise ConfigError("a Serve configuration with exactly one application is needed")
-            args: dict[str, Any] = applications[0].get("args") or {}
-            return args
-    return {"config": str(config)}
-
-
-def _applications(config: Path) -> list[Any] | None:
-    try:
-        found = read_yaml(config).get("applications")
-    except ConfigError:
-        return None
-    return found if isinstance(found, list) else None
+    document = serve_document_in(config)
+    if document is None:
+        return {"config": str(config)}
+    args: dict[str, Any] = lay_over(document, None, None)["applications"][0].get("args") or {}
+    return args
 
 
 def plannable(pool: PoolConfig, here: Machine) -> PoolConfig:

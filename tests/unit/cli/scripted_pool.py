@@ -58,13 +58,17 @@ def change(version: int, kind: str, model: str | None, **data: Any) -> dict[str,
     return {"version": version, "time": 1.0 * version, "kind": kind, "model": model, "replica": "u", "data": data}
 
 
-def log_of(*entries: dict[str, Any], snapshot: dict[str, Any] | None = None) -> Route:
-    """The route of events: a snapshot for who begins, and the entries for who goes on behind something."""
+def log_of(*entries: dict[str, Any], begin: int | None = None) -> Route:
+    """The route of events: a snapshot for who begins, and the entries for who goes on behind something.
+
+    The snapshot is that behind the last entry, or behind entry `begin`.
+    """
 
     def answer(request: httpx.Request) -> httpx.Response:
         seen = request.headers.get("last-event-id")
         if seen is None:
-            text = event("snapshot", snapshot or {}, f"e-{entries[-1]['version'] if entries else 0}")
+            last = entries[-1]["version"] if entries else 0
+            text = event("snapshot", {}, f"e-{last if begin is None else begin}")
         else:
             after = int(seen.rpartition("-")[2])
             later = [each for each in entries if each["version"] > after]

@@ -61,9 +61,12 @@ def test_ps_lists_replicas(pool: ScriptedPool):
     assert "No replica runs" in pool.run("ps").output
 
 
-def test_a_status_that_is_watched_follows_the_events(pool: ScriptedPool):
-    pool.on("GET /v1/status", status(coder={}))
-    pool.on("GET /v1/admin/events", log_of(change(1, "model", "coder")))
+def test_a_status_that_is_watched_follows_the_events(pool: ScriptedPool, monkeypatch: pytest.MonkeyPatch):
+    """Also beyond the end of a stream: it goes on behind what it has seen."""
+    monkeypatch.setattr("app.cli.pool.RETRY_S", 0.0)
+    monkeypatch.setattr("app.cli.commands.status.PAUSE_S", 0.0)
+    later = [change(version, "model", "coder") for version in (2000, 2001)]
+    pool.on("GET /v1/admin/events", log_of(*later, begin=0))
     asked: list[str] = []
 
     def breaks(request: httpx.Request) -> httpx.Response:
@@ -76,7 +79,29 @@ def test_a_status_that_is_watched_follows_the_events(pool: ScriptedPool):
     result = pool.run("status", "--watch", "--json")
     assert result.exit_code == 3
     assert result.output.count('"execution_mode"') == 2
-    assert pool.asked[0].url.path == "/v1/admin/events"
+    seen = [each.headers.get("last-event-id") for each in pool.asked if each.url.path == "/v1/admin/events"]
+    assert seen == [None, "e-0"]
+
+
+def test_a_watched_pool_that_is_gone_is_looked_for_but_not_for_ever(
+    pool: ScriptedPool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("app.cli.pool.RETRY_S", 0.0)
+    pool.on("GET /v1/admin/events", log_of(change(1, "model", "coder")))
+    result = pool.run("events")
+    assert result.exit_code == 3
+    assert "tells nothing any more" in result.output
+    assert len(pool.asked) == 31
+
+
+def test_who_may_not_follow_looks_from_time_to_time(pool: ScriptedPool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("app.cli.commands.status.LOOK_S", 0.0)
+    pool.on("GET /v1/admin/events", lambda request: error(403, "this route needs an admin key"))
+    answers = [httpx.Response(200, json=status(coder={})), error(503, "gone")]
+    pool.on("GET /v1/status", lambda request: answers.pop(0))
+    result = pool.run("status", "--watch")
+    assert result.exit_code == 1
+    assert "coder" in result.output
 
 
 def test_load_unload_and_pin(pool: ScriptedPool):

@@ -55,8 +55,24 @@ def test_a_folder_is_a_pool_of_its_files(tmp_path: Path):
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path):
-    with pytest.raises(ConfigError, match="there is no GGUF file in it"):
+    with pytest.raises(ConfigError, match="there is no GGUF file"):
         document_of(tmp_path, 0)
+
+
+def test_a_pools_own_configuration_is_served_as_it_is(tmp_path: Path):
+    file = tmp_path / "pool.yaml"
+    file.write_text("models: {a: {backend: fake}}")
+    assert document_of(file, None)["applications"][0]["args"] == {"config": str(file)}
+    with pytest.raises(ConfigError, match=r"^none.yaml: No such file"):
+        document_of(tmp_path / "none.yaml", None)
+
+
+def test_one_file_is_a_pool_of_one(tmp_path: Path):
+    file = tmp_path / "a.gguf"
+    file.write_text("")
+    assert document_of(file, 0)["applications"][0]["args"] == {
+        "models": {"a": {"model_path": str(file), "num_gpus": 0}}
+    }
 
 
 def test_ids_of_files():
