@@ -36,19 +36,19 @@ LEAST_WAIT_S = 0.05
 
 #: What happened to a replica, by the cause of its transition (`ledger.states`).
 CAUSES = {
-    "placed": "a process for {model} starts{place}",
-    "announced": "a process for {model} is there{place}",
+    "placed": "A process for {model} starts{place}",
+    "announced": "A process for {model} is there{place}",
     "assigned": "{model} begins to load{place}",
     "loaded": "{model} serves{place}",
     "quiesced": "{model} takes nothing new and ends what runs{place}",
     "reopened": "{model} takes requests again{place}",
     "emptied": "{model} has ended its last request and unloads{place}",
-    "withdrawn": "the load of {model} is taken back{place}",
+    "withdrawn": "The load of {model} is taken back{place}",
     "unloaded": "{model} is unloaded{place}",
     "failed": "{model} has failed{place}",
-    "engine_died": "the engine of {model} died{place}",
-    "dismissed": "a process of {model} is to end{place}",
-    "gone": "a process of {model} has ended{place}",
+    "engine_died": "The engine of {model} died{place}",
+    "dismissed": "A process of {model} is to end{place}",
+    "gone": "A process of {model} has ended{place}",
     "slept": "{model} sleeps{place}",
     "demoted": "{model}, which sleeps, is ended{place}",
 }
@@ -58,7 +58,8 @@ def of_change(change: Mapping[str, Any]) -> str:
     """One entry of the change log as a sentence. An entry of a kind that is not known is told as its kind."""
     data = change.get("data") or {}
     tell = _KINDS.get(str(change.get("kind")))
-    return _sentence(tell(change.get("model"), data) if tell else str(change.get("kind")))
+    text = tell(change.get("model"), data) if tell else str(change.get("kind"))
+    return f"{text}."
 
 
 def why(because: Mapping[str, Any] | None, reason: str = "") -> str:
@@ -88,7 +89,7 @@ def of_model(name: str, row: Mapping[str, Any], now: float) -> str:
         text += f". It failed: {first_line(row['last_error'])}"
         if row.get("backoff_until") is not None and row["backoff_until"] > now:
             text += f". It is tried again in {row['backoff_until'] - now:.0f} s"
-    return _sentence(text)
+    return f"{text}."
 
 
 def counted(number: int, noun: str) -> str:
@@ -126,7 +127,7 @@ def _model(model: str | None, data: Mapping[str, Any]) -> str:
 def _queue(model: str | None, data: Mapping[str, Any]) -> str:
     queued = int(data.get("queued") or 0)
     if not queued:
-        return f"nobody waits for {model}"
+        return f"Nobody waits for {model}"
     classes = zip(("high", "medium", "low"), data.get("by_class") or (), strict=False)
     shown = ", ".join(f"{count} {name}" for name, count in classes if count)
     return f"{counted(queued, 'request')} {_verb(queued)} for {model}" + (f" ({shown})" if shown else "")
@@ -150,7 +151,7 @@ def _request(model: str | None, data: Mapping[str, Any]) -> str:
         parts.append(f"had its first token after {data['ttft_s']:.2f} s")
     if data.get("total_s") is not None:
         parts.append(f"got {counted(int(data.get('output_tokens') or 0), 'token')} in {data['total_s']:.2f} s")
-    told = f"request {name} to {model} ended with {data.get('status')}"
+    told = f"Request {name} to {model} ended with {data.get('status')}"
     return f"{told}: it {', '.join(parts)}" if parts else told
 
 
@@ -162,15 +163,15 @@ def _requests(model: str | None, data: Mapping[str, Any]) -> str:
 def _server(model: str | None, data: Mapping[str, Any]) -> str:
     url = data.get("url")
     if data.get("removed"):
-        return f"the server {url} is no longer configured"
+        return f"The server {url} is no longer configured"
     if not data.get("is_up"):
-        return f"the server {url} cannot be read: {first_line(str(data.get('last_refresh_error')))}"
+        return f"The server {url} cannot be read: {first_line(str(data.get('last_refresh_error')))}"
     busy = f" with {data.get('current_model')}" if data.get("current_model") else ""
-    return f"the server {url} runs {data.get('active_requests')} of {data.get('max_concurrent')} requests{busy}"
+    return f"The server {url} runs {data.get('active_requests')} of {data.get('max_concurrent')} requests{busy}"
 
 
 def _config(model: str | None, data: Mapping[str, Any]) -> str:
-    return "the configuration has changed"
+    return "The configuration has changed"
 
 
 _KINDS = {
@@ -200,7 +201,3 @@ def _state(row: Mapping[str, Any]) -> str:
 
 def _verb(number: int) -> str:
     return "waits" if number == 1 else "wait"
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}." if text.startswith(("the ", "a ", "nobody ")) else f"{text}."

@@ -59,10 +59,10 @@ def test_every_cause_of_a_transition_has_words(cause: str):
                 total_s=2.0,
                 output_tokens=9,
             ),
-            "request mine to coder ended with 200: it waited 1.2 s in line, had its first token after 1.50 s, "
+            "Request mine to coder ended with 200: it waited 1.2 s in line, had its first token after 1.50 s, "
             "got 9 tokens in 2.00 s.",
         ),
-        (change("request", id="9f", status=429), "request 9f to coder ended with 429."),
+        (change("request", id="9f", status=429), "Request 9f to coder ended with 429."),
         (change("requests", count=2, output_tokens=1), "2 more requests ended, with 1 token."),
         (change("config"), "The configuration has changed."),
         (change("something new"), "something new."),

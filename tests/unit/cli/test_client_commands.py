@@ -148,7 +148,7 @@ def test_why_explains_a_model_and_a_request(pool: ScriptedPool):
     assert (
         pool.run("why", "req-1")
         .output.splitlines()[1]
-        .endswith("request req-1 to coder ended with 200: it had its first token after 1.50 s.")
+        .endswith("Request req-1 to coder ended with 200: it had its first token after 1.50 s.")
     )
 
 
