@@ -131,9 +131,8 @@ def _of_machine(pool: PoolConfig, plan: Plan, here: Machine, artifacts: dict[str
         text = f"the models on the CPU take {mib(takes_mib)}, and this machine has {mib(here.host_mib)}"
         found.append(Problem(WARNING, "mem_budget_mb", text))
     if plan.waits:
-        found.append(
-            Problem(NOTE, "models", f"{', '.join(plan.waits)} load(s) when others have ended: there is no room")
-        )
+        text = f"no room for {', '.join(plan.waits)} beside the others: each loads when another gives way"
+        found.append(Problem(NOTE, "models", text))
     return found
 
 
