@@ -38,13 +38,14 @@ def declared_gpus() -> int | None:
     raise ConfigError(f"INFERENCE_GPU_COUNT: {value!r} is not a number of GPUs")
 
 
-def document_of(source: Path | None, gpus: int | None) -> dict[str, Any]:
+def document_of(source: Path | None, gpus: int | None, config: Path | None = None) -> dict[str, Any]:
     """The Serve configuration of a file, of a folder's models, or where neither is given, of the built-in model.
 
-    `gpus` is how many this machine is said to have, None where nobody said so. Raises `ConfigError`.
+    `config` is what will be laid over it, so that no model of its own is needed. `gpus` is how many this machine is
+    said to have, None where nobody said so. Raises `ConfigError`.
     """
     if source is None:
-        source = DEFAULT_FILE if DEFAULT_FILE.exists() else None
+        source = DEFAULT_FILE if DEFAULT_FILE.exists() else config
     if source is None:
         refuse_missing_model()
         return serve_document({"models": BUILT_IN})

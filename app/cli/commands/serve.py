@@ -29,7 +29,7 @@ def command(source: Path | None, config: Path | None, port: int | None, gpus: in
     working folder. Of a FOLDER all GGUF files are served. Without either, it is a small built-in chat model.
     """
     gpus = declared_gpus() if gpus is None else gpus
-    document = lay_over(document_of(source, gpus), config, port)
+    document = lay_over(document_of(source, gpus, config), config, port)
     pool = load_config(document["applications"][0].get("args"))
     http = document["http_options"]
     refuse_strangers_without_keys(http["host"], pool)

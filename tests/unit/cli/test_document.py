@@ -23,6 +23,9 @@ def test_without_the_built_in_model_there_is_nothing_to_serve(monkeypatch: pytes
     monkeypatch.setattr("app.cli.document.BUILT_IN_PACKAGE", "no_such_package")
     with pytest.raises(ConfigError, match=r"nothing to serve: .* slotpool serve FOLDER"):
         document_of(None, None)
+    (tmp_path / "pool.yaml").write_text("models: {a: {backend: fake}}")
+    document = document_of(None, None, tmp_path / "pool.yaml")
+    assert document["applications"][0]["args"] == {"config": str(tmp_path / "pool.yaml")}
 
 
 def test_a_file_in_the_working_folder_is_taken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
