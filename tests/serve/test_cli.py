@@ -72,7 +72,10 @@ def test_an_operators_day(pool: Pool):
         body = {"model": "b", "messages": [{"role": "user", "content": "x"}]}
         assert httpx.post(f"{pool.url}/v1/chat/completions", json=body, headers=headers, timeout=60).status_code == 200
         because = slotpool(pool, "why", "the-visitor")
-        assert "b gets the room of 1 replica, because what stood in the way was idle." in because
+        assert (
+            "b gets the room of 1 replica, because request the-visitor needs the room, and what was there was idle."
+            in because
+        )
         assert "a takes nothing new and ends what runs" in because
         assert slotpool(pool, "why", "b").startswith("b is loaded.\n")
         assert "b is pinned." in slotpool(pool, "pin", "b")
