@@ -53,6 +53,9 @@ CAUSES = {
     "demoted": "{model}, which sleeps, is ended{place}",
 }
 
+#: The causes that somebody decided; the others follow from them, and their reason was told before.
+DECISIONS = frozenset(("placed", "quiesced", "withdrawn", "dismissed", "demoted"))
+
 
 def of_change(change: Mapping[str, Any]) -> str:
     """One entry of the change log as a sentence. An entry of a kind that is not known is told as its kind."""
@@ -107,7 +110,7 @@ def _replica(model: str | None, data: Mapping[str, Any]) -> str:
     devices = ", ".join(map(str, data.get("devices") or ()))
     place = f" on device {devices}" if devices else ""
     text = CAUSES.get(cause, "{model}: " + cause).format(model=model, place=place)
-    reason = why(data.get("because"), str(data.get("reason") or ""))
+    reason = why(data.get("because"), str(data.get("reason") or "")) if cause in DECISIONS else ""
     return f"{text}, because {reason}" if reason else text
 
 

@@ -37,6 +37,10 @@ def test_every_cause_of_a_transition_has_words(cause: str):
             change("swap", victims=["u", "v"], reason="bound", because={"rule": "bound", "bound_in_s": -3.0}),
             "coder gets the room of 2 replicas, because a request must not wait much longer (overdue by 3.0 s).",
         ),
+        (
+            change("replica", cause="emptied", because={"rule": "idle", "waiter": "9f"}),
+            "coder has ended its last request and unloads.",
+        ),
         (change("model", state="failed", last_error="no file\nTraceback"), "coder is failed: no file."),
         (change("model", state="unloaded", removed=True), "coder is no longer there."),
         (change("queue", queued=3, by_class=[1, 2, 0]), "3 requests wait for coder (1 high, 2 medium)."),

@@ -22,7 +22,7 @@ MOST_REQUESTS, MOST_CLIENTS, LONGEST_S = 100_000, 1_000, 3_600
 
 
 def _ms(value: float) -> str:
-    return f"{value * 1000:.1f} ms" if value < 10 else f"{value:.1f} s"
+    return f"{value * 1000:.1f} ms" if value < 1 else f"{value:.2f} s"
 
 
 COLUMNS = (

@@ -44,8 +44,15 @@ def command(pool: Pool, name: str, last: int, as_json: bool) -> None:
 
 
 def of_model(model: str, changes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What led to a model's present state."""
-    return [each for each in changes if each.get("model") == model and each["kind"] not in DULL]
+    """What led to a model's present state: what happened to its replicas, and why it failed."""
+    return [each for each in changes if each.get("model") == model and each["kind"] not in DULL and not is_echo(each)]
+
+
+def is_echo(change: dict[str, Any]) -> bool:
+    """Whether a change only says of the model what was said of a replica."""
+    return change["kind"] == "model" and not (
+        (change.get("data") or {}).get("last_error") or change["data"].get("removed")
+    )
 
 
 def of_request(request: str, changes: list[dict[str, Any]]) -> list[dict[str, Any]]:
