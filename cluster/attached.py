@@ -111,10 +111,11 @@ class Attached:
         state = self.replicas.get(row.replica or "")
         if state is None:
             return row
-        pid = state.engine.pid if state.engine is not None else None
+        engine = state.engine
+        pid, url = (None, None) if engine is None else (engine.pid, engine.url)
         fraction = self.progress.get(state.replica) if row.state == "LOADING" else None
         progress = None if fraction is None else round(fraction, 3)
-        return dataclasses.replace(row, pid=pid, started_at=state.started_at, progress=progress)
+        return dataclasses.replace(row, pid=pid, url=url, started_at=state.started_at, progress=progress)
 
     def restart_engine(self, replica: str) -> None:
         """Order a replica to restart its engine; if nothing comes of it, the replica's own process hangs and ends."""

@@ -7,6 +7,7 @@
     ├── ModelRequired                400 MODEL_REQUIRED
     ├── ModelNotFound                404 MODEL_NOT_FOUND
     ├── ModelNotLoaded               503 model_not_loaded
+    ├── FormatNotSupported           400 FORMAT_NOT_SUPPORTED (+ preferred_formats)
     ├── MemoryBudgetExceeded         400 MEMORY_BUDGET_EXCEEDED
     ├── Unauthorized                 401 UNAUTHORIZED
     ├── BudgetExceeded               402 budget_exceeded
@@ -109,6 +110,12 @@ class ModelNotLoaded(PoolError):
     """A model with `activation: manual` that nobody has loaded."""
 
     status, code = 503, "model_not_loaded"
+
+
+class FormatNotSupported(InvalidRequest):
+    """The model's backend does not read weights of its format; `preferred_formats` in the body says which it does."""
+
+    code = "FORMAT_NOT_SUPPORTED"
 
 
 class MemoryBudgetExceeded(InvalidRequest):

@@ -30,7 +30,8 @@ class EngineState(NamedTuple):
     """A loaded engine, as its replica announces it.
 
     `devices` is the engine process's own CUDA_VISIBLE_DEVICES, split at commas; None = not set there. `slots` are those
-    of the order to load.
+    of the order to load. `url` is where the server listens that the engine is in, if it is in one; `pid` is that
+    server's then.
     """
 
     address: Address
@@ -39,6 +40,7 @@ class EngineState(NamedTuple):
     devices: tuple[str, ...] | None
     revision: str
     slots: int = 0
+    url: str | None = None
 
 
 class AsleepState(NamedTuple):

@@ -50,7 +50,7 @@ class OwnedConfiguration:
         config = self.current.pool.models[model]
         if overrides:
             config = overridden(config, overrides)
-        fields = config.model_dump(mode="json", by_alias=False)
+        fields = self.current.pool.model_in_pool(config).model_dump(mode="json", by_alias=False)
         return Load(model, fields, overrides, devices, spec.revision, spec.num_gpus, spec.slots)
 
     def _take(self, configuration: Configuration) -> bool:

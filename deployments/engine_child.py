@@ -200,7 +200,7 @@ class EngineChild:
         return self
 
     async def _listen(self) -> None:
-        why = "the engine process is gone"
+        why, told = "the engine process is gone", None
         try:
             while True:
                 _, payload = await self._control.read()
@@ -217,6 +217,8 @@ class EngineChild:
                     case "pong":
                         if self._pong is not None and not self._pong.done():
                             self._pong.set_result(said)
+                    case "died":
+                        told = said["reason"]
                     case "exit":
                         why = _why(said["status"])
         except (ConnectionEnded, OSError, ValueError, KeyError):
@@ -227,7 +229,7 @@ class EngineChild:
         self._kill()
         if self._status is not None:
             why = _why(await self._status)
-        self.ended.set_result("the engine process was ended" if self._is_killed else why)
+        self.ended.set_result("the engine process was ended" if self._is_killed else told or why)
 
 
 async def _first_of(*events: asyncio.Future[Any]) -> None:

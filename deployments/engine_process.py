@@ -26,9 +26,10 @@ from typing import Any
 from cluster.config.models import ModelConfig
 from cluster.errors import ModelUnavailable, PoolError, ReplicaGone
 from cluster.frames import Connection, ConnectionEnded, frame, raise_file_limit
-from deployments.engines.protocol import Call, Engine, Progress, Reply, Sleeper
+from deployments.engines.protocol import Call, Engine, Progress, Reply, RunsProcess, Sleeper
 from deployments.engines.registry import build_engine
 from deployments.link_server import LinkServer
+from deployments.parents import die_with_parent
 from deployments.weights import find_weights
 
 logger = logging.getLogger("slotpool.engine")
@@ -41,7 +42,10 @@ CONTROL_LIMITS = {MESSAGE: 2**24}
 #: 272 of a small model took half as much CPU as to load it.
 PROGRESS_PERIOD_S = 0.1
 
-_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
+#: What an engine's end is given to reach its calls, in seconds, before this process ends with it.
+DEATH_S = 0.05
+
+_PR_SET_NAME = 15
 
 
 def message(kind: str, **fields: Any) -> bytes:
@@ -71,6 +75,7 @@ class EngineProcess:
         self._engine: Engine | None = None
         self._server: LinkServer | None = None
         self._working: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._is_asleep = False
 
     async def run(self) -> None:
@@ -114,7 +119,17 @@ class EngineProcess:
         await server.listener.listen_unix(Path(order["unix"]))
         port = await server.listener.listen_tcp(order["host"], order["token"]) if order["host"] else 0
         self._engine, self._server = engine, server
+        if isinstance(engine, RunsProcess):
+            self._watching = asyncio.create_task(self._watch(engine))
         self._say_ready(port=port)
+
+    async def _watch(self, engine: RunsProcess) -> None:
+        """End with the process in which the engine really is, and say why it did."""
+        self._control.write(message("died", reason=await engine.died()))
+        await self._control.drain()
+        # What it ran has a moment to say so itself, and to whoever waits.
+        await asyncio.sleep(DEATH_S)
+        _end(1)
 
     async def _sleep(self) -> None:
         engine = self._sleeper()
@@ -147,15 +162,16 @@ class EngineProcess:
 
     def _say_ready(self, **fields: Any) -> None:
         assert self._engine is not None
-        memory_mib = self._engine.info().memory_mib
+        info = self._engine.info()
+        said = {"pid": info.pid or os.getpid(), "memory_mib": info.memory_mib, "url": info.url}
         devices = os.environ.get("CUDA_VISIBLE_DEVICES")
-        self._control.write(message("ready", pid=os.getpid(), memory_mib=memory_mib, devices=devices, **fields))
+        self._control.write(message("ready", devices=devices, **said, **fields))
 
     async def _finish(self) -> None:
         """Let running calls end, which whoever asked bounds.
 
         The engine itself is not asked to unload: the end of the process, and of its group, frees all that it has, and
-        an engine that hangs cannot hold that up.
+        an engine that hangs cannot hold that up. One in a process of its own may tidy up before.
         """
         if self._working is not None:
             self._working.cancel()
@@ -163,6 +179,9 @@ class EngineProcess:
         if self._server is not None:
             self._server.listener.stop()
             await self._server.finished()
+        if self._watching is not None and isinstance(self._engine, RunsProcess):
+            self._watching.cancel()
+            await self._engine.stop()
 
 
 async def _host(control_socket: socket.socket) -> None:
@@ -179,10 +198,9 @@ async def _host(control_socket: socket.socket) -> None:
 def become_child_of(parent: int) -> None:
     """Die with the process `parent`, and lead a process group, so that what the engine starts can be ended with it."""
     os.setsid()
+    die_with_parent()
     if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        libc.prctl(_PR_SET_NAME, b"slotpool-engine")
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, b"slotpool-engine")
     if os.getppid() != parent:
         os._exit(1)  # It died before it could have been noticed.
 

@@ -101,10 +101,11 @@ class Gateway:
     async def _stream(self, request: Request, call: Call, info: RunInfo) -> AsyncGenerator[bytes, None]:
         streams = call.stream
         begun = started = ended = False
-        for attempt in range(RETRIES + 1):
+        retries = self._retries(request)
+        for attempt in range(retries + 1):
             whole = bytearray()
             try:
-                source = self._attempt(request, call, info, is_last=attempt == RETRIES)
+                source = self._attempt(request, call, info, is_last=attempt == retries)
                 async with contextlib.aclosing(source) as chunks:
                     async for chunk in chunks:
                         if not streams:
@@ -120,7 +121,7 @@ class Gateway:
                 return
             except errors.ReplicaGone as error:
                 failure: errors.PoolError = error
-                if not started and attempt < RETRIES:
+                if not started and attempt < retries:
                     await asyncio.sleep(RETRY_PAUSE_S)
                     continue
             except errors.PoolError as error:
@@ -148,20 +149,26 @@ class Gateway:
         return first, Reply(info.status, info.headers, chunks)
 
     async def _raw(self, request: Request, call: Call, info: RunInfo) -> AsyncGenerator[bytes, None]:
-        for attempt in range(RETRIES + 1):
+        retries = self._retries(request)
+        for attempt in range(retries + 1):
             has_begun = False
             try:
                 async with contextlib.aclosing(
-                    self._attempt(request, call, info, is_last=attempt == RETRIES)
+                    self._attempt(request, call, info, is_last=attempt == retries)
                 ) as chunks:
                     async for chunk in chunks:
                         has_begun = True
                         yield chunk
                 return
             except errors.ReplicaGone:
-                if has_begun or attempt == RETRIES:
+                if has_begun or attempt == retries:
                     raise
                 await asyncio.sleep(RETRY_PAUSE_S)
+
+    def _retries(self, request: Request) -> int:
+        """How often a request is tried again. A remote API, which may have its price for each, gets it once."""
+        model = self.config.models.get(request.model)
+        return 0 if model is not None and model.is_remote else RETRIES
 
     async def touch(self, request: Request) -> None:
         """Wait for a lease as the request would, and give it back unused: its model is loaded then, and stays as asked.
@@ -265,15 +272,15 @@ class Gateway:
         self, server: ServerEntry, request: Request, call: Call, timeout_s: float, run: LeasedCall
     ) -> AsyncGenerator[bytes, None]:
         """The way to an external server. One that is lost is looked at before it gets anything else."""
-        if self._upstreams is None:
-            # Imports an HTTP client, which a pool without servers does without.
-            from deployments.engines.openai_upstream import Upstreams
+        # Imports an HTTP client, which a pool without servers does without.
+        from deployments.engines.openai_upstream import Target, Upstreams
 
+        if self._upstreams is None:
             self._upstreams = Upstreams()
         # An idle timeout of 0 means never; -1 is that in the servers' words.
         hold_s = (self.config.default_idle_timeout or -1.0) if request.keep_alive_s is None else request.keep_alive_s
         try:
-            reply = await self._upstreams.call(server, call, hold_s, timeout_s)
+            reply = await self._upstreams.call(Target.of(server, hold_s), call, timeout_s)
             run.status, run.headers, run.report = reply.status, reply.headers, reply.report
             async with contextlib.aclosing(reply.chunks) as chunks:
                 async for chunk in chunks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -16,13 +17,17 @@ def held_mib(pid: int) -> int:
 
 def tree_mib(pid: int) -> int:
     """The same of a process and all that it has started. Takes milliseconds for each gigabyte."""
-    total, left = 0, [pid]
+    return sum(map(held_mib, tree_of(pid)))
+
+
+def tree_of(pid: int) -> Iterator[int]:
+    """A process and all that it has started, as far as they live."""
+    left = [pid]
     while left:
         each = left.pop()
-        total += held_mib(each)
+        yield each
         try:
             for task in Path(f"/proc/{each}/task").iterdir():
                 left += map(int, (task / "children").read_text().split())
         except OSError:
             pass  # It has ended meanwhile.
-    return total

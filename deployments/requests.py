@@ -87,6 +87,28 @@ def model_of(config: PoolConfig, body: Any, caller: Caller = TRUSTED) -> str:
     return model
 
 
+def refuse_unserved(config: PoolConfig, name: str, *, may_be_remote: bool) -> None:
+    """Refuse what would never be served, before it waits for anything.
+
+    Raises `FormatNotSupported`, or `Forbidden` where a remote API would have to be allowed.
+    """
+    model = config.models.get(name)
+    if model is None:
+        return
+    if model.formats and model.format not in model.formats:
+        raise errors.FormatNotSupported(
+            f"{model.backend} does not read models in the format {model.format}",
+            param="model",
+            preferred_formats=list(model.formats),
+        )
+    if model.is_remote and not may_be_remote:
+        raise errors.Forbidden(
+            f"the model {name!r} is a remote API's: only requests with allow_remote: true go there",
+            param="allow_remote",
+            code="remote_execution_disallowed",
+        )
+
+
 def parse_request(
     config: PoolConfig,
     path: str,
@@ -107,6 +129,7 @@ def parse_request(
         checked = SCHEMAS[path].model_validate(body)
     except ValidationError as error:
         raise invalid(error) from None
+    refuse_unserved(config, model, may_be_remote=bool(checked.allow_remote))
     if checked.sequences > MAX_SEQUENCES:
         raise errors.InvalidRequest(f"n choices of all prompts are more than {MAX_SEQUENCES}", param="n")
     request = _request(config, path, model, checked, request_id, headers, caller)
@@ -124,6 +147,7 @@ def parse_raw(
 ) -> Request:
     """The request for a path that goes to its engine unread. Raises as `parse_request` does."""
     name = model_of(config, {"model": model}, caller)
+    refuse_unserved(config, name, may_be_remote=False)
     return _request(config, path, name, PoolRequest(), request_id, headers, caller)
 
 

@@ -212,6 +212,8 @@ SCHEMAS: dict[str, type[PoolRequest]] = {
 }
 #: What every engine that runs in the pool's own processes serves.
 PATHS = frozenset(SCHEMAS)
+#: What servers with an OpenAI interface serve; whatever else they have is reached by the catch-all proxy.
+SERVED = frozenset({CHAT, COMPLETIONS, EMBEDDINGS})
 
 
 def prompts_of(given: str | list[Any]) -> list[Any]:

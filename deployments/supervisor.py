@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from cluster.config.models import backend_class
 from cluster.errors import ModelUnavailable, PoolError, ReplicaGone
 from cluster.home import Home
 from cluster.orders import Address, AsleepState, EngineState, Load, Order, Prefetch, Restart, Sleep, Unload, Wake
@@ -212,7 +213,7 @@ class Supervisor:
         place = await self._place()
         environment = {**os.environ, **ENGINE_ENVIRONMENT, **devices_of(order, os.environ)}
         python = order.config.get("python")
-        if python:
+        if python and not backend_class(order.config).starts_command:
             return await EngineChild.start(python, place.home, environment, place.log), place
         return await EngineChild.fork(place.home, environment, place.log), place
 
@@ -239,6 +240,7 @@ class Supervisor:
             None if devices is None else tuple(filter(None, devices.split(","))),
             order.revision,
             order.slots,
+            said["url"],
         )
 
     def _progress(self, fraction: float) -> None:

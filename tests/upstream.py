@@ -42,6 +42,8 @@ class Upstream:
         self.aborted = 0
         self.bodies: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
+        self.clients: set[int] = set()
+        self.paths: list[str] = []
         self.port = 0
         self.release = threading.Event()
 
@@ -83,6 +85,8 @@ class Upstream:
             if not message.get("more_body"):
                 break
         headers = dict(scope["headers"])
+        # The port that a client's connection comes from tells connections apart.
+        self.clients.add(scope["client"][1])
         self.keys.append(headers.get(b"authorization", b"").decode() or None)
         if scope["path"] == "/v1/models":
             await self._manifest(send)
@@ -94,6 +98,7 @@ class Upstream:
             await _other(scope, body, send)
             return
         request = json.loads(body)
+        self.paths.append(scope["path"])
         self.bodies.append(request)
         work = asyncio.create_task(self._answer(request, send))
         leaving = asyncio.create_task(receive())

@@ -57,7 +57,7 @@ def memory_row(config: PoolConfig, name: str, ledger: Snapshot) -> dict[str, Any
         "runtime_state": state,
         "is_loaded": state == "loaded",
         "configured_target_inflight": model.target_inflight,
-        "effective_target_inflight": slots[0] if slots else model.target_inflight,
+        "effective_target_inflight": slots[0] if slots else config.model_in_pool(model).slots,
         "vram_estimate_mib": estimate if measured is None else measured,
         "vram_estimate_replica_count": row.ready,
         "vram_estimate_source": source,

@@ -72,7 +72,7 @@ def details(model: ModelConfig | None, file: ModelFile) -> dict[str, Any]:
     family = file.architecture or (model.backend if model is not None else "server")
     return {
         "parent_model": "",
-        "format": "" if model is None else model.format,
+        "format": "" if model is None else model.format or "",
         "family": family,
         "families": [family],
         "parameter_size": str(file.metadata.get("general.size_label", "")),

@@ -202,7 +202,7 @@ def _row(config: PoolConfig, name: str, states: dict[str, ModelRow]) -> dict[str
         "created": 0,
         "owned_by": "slotpool",
         "type": model.type,
-        "execution_mode": "gpu" if model.num_gpus else "cpu",
+        "execution_mode": "remote" if model.is_remote else "gpu" if model.num_gpus else "cpu",
         "backend": model.backend,
         "format": model.format,
         "status": states.get(name, NOTHING).status,
@@ -211,7 +211,7 @@ def _row(config: PoolConfig, name: str, states: dict[str, ModelRow]) -> dict[str
         # The same under the name by which clients of vLLM look for it.
         "context_length": model.context_length,
         "max_model_len": model.context_length,
-        "slots": model.target_inflight,
+        "slots": config.model_in_pool(model).slots,
         "min_replicas": model.min_replicas,
         "max_replicas": model.max_replicas,
     }

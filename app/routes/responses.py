@@ -23,7 +23,7 @@ from app.wire.responses.items import new_id, references, whole_items
 from app.wire.responses.schema import ResponsesRequest, check
 from cluster import errors
 from cluster.config import ModelConfig, PoolConfig
-from deployments.engines.registry import unused_decoding
+from deployments.engines.registry import counts_tokens, unused_decoding
 from deployments.gateway import Gateway
 from deployments.requests import resolve_model
 
@@ -140,7 +140,7 @@ async def count_tokens(request: Request) -> Response:
     body = await adapted.read_body(request)
     wanted = check({**body, "stream": False}, is_flat=_is_flat(request))
     _, chat, ignored = await _prepared(request, wanted, is_flat=False)
-    is_remote = _configured(request.app.state.gateway.config, wanted.model) is None
+    is_remote = not counts_tokens(_configured(request.app.state.gateway.config, wanted.model))
     return await adapted.answer_whole(request, TokenCount(chat, ignored, is_remote=is_remote))
 
 

@@ -70,7 +70,7 @@ async def metrics(request: Request) -> Response:
 
 
 def _model(name: str, ledger: Snapshot) -> dict[str, Any]:
-    """A model as a backend: `pid` and `uptime` are those of its oldest replica that serves."""
+    """A model as a backend: `pid`, `url` and `uptime` are those of its oldest replica that serves."""
     row = ledger.models[name]
     ready = [each for each in ledger.replicas if each.model == name and each.state == "READY"]
     oldest = min(ready, key=lambda each: each.started_at or ledger.time, default=None)
@@ -79,7 +79,7 @@ def _model(name: str, ledger: Snapshot) -> dict[str, Any]:
         "is_running": row.ready > 0,
         "is_healthy": row.state != "failed",
         "pid": None if oldest is None else oldest.pid,
-        "url": None,
+        "url": None if oldest is None else oldest.url,
         "uptime": None if started_at is None else round(max(0.0, ledger.time - started_at), 3),
         "last_request_time": None if row.last_arrival is None else ledger.time - (ledger.now - row.last_arrival),
         "error": row.last_error,

@@ -6,6 +6,7 @@ from cluster.config.keys import ANONYMOUS, ApiKey, Caller, find_key
 from cluster.config.load import load_config, service_of
 from cluster.config.models import Group, ModelConfig, ServerEntry
 from cluster.config.pool import MaxWait, PoolConfig
+from cluster.config.relayed import LaunchedModel, RemoteBudget, RemoteModel, ServerModel, SglangModel
 from cluster.config.version import Configuration
 
 __all__ = [
@@ -19,12 +20,17 @@ __all__ = [
     "FakeModel",
     "FlashAttention",
     "Group",
+    "LaunchedModel",
     "LlamaCppKwargs",
     "LlamaCppModel",
     "MaxWait",
     "ModelConfig",
     "PoolConfig",
+    "RemoteBudget",
+    "RemoteModel",
     "ServerEntry",
+    "ServerModel",
+    "SglangModel",
     "find_key",
     "load_config",
     "read_yaml",

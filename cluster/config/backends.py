@@ -93,7 +93,11 @@ class LlamaCppModel(ModelConfig):
 
     @property
     def format(self) -> str:
-        return "gguf"
+        return self.weights_format or "gguf"
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        return ("gguf",)
 
     @property
     def context_length(self) -> int | None:

@@ -22,6 +22,10 @@ SETTINGS, LOCAL, MODELS = "LLM_POOL_SETTINGS_PATH", "LLM_POOL_LOCAL_SETTINGS_PAT
 BACKEND_OF_FORMAT = {"gguf": "llama_cpp", "hf": "vllm", "awq": "vllm"}
 
 
+#: A backend that runs nothing here, so it wants no device.
+REMOTE = "openai_compatible"
+
+
 class ConfigError(ValueError):
     """The configuration cannot be used; the message names the file, the path of the key and what is wrong."""
 
@@ -149,7 +153,7 @@ def _listed(name: str, models: list[Any]) -> dict[str, Any]:
 
 def _one_of_list(where: str, given: dict[str, Any]) -> dict[str, Any]:
     # The port was that of the model's own server; the pool finds its engines by itself.
-    keys = {key: value for key, value in given.items() if key not in ("name", "port", "format", "gpu_id")}
+    keys = {key: value for key, value in given.items() if key not in ("name", "port", "gpu_id")}
     mode = keys.pop("execution_mode", "gpu")
     if mode not in ("gpu", "cpu"):
         raise ConfigError(f"{where}.execution_mode: {mode!r} is neither gpu nor cpu")
@@ -158,6 +162,8 @@ def _one_of_list(where: str, given: dict[str, Any]) -> dict[str, Any]:
         if kind not in BACKEND_OF_FORMAT:
             raise ConfigError(f"{where}.format: {kind!r} is none of {', '.join(BACKEND_OF_FORMAT)}")
         keys.setdefault("backend", BACKEND_OF_FORMAT[kind])
+    if keys.get("backend") == REMOTE:
+        mode = "cpu"
     keys.setdefault("num_gpus", 1 if mode == "gpu" else 0)
     if given.get("gpu_id") is not None and keys["num_gpus"]:
         keys["gpu"] = given["gpu_id"]

@@ -30,6 +30,8 @@ ENVIRONMENT = {
     "ENABLE_CPU_OFFLOAD": "enable_cpu_offload",
     "OFFLOAD_QUEUE_THRESHOLD": "offload_queue_threshold",
     "HEALTH_CHECK_INTERVAL": "health_check_interval",
+    "SGLANG_MAX_RUNNING_REQUESTS": "sglang_max_running_requests",
+    "SGLANG_MAX_TOTAL_TOKENS": "sglang_max_total_tokens",
 }
 
 #: Set to 1 for a Ray that was started for the pool alone: there replicas stay when their engine goes.

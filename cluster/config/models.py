@@ -73,6 +73,9 @@ class ModelConfig(BaseModel):
 
     `price` is what its tokens count for in a key's budget.
 
+    `format` is what kind of weights lie at `model_path` (`hf`, `awq`, `gguf`, …), where its name does not say so. A
+    request for a model in a format that its backend does not read is refused.
+
     `type` is what the model is for, as `/v1/models` tells it.
 
     `gpu` names the only devices that it may stand on: an index, a UUID, either after `node/`, or a list of them.
@@ -83,12 +86,17 @@ class ModelConfig(BaseModel):
 
     #: Its engines can give back their devices and keep their weights in the host's memory (level 1).
     sleeps: ClassVar[bool] = False
+    #: Its engine is a server that a command starts; `python` is then not what hosts the engine.
+    starts_command: ClassVar[bool] = False
+    #: It is behind a remote API, which costs money: only requests that allow it may go there.
+    is_remote: ClassVar[bool] = False
     #: The subclass of each backend's name. Any, since in this class `type` is a key of the configuration.
     backends: ClassVar[dict[str, Any]] = {}
 
     backend: str = DEFAULT_BACKEND
     type: Literal["llm", "embedding", "rerank"] = "llm"
     model_path: str | None = None
+    weights_format: Annotated[str | None, Field(alias="format")] = None
     aliases: tuple[str, ...] = ()
     prompt_format: str | None = None
     enabled: bool = False
@@ -161,9 +169,23 @@ class ModelConfig(BaseModel):
         return self
 
     @property
-    def format(self) -> str:
-        """What kind of weights the backend reads, in a word."""
-        raise NotImplementedError
+    def format(self) -> str | None:
+        """What kind of weights the model has, in a word; None where nothing tells."""
+        return self.weights_format or _format_of(self.model_path)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The formats that its backend reads, the best first; none where the pool cannot know."""
+        return ()
+
+    @property
+    def slots(self) -> int:
+        """How many sequences one replica runs at a time."""
+        return self.target_inflight
+
+    def bounded(self, running_requests: int, total_tokens: int) -> Self:
+        """The model within the pool's bounds on SGLang's servers, which mean nothing to other backends."""
+        return self
 
     @property
     def context_length(self) -> int | None:
@@ -189,6 +211,12 @@ def backend_class(data: Mapping[str, Any]) -> type[ModelConfig]:
         mistake = InitErrorDetails(type=unknown, loc=("backend",), input=name)
         raise ValidationError.from_exception_data("ModelConfig", [mistake])
     return found
+
+
+def _format_of(model_path: str | None) -> str | None:
+    if model_path is None:
+        return None
+    return "gguf" if model_path.lower().endswith(".gguf") else "hf"
 
 
 def _device(value: Any) -> str:
@@ -220,6 +248,8 @@ SCHEDULING_KEYS = (
     "weight",
     "group",
     "price",
+    "remote_budget",
+    "remote_budget_per_key",
 )
 
 

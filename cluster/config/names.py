@@ -65,11 +65,22 @@ def check_references(
             target = _other_model(names, path, model_id, model.cpu_offload_model)
             if models[target].num_gpus and not on_cpu:
                 raise ValueError(f"{path}: {target!r} runs on a GPU itself (num_gpus)")
+            _insist_on_local(models, path, target)
         for name in model.fallbacks:
             if has_servers and name not in names.targets:
                 continue
-            _other_model(names, f"models.{model_id}.fallbacks", model_id, name)
+            path = f"models.{model_id}.fallbacks"
+            _insist_on_local(models, path, _other_model(names, path, model_id, name))
+    for name, members in names.variants.items():
+        for member, _ in members:
+            _insist_on_local(models, f"models.{member}.aliases: {name!r}", member)
     _check_groups(models)
+
+
+def _insist_on_local(models: Mapping[str, ModelConfig], path: str, target: str) -> None:
+    """No request goes to a remote API by any other name than that model's own: it costs money, and must be allowed."""
+    if models[target].is_remote:
+        raise ValueError(f"{path}: {target!r} is remote, and used only by requests that name it and allow_remote")
 
 
 def _other_model(names: Names, path: str, model_id: str, name: str) -> str:

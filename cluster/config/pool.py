@@ -68,6 +68,7 @@ class PoolConfig(BaseModel):
     one that holds more ends instead.
     `max_keep_alive` (s) bounds the `keep_alive` of requests without an admin key. `model_roots` says where the files of
     models that are registered at run time may lie: folders, `package:NAME`, `hf:OWNER` or `hf:OWNER/REPO`.
+    `sglang_max_running_requests` and `sglang_max_total_tokens` (0 = what fits) bound every server of `backend: sglang`.
     `store` says where stored responses are kept, and `decoding` what the pool dialect generates with by default.
     """
 
@@ -94,6 +95,8 @@ class PoolConfig(BaseModel):
     max_keep_alive: Annotated[float, Field(gt=0)] = 3600.0
     model_roots: tuple[str, ...] = ()
     max_body_mb: Annotated[float, Field(gt=0)] = 32.0
+    sglang_max_running_requests: Annotated[int, Field(ge=1)] = 3
+    sglang_max_total_tokens: Annotated[int, Field(ge=0)] = 0
     store: StoreConfig = StoreConfig()
     decoding: Decoding = Decoding()
 
@@ -158,6 +161,10 @@ class PoolConfig(BaseModel):
         """`gpu` or `cpu`, as configured or as the models have it."""
         return self.execution_mode or ("gpu" if any(model.num_gpus for model in self.models.values()) else "cpu")
 
+    def model_in_pool(self, model: ModelConfig) -> ModelConfig:
+        """A model as its engine is started here: within the pool's own bounds."""
+        return model.bounded(self.sglang_max_running_requests, self.sglang_max_total_tokens)
+
     def resolve(self, name: str) -> str | None:
         """What the ledger calls the model that a client calls `name`; None when there is none.
 
@@ -185,7 +192,7 @@ class PoolConfig(BaseModel):
     def spec(self) -> PoolSpec:
         """The pool as the ledger sees it, without its machines."""
         return PoolSpec(
-            models={name: self._model_spec(name, model) for name, model in self.models.items()},
+            models={name: self._model_spec(name, self.model_in_pool(model)) for name, model in self.models.items()},
             capacity=self.capacity,
             queue_max_size=self.queue_max_size,
             bound_s=(self.max_wait_s.high, self.max_wait_s.medium, self.max_wait_s.low),
@@ -209,7 +216,7 @@ class PoolConfig(BaseModel):
     def _model_spec(self, name: str, model: ModelConfig) -> ModelSpec:
         return ModelSpec(
             name=name,
-            slots=model.target_inflight,
+            slots=model.slots,
             num_gpus=model.num_gpus,
             num_cpus=model.num_cpus,
             memory_mib=model.memory_mib or self._estimates.get(name, 0),

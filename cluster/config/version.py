@@ -16,6 +16,7 @@ from cluster.config.load import checked
 from cluster.config.models import ModelConfig
 from cluster.config.names import deployments_collide
 from cluster.config.pool import PoolConfig
+from cluster.config.relayed import RemoteModel, ServerKwargs, ServerModel, SglangModel
 from cluster.config.share import share_of
 
 #: A longer id does not fit into the names of sockets, actors and applications.
@@ -156,9 +157,29 @@ def _existing(pool: PoolConfig, model: str) -> ModelConfig:
 
 
 def _check_interpreter(before: PoolConfig, model: ModelConfig) -> None:
-    """A model that comes or changes by a request runs no file of the machine that the pool does not run already."""
+    """A model that comes or changes by a request runs no file of the machine that the pool does not run already.
+
+    Nor does it send a key to where the pool does not send it already.
+    """
+    _check_command(before, model)
+    if isinstance(model, RemoteModel) and model.remote_api_key_env is not None:
+        known = [each for each in before.models.values() if isinstance(each, RemoteModel)]
+        sent = {(each.remote_api_key_env, each.remote_base_url) for each in known}
+        if (model.remote_api_key_env, model.remote_base_url) not in sent:
+            raise ConfigError("remote_api_key_env: by a request only a key that another model sends to the same URL")
     if model.python is not None and model.python not in {each.python for each in before.models.values()}:
         raise ConfigError("python: by a request only an interpreter that another model has; a file may name any")
+
+
+def _check_command(before: PoolConfig, model: ModelConfig) -> None:
+    """A command, its arguments and its environment can be anything, so they are those of another model."""
+    if not isinstance(model, ServerModel | SglangModel):
+        return
+    given = model.engine_kwargs
+    is_plain = not (given.args or given.env or (isinstance(given, ServerKwargs) and given.command))
+    known = [each.engine_kwargs for each in before.models.values() if isinstance(each, ServerModel | SglangModel)]
+    if not is_plain and given not in known:
+        raise ConfigError("engine_kwargs: by a request only a command that another model has; a file may name any")
 
 
 def _patched_fields(model: ModelConfig, keys: Mapping[str, Any]) -> dict[str, Any]:

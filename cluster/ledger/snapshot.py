@@ -46,8 +46,9 @@ class ReplicaRow:
     process says it has, None if it has not said so. `record` numbers the records of one life of the ledger, as in
     `transitions.Moved`. `used` slots are leased: a lease may have several.
 
-    What only the actor knows, it fills in: `pid` of the process that holds the engine, `started_at` of the replica
-    (seconds since 1970), and `progress` of the load, 0.0 to 1.0, while it loads.
+    What only the actor knows, it fills in: `pid` of the process that holds the engine, `url` of the server that it is
+    in if it is in one, `started_at` of the replica (seconds since 1970), and `progress` of the load, 0.0 to 1.0, while
+    it loads.
     """
 
     model: str
@@ -62,6 +63,7 @@ class ReplicaRow:
     devices: tuple[int, ...] = ()
     visible_devices: tuple[str, ...] | None = None
     pid: int | None = None
+    url: str | None = None
     started_at: float | None = None
     progress: float | None = None
 

@@ -113,12 +113,17 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What a loaded engine offers: its context in tokens, its OpenAI routes, and a short name for `/v1/models`."""
+    """What a loaded engine offers: its context in tokens, its OpenAI routes, and a short name for `/v1/models`.
+
+    `url` and `pid` are those of the server that it really is in, where that is another process or machine.
+    """
 
     context_length: int | None = None
     paths: frozenset[str] = field(default_factory=frozenset)
     format: str | None = None
     memory_mib: int | None = None
+    url: str | None = None
+    pid: int | None = None
 
 
 class Engine(Protocol):
@@ -154,6 +159,17 @@ class Sleeper(Protocol):
 
     async def wake(self, progress: Progress) -> None:
         """Be as after `load`, on the same devices. Raises `ModelUnavailable`; the process is then ended."""
+
+
+@runtime_checkable
+class RunsProcess(Protocol):
+    """What an engine has beside `Engine` if it is really in a process that it has started."""
+
+    async def died(self) -> str:
+        """Wait until that process ends by itself; why it did, in words for an operator."""
+
+    async def stop(self) -> None:
+        """Let that process end by itself. Whatever of it is left is killed with this process's group."""
 
 
 async def once(body: bytes) -> AsyncGenerator[bytes, None]:

@@ -11,9 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_args
 
-from cluster.config import FakeModel, LlamaCppModel, ModelConfig
+from cluster.config import (
+    FakeModel,
+    LaunchedModel,
+    LlamaCppModel,
+    ModelConfig,
+    RemoteModel,
+    ServerModel,
+    SglangModel,
+)
 from deployments.engines.protocol import Engine
-from deployments.schemas import PATHS
+from deployments.schemas import CHAT, PATHS, SERVED, TOKENIZE
 
 M = TypeVar("M", bound=ModelConfig)
 
@@ -62,6 +70,11 @@ def unused_decoding(model: ModelConfig | None) -> frozenset[str]:
     return REMOTE_UNUSED if model is None else backend_of(model).unused
 
 
+def counts_tokens(model: ModelConfig | None) -> bool:
+    """Whether a model tokenizes a chat by itself, in the pool's words; None is one of a server's."""
+    return model is not None and TOKENIZE in backend_of(model).paths
+
+
 def build_engine(model_id: str, model: ModelConfig, path: str) -> Engine:
     """The engine of a configured model whose file lies at `path`; not loaded yet, so cheap."""
     return backend_of(model).build(model_id, model, path)
@@ -95,6 +108,24 @@ def _build_llama_cpp(model_id: str, model: LlamaCppModel, path: str) -> Engine:
     )
 
 
+def _build_server(model_id: str, model: LaunchedModel, path: str) -> Engine:
+    from deployments.engines.managed_server import ManagedServer
+
+    return ManagedServer(model_id, model, path)
+
+
+def _build_sglang(model_id: str, model: SglangModel, path: str) -> Engine:
+    from deployments.engines.managed_server import SleepingServer
+
+    return SleepingServer(model_id, model, path)
+
+
+def _build_remote(model_id: str, model: RemoteModel, path: str) -> Engine:
+    from deployments.engines.remote_api import RemoteApi
+
+    return RemoteApi(model_id, model)
+
+
 def _estimate_nothing(model: ModelConfig, path: Path) -> int | None:
     return None
 
@@ -107,6 +138,9 @@ def _estimate_llama_cpp(model: LlamaCppModel, path: Path) -> int | None:
 
 BACKENDS: tuple[Backend[Any], ...] = (
     Backend(LlamaCppModel, _build_llama_cpp, _estimate_llama_cpp, PATHS, unused=frozenset({"beam_size"})),
+    Backend(SglangModel, _build_sglang, _estimate_nothing, SERVED, raw=True, unused=REMOTE_UNUSED),
+    Backend(ServerModel, _build_server, _estimate_nothing, SERVED, raw=True, unused=REMOTE_UNUSED),
+    Backend(RemoteModel, _build_remote, _estimate_nothing, frozenset({CHAT}), unused=REMOTE_UNUSED),
     Backend(FakeModel, _build_fake, _estimate_nothing, PATHS, raw=True, unused=frozenset({"beam_size"})),
 )
 _BY_CONFIG = {backend.config: backend for backend in BACKENDS}

@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
 from collections.abc import AsyncIterator
 from typing import Any
-
-from deployments.engines.protocol import Report
 
 MIB = 1 << 20
 MAX_EVENT = MIB
 MAX_BODY = 64 * MIB
 #: A body larger than this is parsed in a thread.
 INLINE_BODY = MIB
-
-_USAGE = re.compile(rb'"usage"\s*:\s*\{')
 
 
 class Unreadable(Exception):
@@ -58,40 +53,6 @@ class EventSplitter:
         rest = bytes(self._rest).rstrip()
         self._rest.clear()
         return rest + b"\n\n" if rest else b""
-
-
-class UsageReader:
-    """Finds the token counts of a stream without parsing more than the one event that has them."""
-
-    def __init__(self) -> None:
-        self.found: Any = None
-        self._event = b""
-
-    def look_at(self, events: bytes) -> None:
-        if b'"usage"' not in events:
-            return
-        for match in _USAGE.finditer(events):
-            at = match.start()
-            self._event = events[events.rfind(b"\n\n", 0, at) + 1 : events.find(b"\n\n", at)]
-
-    def fill(self, report: Report) -> None:
-        """Write down what was found; a server may well have sent nonsense."""
-        found = self.found
-        if self._event:
-            try:
-                found = json.loads(self._event.partition(b"data:")[2]).get("usage")
-            except (ValueError, AttributeError, RecursionError):
-                return
-        if not isinstance(found, dict):
-            return
-        details = found.get("prompt_tokens_details")
-        report.prompt_tokens = _count(found.get("prompt_tokens"))
-        report.output_tokens = _count(found.get("completion_tokens"))
-        report.cached_tokens = _count(details.get("cached_tokens") if isinstance(details, dict) else None)
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 async def one_body(parts: AsyncIterator[bytes]) -> tuple[bytes, dict[str, Any]]:

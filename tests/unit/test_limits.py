@@ -16,7 +16,7 @@ from cluster.config import load_config
 from cluster.config.store import StoreConfig
 from cluster.request import Request
 from deployments import limits as limits_module
-from deployments.engines.protocol import Report
+from deployments.engines.protocol import Call, Report
 from deployments.limits import Limits, Used
 from deployments.run_info import RunInfo
 
@@ -127,3 +127,95 @@ async def test_a_store_that_is_away_costs_nobody_an_answer(monkeypatch: pytest.M
     await run(limits, output=1)
     await asyncio.sleep(0.05)
     assert written["team"] == Used(2, 2, 4e-6)
+
+
+PRICE = {"input": 1, "output": 2}
+REMOTE = {"backend": "openai_compatible", "remote_base_url": "https://api.example.com", "price": PRICE}
+ASKED = Request("r", "far", principal="team")
+
+
+def remote_limits(*, key: dict[str, object] | None = None, **keys: object) -> Limits:
+    limits = Limits()
+    api_keys = [{"name": "team", "key": f"sha256:{'0' * 64}", **(key or {})}]
+    limits.follow(load_config({"models": {"far": {**REMOTE, **keys}}, "api_keys": api_keys}, environ={}))
+    return limits
+
+
+async def ask_far(limits: Limits, principal: str = "team", **used: int) -> None:
+    info = RunInfo()
+    chunks = limits.around(ASKED._replace(principal=principal), info, answer(info, **used))
+    async with contextlib.aclosing(chunks):
+        assert [chunk async for chunk in chunks] == [b"a", b"b"]
+
+
+async def test_a_remote_model_has_a_budget_for_all_and_one_for_each_key():
+    assert not remote_limits().apply_to(ASKED)
+    limits = remote_limits(remote_budget={"requests": 3}, remote_budget_per_key={"requests": 2})
+    assert limits.apply_to(ASKED)
+    assert not limits.apply_to(ASKED._replace(model="other"))
+    await ask_far(limits)
+    await ask_far(limits)
+    with pytest.raises(errors.BudgetExceeded, match="the key 'team' at the remote model 'far'") as refused:
+        await ask_far(limits)
+    assert (refused.value.status, refused.value.code) == (402, "remote_budget_exceeded")
+    await ask_far(limits, "other")
+    with pytest.raises(errors.BudgetExceeded, match=r"^the remote model 'far' has used its requests"):
+        await ask_far(limits, "third")
+
+
+async def test_the_cost_of_a_remote_model_counts_in_its_budget_and_its_keys():
+    limits = remote_limits(remote_budget={"cost": 5}, key={"budget": {"cost": 4}})
+    await ask_far(limits, prompt=1_000_000, output=1_500_000)
+    with pytest.raises(errors.BudgetExceeded, match="the key 'team' has used its cost") as refused:
+        await ask_far(limits)
+    assert refused.value.code == "remote_budget_exceeded"
+    await ask_far(limits, "other", output=1_000_000)
+    with pytest.raises(errors.BudgetExceeded, match=r"the remote model 'far' has used its cost of this day \(5\)"):
+        await ask_far(limits, "other")
+
+
+async def test_who_is_refused_has_used_nothing():
+    limits = remote_limits(remote_budget={"requests": 2}, key={"requests_per_minute": 1})
+    await ask_far(limits)
+    for _ in range(3):
+        with pytest.raises(errors.RateLimited):
+            await ask_far(limits)
+    await ask_far(limits, "other")
+
+
+async def test_who_leaves_in_mid_stream_has_used_what_was_made_for_him():
+    limits = remote_limits(remote_budget={"cost": 0.0001})
+    info = RunInfo(call=Call("", {"model": "far", "messages": [{"role": "user", "content": "x" * 400}]}, "r"))
+
+    async def stream() -> AsyncGenerator[bytes, None]:
+        yield b": queued\n\n"
+        yield b"data: {}\n\ndata: {}\n\n"
+        yield b"data: {}\n\n"
+
+    chunks = limits.around(ASKED, info, stream())
+    for _ in range(3):
+        await anext(chunks)
+    await chunks.aclose()
+    with pytest.raises(errors.BudgetExceeded):
+        await ask_far(limits)
+
+
+async def test_a_failure_before_the_first_word_costs_a_request_and_no_tokens():
+    limits = remote_limits(remote_budget={"cost": 0.0000001})
+    info = RunInfo(call=Call("", {"model": "far", "messages": []}, "r"))
+
+    async def fails() -> AsyncGenerator[bytes, None]:
+        raise errors.BackendUnavailable("no")
+        yield b""
+
+    with pytest.raises(errors.BackendUnavailable):
+        async for _ in limits.around(ASKED, info, fails()):
+            pass
+    await ask_far(limits)
+
+
+async def test_accounts_have_short_names_that_no_key_can_have():
+    name = limits_module._account("use", "m" * 100)
+    assert len(name) <= limits_module.MAX_ACCOUNT
+    assert name != limits_module._account("use", "m" * 101)
+    assert "=" in name

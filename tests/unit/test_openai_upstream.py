@@ -15,9 +15,11 @@ from hypothesis import strategies as st
 
 from cluster.config import ServerEntry
 from cluster.errors import PoolError, ReplicaGone
-from deployments.engines.openai_upstream import Upstreams
-from deployments.engines.protocol import Call
+from deployments.engines.openai_upstream import Target, Upstreams
+from deployments.engines.protocol import Call, Report
+from deployments.engines.upstream_answers import Answer
 from deployments.engines.upstream_bytes import EventSplitter
+from deployments.engines.upstream_errors import Blame
 from tests.upstream import Upstream
 
 CHAT = "/v1/chat/completions"
@@ -37,7 +39,9 @@ def call(stream: bool = False, **fields: Any) -> Call:
 async def read(upstream: Upstream, asked: Call, timeout_s: float = 10.0, **entry: Any) -> list[bytes]:
     server = ServerEntry(url=upstream.url, **entry)
     chunks = []
-    async with contextlib.aclosing((await Upstreams().call(server, asked, 300.0, timeout_s)).chunks) as answer:
+    async with contextlib.aclosing(
+        (await Upstreams().call(Target.of(server, 300.0), asked, timeout_s)).chunks
+    ) as answer:
         async for chunk in answer:
             chunks.append(chunk)
     return chunks
@@ -89,7 +93,9 @@ async def test_closing_the_answer_ends_the_request_upstream(upstream):
     upstream.gap_s = 0.05
     upstream.tokens = 1000
     server = ServerEntry(url=upstream.url)
-    async with contextlib.aclosing((await Upstreams().call(server, call(stream=True), 300.0, 60.0)).chunks) as answer:
+    async with contextlib.aclosing(
+        (await Upstreams().call(Target.of(server, 300.0), call(stream=True), 60.0)).chunks
+    ) as answer:
         assert await anext(answer)
     async with asyncio.timeout(5):
         while not upstream.aborted or +upstream.running:
@@ -139,7 +145,7 @@ async def test_a_server_that_is_away_or_lost_is_gone_like_a_replica(upstream):
     server = ServerEntry(url=upstream.url)
     with pytest.raises(ReplicaGone) as caught:
         async with contextlib.aclosing(
-            (await Upstreams().call(server, call(stream=True), 300.0, 10.0)).chunks
+            (await Upstreams().call(Target.of(server, 300.0), call(stream=True), 10.0)).chunks
         ) as answer:
             async for chunk in answer:
                 seen.append(chunk)
@@ -215,8 +221,17 @@ async def test_what_a_server_sends_has_bounds():
 
 async def test_a_large_event_is_no_mistake():
     event = b"data: " + b"x" * ((1 << 20) - 100) + b"\n\n"
-    async with scripted([[STREAM, event, event]]) as plain:
-        assert b"".join(await read(plain, call(stream=True))) == 2 * event
+    done = b"data: [DONE]\n\n"
+    async with scripted([[STREAM, event, event, done]]) as plain:
+        assert b"".join(await read(plain, call(stream=True))) == 2 * event + done
+
+
+async def test_a_stream_that_ends_without_an_end_was_lost():
+    said = [b'data: {"choices":[{"delta":{"content":"a"},"finish_reason":null}]}\n\n', b'data: {"error":"no"}\n\n']
+    async with scripted([[STREAM, said[0]], [STREAM, *said]]) as plain:
+        with pytest.raises(ReplicaGone, match="was lost"):
+            await read(plain, call(stream=True))
+        assert b"".join(await read(plain, call(stream=True))) == b"".join(said)
 
 
 async def test_the_report_has_the_servers_own_usage():
@@ -227,7 +242,7 @@ async def test_the_report_has_the_servers_own_usage():
     reports = []
     async with scripted(answers) as plain:
         for stream in (True, False, False):
-            reply = await Upstreams().call(ServerEntry(url=plain.url), call(stream), 300.0, 10.0)
+            reply = await Upstreams().call(Target.of(ServerEntry(url=plain.url), 300.0), call(stream), 10.0)
             assert b"".join([chunk async for chunk in reply.chunks])
             reports.append(reply.report)
     for report in reports[:2]:
@@ -256,7 +271,7 @@ async def test_a_reader_that_does_not_read_holds_the_server_back():
     plain = Upstream()
     plain.port = listener.sockets[0].getsockname()[1]
     async with listener:
-        reply = await Upstreams().call(ServerEntry(url=plain.url), call(stream=True), 300.0, 60.0)
+        reply = await Upstreams().call(Target.of(ServerEntry(url=plain.url), 300.0), call(stream=True), 60.0)
         await anext(reply.chunks)
         before = -1
         while before != sent:
@@ -301,3 +316,126 @@ async def test_odd_but_legal_answers():
             await read(plain, call())
         with pytest.raises(PoolError, match="nothing more"):
             await read(plain, call())
+
+
+def chunk(said: dict[str, Any] | None, finish: str | None = None, **more: Any) -> bytes:
+    choices = [] if said is None else [{"index": 0, "delta": said, "finish_reason": finish}]
+    return b"data: " + json.dumps({"model": "theirs", "choices": choices, **more}).encode() + b"\n\n"
+
+
+USAGE = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
+TEXT, LAST, COUNTS = chunk({"content": "a"}), chunk({}, "stop"), chunk(None, usage=USAGE)
+DONE = b"data: [DONE]\n\n"
+
+
+def answered(*parts: bytes, shows_usage: bool = False, renamed: bool = False) -> tuple[list[dict[str, Any]], Report]:
+    """The chunks that a client gets of a server's stream, and the report."""
+    options = {"stream_options": {"include_usage": True}} if shows_usage else {}
+    report = Report()
+    answer = Answer(call(stream=True, **options), report, renamed=renamed)
+    given = b"".join([*map(answer.events, parts), answer.finish()])
+    events = [event.removeprefix(b"data: ") for event in given.split(b"\n\n") if event]
+    return [json.loads(event) for event in events if event != b"[DONE]"], report
+
+
+@pytest.mark.parametrize("is_cut", [False, True], ids=["together", "apart"])
+@pytest.mark.parametrize("ends", [DONE, b""], ids=["done", "nothing"])
+def test_the_final_chunk_of_a_stream_carries_metrics(is_cut: bool, ends: bytes):
+    parts = [TEXT, LAST, COUNTS, ends]
+    chunks, report = answered(*(parts if is_cut else [b"".join(parts)]))
+    # What was not asked for is counted and not shown.
+    assert [each["choices"][0]["finish_reason"] for each in chunks] == [None, "stop"]
+    assert all(each.get("usage") is None for each in chunks)
+    assert "metrics" not in chunks[0]
+    metrics = chunks[1]["metrics"]
+    assert (metrics["engine_prompt_tokens"], metrics["engine_output_tokens"]) == (7, 5)
+    assert metrics["pool_total_wall_ms"] >= metrics["engine_total_wall_ms"] >= metrics["backend_inference_wall_ms"] > 0
+    assert (report.prompt_tokens, report.output_tokens) == (7, 5)
+
+
+def test_counts_that_were_asked_for_are_the_final_chunk():
+    chunks, _ = answered(TEXT, LAST, COUNTS + DONE, shows_usage=True)
+    assert [bool(each["choices"]) for each in chunks] == [True, True, False]
+    assert chunks[2]["usage"] == USAGE
+    assert [("metrics" in each) for each in chunks] == [False, False, True]
+
+
+def test_counts_beside_the_last_choice_and_several_choices():
+    other = LAST.replace(b'"index": 0', b'"index": 1')
+    chunks, report = answered(
+        TEXT, LAST, other.replace(b'"choices"', b'"usage": %s, "choices"' % json.dumps(USAGE).encode()), DONE
+    )
+    assert [each["choices"][0]["index"] for each in chunks] == [0, 0, 1]
+    assert [("metrics" in each, "usage" in each) for each in chunks] == [(False, False), (False, False), (True, False)]
+    assert report.output_tokens == 5
+
+
+def test_a_client_sees_the_model_that_it_asked_for():
+    said = chunk({"content": '"model": "theirs" \\"model\\":'})
+    chunks, _ = answered(said, TEXT, LAST, DONE, renamed=True)
+    assert {each["model"] for each in chunks} == {"m"}
+    assert chunks[0]["choices"][0]["delta"]["content"] == '"model": "theirs" \\"model\\":'
+
+
+def test_what_cannot_be_understood_near_the_end_is_passed_on():
+    raw = (
+        b'data: {"finish_reason": "stop", broken\n\n: "usage": {\n\ndata: {"error": {"message": "x", "usage": {}}}\n\n'
+    )
+    report = Report()
+    answer = Answer(call(stream=True), report, renamed=False)
+    assert answer.events(LAST) == b""
+    assert answer.events(raw) == LAST + raw
+    assert answer.finish() == b""
+
+
+async def test_a_stream_always_counts_and_a_body_carries_metrics(upstream):
+    await read(upstream, call(stream=True))
+    assert upstream.bodies[0]["stream_options"] == {"include_usage": True}
+    (body,) = await read(upstream, call())
+    assert json.loads(body)["metrics"]["engine_total_wall_ms"] > 0
+
+
+async def test_connections_are_kept_for_a_moment_and_a_dead_server_is_seen():
+    upstream, upstreams = Upstream("m"), Upstreams()
+    with upstream.listening():
+        target = Target.of(ServerEntry(url=upstream.url), 300.0)
+        for stream in (True, False, True):
+            reply = await upstreams.call(target, call(stream), 10.0)
+            assert b"".join([part async for part in reply.chunks])
+        assert len(upstream.clients) == 1
+    with pytest.raises(ReplicaGone, match="cannot be reached"):
+        await upstreams.call(target, call(), 10.0)
+    # Back on the same port, with none of the old connections.
+    with upstream.listening():
+        await (await upstreams.call(target, call(), 10.0)).chunks.aclose()
+    await upstreams.close()
+
+
+@pytest.mark.parametrize(("retries", "attempts"), [(0, 1), (2, 3)])
+async def test_a_call_is_made_once_unless_told_otherwise(upstream, monkeypatch, retries: int, attempts: int):
+    monkeypatch.setattr("deployments.engines.openai_upstream.RETRY_S", 0.01)
+    target = Target(upstream.url, Blame("it", is_retried=False), retries=retries)
+    upstream.fault = 500
+    with pytest.raises(PoolError, match="it answered 500"):
+        await Upstreams().call(target, call(), 10.0)
+    assert len(upstream.bodies) == attempts
+    upstream.fault = 400
+    with pytest.raises(PoolError):
+        await Upstreams().call(target, call(), 10.0)
+    assert len(upstream.bodies) == attempts + 1, "what is wrong stays wrong"
+
+
+async def test_the_pools_own_server_is_believed_about_a_request():
+    errors = [
+        b'{"error":{"code":400,"message":"bad grammar","type":"invalid_request_error","param":"grammar"}}',
+        b'{"error":{"code":400,"message":"too long","type":"exceed_context_size_error"}}',
+        b'{"object":"error","message":"maximum context length is 5","code":400}',
+    ]
+    refused = b"HTTP/1.1 400 Bad\r\nConnection: close\r\n\r\n"
+    async with scripted([refused + error for error in errors]) as plain:
+        seen = []
+        for _ in errors:
+            with pytest.raises(PoolError) as caught:
+                await Upstreams().call(Target(plain.url, Blame("it", is_ours=True)), call(), 10.0)
+            seen.append((caught.value.status, caught.value.code, caught.value.param))
+    assert seen == [(400, "INVALID_REQUEST", "grammar"), *[(400, "context_length_exceeded", "messages")] * 2]
