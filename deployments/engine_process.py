@@ -76,6 +76,7 @@ class EngineProcess:
         self._server: LinkServer | None = None
         self._working: asyncio.Task[None] | None = None
         self._watching: asyncio.Task[None] | None = None
+        self._asking: asyncio.Task[None] | None = None
         self._is_asleep = False
 
     async def run(self) -> None:
@@ -91,10 +92,15 @@ class EngineProcess:
                 case "wake":
                     self._begin(self._wake(), "waking the engine")
                 case "ping":
-                    active, calls = self._server.load if self._server is not None else (0, 0)
-                    self._control.write(message("pong", active=active, calls=calls))
+                    self._asking = asyncio.create_task(self._pong())
                 case "finish":
                     return await self._finish()
+
+    async def _pong(self) -> None:
+        """Answer for the engine, too, where that is another process: one that hangs is then taken to hang here."""
+        if not isinstance(self._engine, RunsProcess) or self._is_asleep or await self._engine.answers():
+            active, calls = self._server.load if self._server is not None else (0, 0)
+            self._control.write(message("pong", active=active, calls=calls))
 
     def _begin(self, work: Coroutine[Any, Any, None], what: str) -> None:
         self._working = asyncio.create_task(self._do(work, what))

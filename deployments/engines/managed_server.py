@@ -26,6 +26,8 @@ from deployments.schemas import SERVED
 
 #: Between two looks at whether a server serves, in seconds: at first, and at most.
 LOOK_S = (0.05, 1.0)
+#: A server that serves says so within this time, in seconds, also when it is busy.
+SOON_S = 1.5
 #: One such look takes so long at most, in seconds.
 ANSWER_S = 5.0
 #: What SGLang does with its memory.
@@ -86,6 +88,12 @@ class ManagedServer:
         """Wait until the server ends by itself; why it did, in words."""
         assert self._process is not None, "it was loaded"
         return await asyncio.shield(self._process.ended)
+
+    async def answers(self) -> bool:
+        try:
+            return (await self._looking.get(self._url + self._ready_path, timeout=SOON_S)).status_code == 200
+        except httpx.HTTPError:
+            return False
 
     async def stop(self) -> None:
         """End the server, gently if it lets itself be."""

@@ -168,6 +168,9 @@ class RunsProcess(Protocol):
     async def died(self) -> str:
         """Wait until that process ends by itself; why it did, in words for an operator."""
 
+    async def answers(self) -> bool:
+        """Whether that process still does, in less time than the supervisor waits for an answer of this one."""
+
     async def stop(self) -> None:
         """Let that process end by itself. Whatever of it is left is killed with this process's group."""
 

@@ -138,7 +138,7 @@ def _estimate_llama_cpp(model: LlamaCppModel, path: Path) -> int | None:
 
 BACKENDS: tuple[Backend[Any], ...] = (
     Backend(LlamaCppModel, _build_llama_cpp, _estimate_llama_cpp, PATHS, unused=frozenset({"beam_size"})),
-    Backend(SglangModel, _build_sglang, _estimate_nothing, SERVED, raw=True, unused=REMOTE_UNUSED),
+    Backend(SglangModel, _build_sglang, _estimate_nothing, SERVED, raw=True, unused=frozenset({"beam_size"})),
     Backend(ServerModel, _build_server, _estimate_nothing, SERVED, raw=True, unused=REMOTE_UNUSED),
     Backend(RemoteModel, _build_remote, _estimate_nothing, frozenset({CHAT}), unused=REMOTE_UNUSED),
     Backend(FakeModel, _build_fake, _estimate_nothing, PATHS, raw=True, unused=frozenset({"beam_size"})),

@@ -22,15 +22,20 @@ asked: list[str] = []
 
 class Handler(BaseHTTPRequestHandler):
     options: argparse.Namespace
+    hangs = False
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
+        while self.hangs:
+            time.sleep(1)
         is_ready = time.monotonic() >= STARTED + self.options.ready_after
         self._answer(200 if is_ready else 503, {"asked": asked, "arguments": sys.argv, "pid": os.getpid()})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])) or b"{}")
         asked.append(self.path)
+        if self.path == "/hang":
+            Handler.hangs = True
         if self.path.endswith("memory_occupation"):
             self._answer(500 if self.options.insomniac else 200, {})
         elif body.get("stream"):

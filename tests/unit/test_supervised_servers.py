@@ -11,10 +11,11 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from cluster.frames import ConnectionEnded
-from cluster.orders import EngineState, Unload
+from cluster.orders import EngineState, Restart, Unload
 from deployments.host_memory import tree_of
 from deployments.supervisor import Place, Supervisor
 from tests.unit.raylet import Raylet, lives, started_raylet, wait_until
@@ -77,6 +78,18 @@ async def test_a_server_that_dies_takes_its_stream_along_and_says_why(supervisor
     assert not any(map(lives, tree))
     ledger.load(served())
     assert (await ledger.hears())[0] == "replica_ready"
+
+
+async def test_a_server_that_hangs_is_restarted_and_a_busy_one_is_not(supervisor: Supervisor, ledger: Ledger):
+    ledger.load(served())
+    _, _, engine = await ledger.hears()
+    ledger.give(Restart("it seemed to hang"))
+    assert await ledger.hears() == ("replica_ready", "uid", engine), "it answers"
+    async with httpx.AsyncClient(trust_env=False) as http:
+        await http.post(f"{engine.url}/hang", json={"model": "m"})
+    ledger.give(Restart("it hangs"))
+    assert (await ledger.hears())[:2] == ("engine_died", "uid")
+    assert not lives(engine.pid)
 
 
 async def test_a_server_ends_with_its_engine_process_and_its_replica(supervisor: Supervisor, ledger: Ledger):
