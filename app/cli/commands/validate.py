@@ -93,7 +93,7 @@ def row(pool: PoolConfig, name: str, artifact: Artifact, plan: Plan) -> dict[str
         "file": artifact.path.name if artifact.path else model.model_path,
         "size_mib": None if artifact.size is None else artifact.size >> 20,
         "memory_mib": artifact.memory_mib,
-        "slots": model.target_inflight,
+        "slots": pool.model_in_pool(model).slots,
         "devices": list(plan.devices[name]) if name in plan.devices else None,
         "place": place(name, bool(model.num_gpus), plan),
     }
