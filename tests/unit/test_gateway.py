@@ -33,6 +33,8 @@ class Scripted(Gateway):
 
     def __init__(self, *attempts: list[bytes | PoolError]) -> None:
         self.attempts = iter(attempts)
+        remote = {"backend": "openai_compatible", "remote_base_url": "https://api.example.com"}
+        self.config = load_config({"models": {"m": {"backend": "fake"}, "far": remote}}, environ={})
         self.limits = Limits()
 
     async def _attempt(
@@ -67,6 +69,14 @@ async def test_a_stream_is_tried_again_while_only_comments_were_sent():
         EVENT,
         DONE,
     ]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_remote_api_is_not_asked_again(stream: bool):
+    gateway = Scripted([GONE], [EVENT, DONE])
+    with pytest.raises(ReplicaGone):
+        await anext(gateway.stream(Request("r", "far"), {"stream": stream}))
+    assert len(list(gateway.attempts)) == 1, "what it may have been paid for already"
 
 
 async def test_a_stream_cut_in_the_middle_ends_with_an_error_event():
