@@ -52,6 +52,7 @@ REASONS = {
     "cache_params": "not carried over: answers are not cached, their prompts are",
     "callbacks": "not carried over: GET /metrics and GET /v1/admin/events",
     "success_callback": "not carried over: GET /metrics and GET /v1/admin/events",
+    "fallbacks": "not carried over: a paid API is used only by requests that name it, a server's model by its name",
     "context_window_fallbacks": "not carried over: a prompt that is too long is refused with the limit",
 }
 
@@ -178,8 +179,7 @@ def _settings(draft: Draft, settings: Mapping[str, Any]) -> None:
     where: Key = ("litellm_settings",)
     if isinstance(settings.get("request_timeout"), int | float):
         draft.pool["request_timeout_seconds"] = settings["request_timeout"]
-    _fallbacks(draft, (*where, "fallbacks"), settings.get("fallbacks"))
-    draft.drop(where, settings, REASONS, frozenset(("request_timeout", "fallbacks", "num_retries")))
+    draft.drop(where, settings, REASONS, frozenset(("request_timeout", "num_retries")))
 
 
 def _router(draft: Draft, router: Mapping[str, Any]) -> None:
@@ -192,20 +192,9 @@ def _router(draft: Draft, router: Mapping[str, Any]) -> None:
             draft.note(
                 (*where, "model_group_alias", str(alias)), "not carried over: only models of the pool have aliases"
             )
-    _fallbacks(draft, (*where, "fallbacks"), router.get("fallbacks"))
     if isinstance(router.get("timeout"), int | float):
         draft.pool.setdefault("request_timeout_seconds", router["timeout"])
-    draft.drop(where, router, REASONS, frozenset(("model_group_alias", "fallbacks", "num_retries", "timeout")))
-
-
-def _fallbacks(draft: Draft, where: Key, given: Any) -> None:
-    for index, pair in enumerate(given if isinstance(given, list) else ()):
-        for name, others in _mapping(pair).items():
-            known = [other for other in others if other in draft.models] if isinstance(others, list) else []
-            if name in draft.models and known:
-                draft.models[name]["fallbacks"] = known
-            else:
-                draft.note((*where, index), "not carried over: only models of the pool have fallbacks")
+    draft.drop(where, router, REASONS, frozenset(("model_group_alias", "num_retries", "timeout")))
 
 
 def _general(draft: Draft, general: Mapping[str, Any]) -> None:

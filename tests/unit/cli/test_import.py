@@ -162,7 +162,6 @@ def test_litellm_becomes_a_pool():
             "remote_api_key_env": "DEEPSEEK_API_KEY",
             "remote_model": "deepseek-chat",
             "remote_max_retries": 2,
-            "fallbacks": ["gpt-4o-1"],
             "aliases": ["cheap"],
         },
     }
@@ -178,7 +177,7 @@ def test_what_litellm_loses_is_said_line_by_line():
     assert "GPT_4O_API_KEY" in found["model_list.4.litellm_params.api_key"][1]
     assert "anthropic has an API of its own" in found["model_list.5.litellm_params.model"][1]
     assert "allow_remote" in found["model_list.6.model_name"][1]
-    assert {"litellm_settings.drop_params", "litellm_settings.fallbacks.1", "router_settings.routing_strategy"} <= set(
+    assert {"litellm_settings.drop_params", "litellm_settings.fallbacks", "router_settings.routing_strategy"} <= set(
         found
     )
 
