@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from app.cli.found import free_id
 from app.cli.importers.draft import Draft, Key, Source, hashed, variable_for
 from app.loopback import is_loopback
 from cluster.config import ConfigError
@@ -146,20 +147,11 @@ def _remote(
         keys["price"] = price
     taken = frozenset(("mode", "input_cost_per_token", "output_cost_per_token"))
     draft.drop((*where, "model_info"), info, REASONS, taken)
-    _add_variant(draft, name, keys)
+    own = free_id(name, draft.models)
+    draft.models[own] = keys
     draft.note((*where, "model_name"), "a paid API: only requests with allow_remote: true reach it")
-
-
-def _add_variant(draft: Draft, name: str, keys: dict[str, Any]) -> None:
-    """Several entries of one name share its requests there; here they are variants of one public name."""
-    first = draft.models.get(name)
-    if first is None and not any(name in each.get("aliases", ()) for each in draft.models.values()):
-        draft.models[name] = keys
-        return
-    if first is not None:
-        draft.models[f"{name}-1"] = {**draft.models.pop(name), "aliases": [name], "weight": 1}
-    number = sum(name in each.get("aliases", ()) for each in draft.models.values()) + 1
-    draft.models[f"{name}-{number}"] = {**keys, "aliases": [name], "weight": 1}
+    if own != name:
+        draft.note((*where, "model_name"), f"it is called {own}: paid APIs do not share the requests of one name")
 
 
 def _key_variable(draft: Draft, where: Key, name: str, params: Mapping[str, Any]) -> str | None:

@@ -136,7 +136,7 @@ def test_litellm_becomes_a_pool():
         {"url": "http://127.0.0.1:1234", "max_concurrent": 1},
     ]
     assert written["models"] == {
-        "gpt-4o-1": {
+        "gpt-4o": {
             "backend": "openai_compatible",
             "remote_base_url": "https://api.openai.com/v1",
             "remote_api_key_env": "OPENAI_API_KEY",
@@ -144,8 +144,6 @@ def test_litellm_becomes_a_pool():
             "remote_timeout_s": 30,
             "remote_max_retries": 2,
             "price": {"input": 2.5, "output": 10.0},
-            "aliases": ["gpt-4o"],
-            "weight": 1,
         },
         "gpt-4o-2": {
             "backend": "openai_compatible",
@@ -153,8 +151,6 @@ def test_litellm_becomes_a_pool():
             "remote_api_key_env": "GPT_4O_API_KEY",
             "remote_model": "openai/gpt-4o",
             "remote_max_retries": 2,
-            "aliases": ["gpt-4o"],
-            "weight": 1,
         },
         "deep": {
             "backend": "openai_compatible",
@@ -172,6 +168,7 @@ def test_litellm_becomes_a_pool():
 
 def test_what_litellm_loses_is_said_line_by_line():
     found = notes(run("litellm", EXAMPLES / "litellm.yaml"))
+    assert "it is called gpt-4o-2" in found["model_list.4.model_name"][1]
     assert found["model_list.1.litellm_params.rpm"][0] == 12
     assert "Qwen/Qwen3-8B" in found["model_list.1.model_name"][1]
     assert "GPT_4O_API_KEY" in found["model_list.4.litellm_params.api_key"][1]
@@ -194,7 +191,9 @@ def test_a_litellm_configuration_of_servers_is_loaded(tmp_path: Path):
 def test_any_litellm_configuration_is_loaded():
     result = run("litellm", EXAMPLES / "litellm.yaml")
     assert result.exit_code == 0, result.stderr
-    assert pool_of(result).names.variants["gpt-4o"] == (("gpt-4o-1", 1.0), ("gpt-4o-2", 1.0))
+    pool = pool_of(result)
+    assert pool.resolve("cheap") == "deep"
+    assert pool.models["gpt-4o-2"].remote_model == "openai/gpt-4o"
 
 
 def test_a_modelfile_becomes_a_pool():
