@@ -18,7 +18,7 @@ import pytest
 from tests.pool import Pool, fake, running_pool
 
 ROOT = Path(__file__).parents[2]
-ADMIN_KEY = "operator"
+ADMIN_KEY = "never-shown"
 COMMAND = (sys.executable, "-c", "from app.cli import main; main()")
 MODELS = {
     "a": {**fake(load_s=0.3, tokens_per_s=200, tokens=12), "num_gpus": 1, "target_inflight": 2},
