@@ -104,7 +104,7 @@ function Head({ pool, now, askKey }) {
   const models = Object.values(pool.models);
   const sum = (name) => models.reduce((total, row) => total + row[name], 0);
   const rate = tokenRate(pool, now);
-  const slots = Object.values(pool.replicas).filter((row) => row.state === "READY");
+  const slots = Object.values(pool.replicas).filter((row) => ["READY", "DRAINING"].includes(row.state));
   const [used, all] = ["used", "slots"].map((name) => slots.reduce((total, row) => total + row[name], 0));
   const overdue = models.some((row) => row.bound_at !== null && row.bound_at < now);
   return html`

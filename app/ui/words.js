@@ -72,7 +72,9 @@ function goers(victims) {
 }
 
 function residents(state) {
-  const placed = Object.values(state.replicas).filter((row) => ["READY", "LOADING"].includes(row.state));
+  const loaded = Object.values(state.replicas).filter((row) => ["READY", "LOADING"].includes(row.state));
+  const onDevices = loaded.filter((row) => row.devices.length);
+  const placed = onDevices.length ? onDevices : loaded;
   const names = [...new Set(placed.map((row) => row.model))];
   if (!names.length) return "nothing that fits is free";
   const shown = names.slice(0, 3).join(", ");
