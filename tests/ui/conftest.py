@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.pool import Pool, fake, running_pool
 
 #: The system's own browser; nothing is downloaded.
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+#: For so long a page may take to show what is expected, in ms: a process may have to be started for it.
+expect.set_options(timeout=20_000)
 PHONE = {"width": 390, "height": 844}
 
 MODELS = {
