@@ -70,6 +70,7 @@ class Reporter:
         print(
             f"\nSlotpool serves {len(self._pool.models)} model(s) at {self._url}\n\n"
             f"  curl {self._url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n    -d '{body}'\n\n"
+            f"  The status page:     {self._url}/ui\n"
             f"  Any OpenAI client:   base_url={self._url}/v1{', api_key=KEY' if key else ''}\n"
             f"  Another Ray job:     RAY_AUTH_MODE=token RAY_ADDRESS={self._context.address_info['gcs_address']}\n"
             + (f"  The Ray dashboard:   http://{dashboard}, its token: {token_command()}\n" if dashboard else "")
