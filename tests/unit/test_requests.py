@@ -7,9 +7,9 @@ import pickle
 import pytest
 
 from cluster import errors
-from cluster.client import as_error
 from cluster.config import Caller, load_config
 from cluster.ledger.events import Reject
+from cluster.ledger_calls import as_error
 from deployments.requests import CHAT, COMPLETIONS, TRUSTED, parse_request
 
 CONFIG = load_config(

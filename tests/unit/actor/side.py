@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from cluster import client as client_module
-from cluster import effects
+from cluster import effects, ledger_calls
 from cluster.client import LedgerClient
 from tests.unit.actor.no_ray import MODELS, Cluster, Handle, configuration, turns
 
@@ -21,8 +21,14 @@ class Side:
     def __init__(self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
         self.cluster, self.patch = cluster, monkeypatch
         for name, value in (("RETRY_S", 0.001), ("FAULT_PAUSE_S", 0.001), ("SLACK_S", 0.05)):
-            monkeypatch.setattr(client_module, name, value)
+            self.set_constant(name, value)
         self.clients: list[LedgerClient] = []
+
+    def set_constant(self, name: str, value: float) -> None:
+        """Change a constant of the client for one test, in both of its modules."""
+        for module in (client_module, ledger_calls):
+            if hasattr(module, name):
+                self.patch.setattr(module, name, value)
 
     async def begin(self, *, serves: bool = True) -> LedgerClient:
         self.actor = await self.cluster.life(CONFIG)

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from cluster import client as client_module
 from cluster import errors
 from cluster.config.version import with_model
 from cluster.orders import Load
@@ -58,7 +57,7 @@ async def test_a_request_that_is_cancelled_while_it_waits_leaves_the_queue(side:
 
 
 async def test_a_request_that_is_cancelled_in_a_retry_pause_leaves_the_queue(side: Side):
-    side.patch.setattr(client_module, "RETRY_S", 30.0)
+    side.set_constant("RETRY_S", 30.0)
     client = await side.begin()
     waiting = asyncio.ensure_future(client.acquire(request("r", "b")))
     await side.until(0, 1)
@@ -126,7 +125,7 @@ async def test_a_sender_that_fails_begins_anew_and_fails_who_waits_for_it(side: 
 
 
 async def test_a_lost_release_costs_no_longer_than_the_next_sign_of_life(side: Side):
-    side.patch.setattr(client_module, "ALIVE_PERIOD_S", 0.02)
+    side.set_constant("ALIVE_PERIOD_S", 0.02)
     client = await side.begin()
     side.cluster.park(client.attach_holder("actor-of-h"))
     lost, kept = await client.acquire(request("r")), await client.acquire(request("s"))
@@ -210,7 +209,7 @@ async def test_a_replica_gets_its_orders_through_the_lives_of_the_ledger(side: S
 
 
 async def test_operators_and_people_hear_of_a_ledger_that_hangs(side: Side):
-    side.patch.setattr(client_module, "ANSWER_S", 0.05)
+    side.set_constant("ANSWER_S", 0.05)
     client = await side.begin()
     assert await client.check() is None
     assert (await client.status()).models["a"].state == "loaded"

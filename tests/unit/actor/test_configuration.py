@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from cluster import actor as actor_module
+from cluster import mailbox as mailbox_module
 from cluster.config.version import with_model, without_model
 from cluster.ledger.events import LoadRefused
 from cluster.operator_calls import Done
@@ -105,7 +106,7 @@ async def test_replicas_of_what_was_changed_at_run_time_are_not_judged_by_the_fi
 async def test_a_new_life_without_any_ingress_waits_no_longer_than_its_bound(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(actor_module, "RECOVERY_LIMIT_S", 0.05)
+    monkeypatch.setattr(mailbox_module, "RECOVERY_LIMIT_S", 0.05)
     actor = await cluster.life(configuration({}), restarted=True)
     assert await asyncio.wait_for(actor.unload("x"), 5) == LoadRefused(
         "x", "ModelNotFound", "the model 'x' does not exist", {}
