@@ -6,7 +6,6 @@ It keeps what callers said of themselves and what they were ordered, and decides
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 
 from cluster import effects
@@ -115,7 +114,7 @@ class Attached:
         pid, url = (None, None) if engine is None else (engine.pid, engine.url)
         fraction = self.progress.get(state.replica) if row.state == "LOADING" else None
         progress = None if fraction is None else round(fraction, 3)
-        return dataclasses.replace(row, pid=pid, url=url, started_at=state.started_at, progress=progress)
+        return row._replace(pid=pid, url=url, started_at=state.started_at, progress=progress)
 
     def restart_engine(self, replica: str) -> None:
         """Order a replica to restart its engine; if nothing comes of it, the replica's own process hangs and ends."""

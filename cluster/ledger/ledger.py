@@ -164,8 +164,8 @@ class Ledger:
 
         A clock that goes back is taken to stand still. Whatever is due by `now` is done first, so a late `Ticked`
         loses nothing. Where very much is due at once (hundreds of deadlines or timers, thousands of replicas to be
-        looked at as victims), a part is done, and `next_deadline` stays in the past until the next events have done
-        the rest.
+        looked at as victims, or of requests of a dead holder), a part is done, and `next_deadline` stays in the past
+        until the next events have done the rest.
         """
         pool = self._pool
         wrong = fault(event)
@@ -220,8 +220,10 @@ class Ledger:
     def next_deadline(self) -> float | None:
         """When to send the next `Ticked`; None if time alone changes nothing."""
         pool = self._pool
-        first = pool.deadlines.first()
-        times = [first.deadline] if first is not None else []
+        first, _ = pool.next_deadline()
+        times = [first] if first < INFINITY else []
+        if pool.left_behind:
+            times.append(pool.now)
         if pool.recovering_until is not None:
             times.append(min(pool.recovering_until, pool.early_deadline))
         elif pool.is_behind:

@@ -19,6 +19,7 @@ from cluster.ledger.books.records import Model, Replica
 from cluster.ledger.books.servers import is_remote
 from cluster.ledger.events import LoadRefused
 from cluster.ledger.handlers.engines import UNLOAD_LIMIT_S, give_orders, load_overdue, unload_overdue
+from cluster.ledger.handlers.holders import end_left_behind
 from cluster.ledger.handlers.requests import expire_waiters, refuse_or_reroute, serve
 from cluster.ledger.rules import autoscale, claims, levels, policy, quiet, sleepers
 from cluster.ledger.states import Cause, ReplicaState
@@ -129,7 +130,13 @@ def next_due(pool: Pool) -> float | None:
 
 
 def expire(pool: Pool, now: float) -> None:
-    """Act on everything whose time has come: the recovery window, deadlines, timers."""
+    """Act on everything whose time has come: the recovery window, deadlines, timers, what dead holders have left."""
+    _expire(pool, now)
+    if pool.left_behind:
+        end_left_behind(pool, now)
+
+
+def _expire(pool: Pool, now: float) -> None:
     if pool.recovering_until is not None and now >= pool.recovering_until:
         _end_recovery(pool, now)
     for memory in (pool.cancelled, pool.released, pool.dead_holders, pool.dead_replicas):
@@ -139,8 +146,7 @@ def expire(pool: Pool, now: float) -> None:
         pool.orphans_until = INFINITY
     expire_waiters(pool, now)
     if pool.recovering_until is not None:
-        first = pool.deadlines.first()
-        pool.wake = pool.recovering_until if first is None else min(first.deadline, pool.recovering_until)
+        pool.wake = min(pool.next_deadline()[0], pool.recovering_until)
         return
     for _ in range(MAX_TIMERS):
         timer = pool.next_timer()
@@ -163,8 +169,7 @@ def expire(pool: Pool, now: float) -> None:
                 pool.revoke(replica, now)
     if now >= pool.quiet_at:
         _start_quietly(pool, now)
-    first = pool.deadlines.first()
-    pool.wake = min(INFINITY if first is None else first.deadline, pool.timers[0][0] if pool.timers else INFINITY)
+    pool.wake = min(pool.next_deadline()[0], pool.timers[0][0] if pool.timers else INFINITY)
     pool.wake = min(pool.wake, pool.orphans_until, pool.quiet_at)
 
 

@@ -81,7 +81,9 @@ def draining_replicas_get_requests(patch: pytest.MonkeyPatch) -> None:
                     now,
                     (0, 0),
                 )
-                replica.leases[event.request] = books.leases[event.request] = lease
+                lease.index = len(replica.leases)
+                replica.leases.append(lease)
+                books.leases[event.request] = lease
                 books.announce(lease)
                 return
 
@@ -124,7 +126,7 @@ def holders_leases_leak(patch: pytest.MonkeyPatch) -> None:
 
 def deadlines_are_forgotten(patch: pytest.MonkeyPatch) -> None:
     """Who waits, waits for ever."""
-    patch.setattr(queue.Deadlines, "first", lambda self: None)
+    patch.setattr(pool.Pool, "next_deadline", lambda self: (queue.INFINITY, None))
 
 
 def pinned_models_are_victims(patch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cluster.ledger.books import server_moves, stops
+from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.shapes import UNIT, conflicts
 from cluster.ledger.states import ReplicaState
 
@@ -51,7 +52,8 @@ def _check_replica(pool: Pool, replica: Replica) -> None:
     if replica.state is STOPPING:
         busy = [each for each in stops.before(pool.book, replica) if each.leases]
         assert not busy, f"{replica} is to stop, and Serve may stop {busy} in its stead"
-    slots = sorted([slot for lease in replica.leases.values() for slot in lease.slots] + replica.free)
+    slots = sorted([slot for lease in replica.leases for slot in lease.slots] + replica.free)
+    assert [each.index for each in replica.leases] == list(range(held)), f"{replica}: its leases are not where they say"
     assert slots == list(range(replica.slots)), f"{replica}: slots {slots} are not each free or leased once"
     assert list(replica.model.replicas) == sorted(replica.model.replicas, key=lambda each: each.age), (
         f"the replicas of {replica.model.name} are not in the order of their age"
@@ -91,14 +93,14 @@ def _check_model(pool: Pool, model: Model) -> None:
         count = sum(1 for _ in model.in_state(state))
         assert model.counts[state] == count, f"{name}: {model.counts[state]} counted in {state.name}, {count} are"
     free = sum(len(replica.free) for replica in model.in_state(READY))
-    leases = [lease for replica in model.replicas for lease in replica.leases.values()]
+    leases = [lease for replica in model.replicas for lease in replica.leases]
     leased = sum(len(lease.slots) for lease in leases)
     assert model.free == free, f"{name}: {model.free} slots counted free, {free} are"
     assert model.leased == leased, f"{name}: {model.leased} slots counted leased, {leased} are"
     by_class = [sum(len(lease.slots) for lease in leases if lease.priority == each) for each in (1, 2, 3)]
     assert model.by_priority == by_class, f"{name}: slots by class {model.by_priority} are not {by_class}"
     indexed = {replica: used for used, bucket in enumerate(model.buckets) for replica in bucket}
-    truth = {replica: sum(len(each.slots) for each in replica.leases.values()) for replica in model.in_state(READY)}
+    truth = {replica: sum(len(each.slots) for each in replica.leases) for replica in model.in_state(READY)}
     assert indexed == truth, f"{name}: READY replicas by use are {truth}, not {indexed}"
     if free:
         first = min(used for replica, used in truth.items() if used < replica.slots)
@@ -184,14 +186,15 @@ def _check_requests(pool: Pool, replicas: list[Replica]) -> None:
         f"+ {pool.rejected} rejected"
     )
     assert not pool.waiters.keys() & pool.leases.keys(), "a request waits and holds a lease"
-    by_replica = {request: lease for replica in replicas for request, lease in replica.leases.items()}
+    by_replica = {lease.request: lease for replica in replicas for lease in replica.leases}
     assert by_replica == pool.leases, "the leases of the replicas are not the leases of the pool"
     by_model = {waiter.request: waiter for model in pool.models.values() for waiter in model.queue}
     assert by_model == pool.waiters, "the waiters of the models are not the waiters of the pool"
-    lanes = [each for lane in pool.deadlines.lanes for each in lane] + [each for *_, each in pool.deadlines.heap]
-    timed = {each.request: each for each in lanes if each.waits}
-    assert timed == pool.waiters, "those with a deadline are not those who wait"
-    assert len(pool.deadlines) == queued, f"{queued} wait, {len(pool.deadlines)} have a deadline"
+    expected = {model: deadline for deadline, _, model in pool.expected if deadline == model.gives_up_at}
+    for model in pool.models.values():
+        first = min((each.deadline for each in model.queue), default=INFINITY)
+        assert model.queue.first_deadline() == first, f"{model.name}: the first deadline is {first}, and not known"
+        assert first == INFINITY or expected.get(model, INFINITY) <= first, f"{model.name}: no watch on its deadlines"
     generations = [lease.generation for lease in pool.leases.values()]
     assert len(set(generations)) == len(generations), "two leases have the same generation"
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from typing import Any
 
 from cluster.ledger.books.memory import Memory
 from cluster.ledger.books.placement import Book
-from cluster.ledger.books.queue import INFINITY, Deadlines
+from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.records import Lease, Model, Replica, Waiter
 from cluster.ledger.books.servers import Servers
 from cluster.ledger.books.shapes import Place, asleep_shape
@@ -42,6 +42,8 @@ QUIET_S = 2.0
 # A process that vanished is not started again without need for so long, in seconds.
 QUIET_AGAIN_S = 60.0
 
+_SINGLES = [(slot,) for slot in range(64)]
+
 # What a replica without an engine is taken to hold of its host's memory as long as none has told.
 ASLEEP_MIB = 200
 
@@ -66,7 +68,6 @@ class Pool:
         self.replicas: dict[str, Replica] = {}
         self.waiters: dict[str, Waiter] = {}
         self.leases: dict[str, Lease] = {}
-        self.deadlines: Deadlines[Waiter] = Deadlines()
         self.book = Book()
         self.servers = Servers()
         self.idle: OrderedDict[Replica, None] = OrderedDict()
@@ -92,6 +93,8 @@ class Pool:
         self.drained = False
         # what a replica without an engine takes of its host's memory: assumed, then as the last one has said
         self.asleep_mib = ASLEEP_MIB
+        # what dead holders waited for and held, as far as it has not ended yet
+        self.left_behind: deque[Waiter | Lease] = deque()
         # who is there to ask for models; when to look whether all is quiet, and how many had asked when that was noted
         self.holders: set[str] = set()
         self.quiet_at = INFINITY
@@ -115,6 +118,8 @@ class Pool:
         self.is_behind = False
         self.capacity_was = 0
         self.timers: list[tuple[float, int, Model]] = []
+        # when the first waiter of each model gives up, or one who has left would have
+        self.expected: list[tuple[float, int, Model]] = []
         # nothing is due before this; it may be too early, never too late
         self.wake = now
         self.turns: dict[str, dict[str, float]] = {}
@@ -130,16 +135,38 @@ class Pool:
         self.waiters[waiter.request] = waiter
         waiter.model.queue.join(waiter, now, self.spec.ageing_s)
         waiter.waits = True
-        self.deadlines.add(waiter)
-        if waiter.deadline < self.wake:
-            self.wake = waiter.deadline
+        deadline = waiter.deadline
+        if deadline < waiter.model.gives_up_at:
+            self._expect(waiter.model, deadline)
+            if deadline < self.wake:
+                self.wake = deadline
 
     def dequeue(self, waiter: Waiter) -> None:
         """Take a request out of every line; what becomes of it is the caller's business."""
         del self.waiters[waiter.request]
         waiter.waits = False
         waiter.model.queue.leave(waiter)
-        self.deadlines.left()
+
+    def _expect(self, model: Model, deadline: float) -> None:
+        """The first of the waiters of a model gives up then, or has left before."""
+        model.gives_up_at = deadline
+        self.serial += 1
+        heapq.heappush(self.expected, (deadline, self.serial, model))
+
+    def next_deadline(self) -> tuple[float, Model | None]:
+        """When the next waiter of all gives up, and for which model he waits; infinite if nobody does."""
+        while self.expected:
+            deadline, _, model = self.expected[0]
+            truth = model.queue.first_deadline() if deadline == model.gives_up_at else -INFINITY
+            if truth == deadline:
+                return deadline, model
+            heapq.heappop(self.expected)
+            if truth > deadline:
+                # Whoever was the first has left.
+                model.gives_up_at = INFINITY
+                if truth < INFINITY:
+                    self._expect(model, truth)
+        return INFINITY, None
 
     def reject(self, request: str, holder: str, error: str, message: str, **extras: Any) -> None:
         self.rejected += 1
@@ -162,7 +189,7 @@ class Pool:
         model = replica.model
         free = replica.free
         used = replica.slots - len(free)
-        taken = (free.pop(),) if slots == 1 else tuple(free.pop() for _ in range(slots))
+        taken = _single(free.pop()) if slots == 1 else tuple(free.pop() for _ in range(slots))
         buckets = model.buckets
         del buckets[used][replica]
         buckets[used + slots][replica] = None
@@ -176,7 +203,9 @@ class Pool:
         if generation is None:
             self.generation = generation = self.generation + 1
         lease = Lease(request, holder, replica, taken, generation, priority, now, waits)
-        replica.leases[request] = self.leases[request] = lease
+        lease.index = len(replica.leases)
+        replica.leases.append(lease)
+        self.leases[request] = lease
         return lease
 
     def announce(self, lease: Lease) -> None:
@@ -205,19 +234,18 @@ class Pool:
         model = replica.model
         request = lease.request
         del self.leases[request]
-        del replica.leases[request]
         self.finished += 1
         request = waiter.request
         del self.waiters[request]
         waiter.waits = False
         model.queue.leave(waiter)
-        self.deadlines.left()
         if waiter.priority != lease.priority:
             model.by_priority[lease.priority - 1] -= len(lease.slots)
             model.by_priority[waiter.priority - 1] += len(lease.slots)
         self.generation = generation = self.generation + 1
         next_lease = Lease(request, waiter.holder, replica, lease.slots, generation, waiter.priority, now, waits)
-        replica.leases[request] = self.leases[request] = next_lease
+        next_lease.index = index = lease.index
+        replica.leases[index] = self.leases[request] = next_lease
         return next_lease
 
     def release(self, lease: Lease, now: float) -> None:
@@ -225,7 +253,10 @@ class Pool:
         replica = lease.replica
         model = replica.model
         del self.leases[lease.request]
-        del replica.leases[lease.request]
+        last = replica.leases.pop()
+        if last is not lease:
+            last.index = index = lease.index
+            replica.leases[index] = last
         replica.free.extend(lease.slots)
         self.finished += 1
         slots = len(lease.slots)
@@ -401,7 +432,7 @@ class Pool:
 
     def revoke(self, replica: Replica, now: float) -> None:
         """End all leases of a replica that can serve them no more. Their holders notice by themselves."""
-        for lease in list(replica.leases.values()):
+        for lease in list(replica.leases):
             self.release(lease, now)
 
     # --- what goes out -----------------------------------------------------------------------------------------
@@ -466,6 +497,11 @@ class Pool:
                 return self.timers[0]
             heapq.heappop(self.timers)
         return None
+
+
+def _single(slot: int) -> tuple[int, ...]:
+    """A lease of one slot: nearly all are, so one object stands for all that have the same slot."""
+    return _SINGLES[slot] if slot < len(_SINGLES) else (slot,)
 
 
 def _why(replica: Replica, before: ReplicaState, reason: str) -> Because | None:

@@ -1,4 +1,4 @@
-"""Those who wait: one queue per model with three classes and ageing, and the pool's deadlines.
+"""Those who wait: one queue per model with three classes and ageing, and their deadlines.
 
 Lines are plain `deque`s, the cheapest and most compact there is. Who leaves from the middle is only marked
 (`waits`) and skipped later; a line that is mostly marks is rebuilt, so its length stays within twice the number
@@ -33,10 +33,16 @@ class WaitQueue(Generic[W]):
 
     Ageing needs no clock: a waiter of class p counts as having arrived `(p - 1) * ageing_s` later than it did, so the
     order of two waiters never changes once both stand in line, and the ranks of three heads are all that must be
-    compared. They are kept beside the lines, so that to find the best touches one waiter and not three.
+    compared. They are kept beside the lines, so that to find the best touches one waiter and not three. When the head
+    of a class has left, the next one is looked at when the best is asked for, and not before: in a pool with very many
+    waiters whatever is touched comes from far away.
+
+    Nor do deadlines need an entry per request. Those who came with equal patience give up in the order in which they
+    came, so the head of a class is the first of them; `hasty` has the others, who will give up before one who came
+    earlier.
     """
 
-    __slots__ = ("count", "counts", "lines", "ranks", "since_sum", "soonest")
+    __slots__ = ("count", "counts", "hasty", "latest", "lines", "open", "ranks", "serial", "since_sum")
 
     def __init__(self) -> None:
         self.lines: list[deque[W]] = [deque(), deque(), deque()]
@@ -44,8 +50,12 @@ class WaitQueue(Generic[W]):
         self.counts = [0, 0, 0]
         self.count = 0
         self.since_sum = 0.0
-        # whose deadline comes first; no other's comes before it, also when it waits no longer
-        self.soonest: W | None = None
+        # the class whose head has left, and whose next one was not looked at yet
+        self.open: int | None = None
+        # the latest deadline of each class so far, and a heap of those who came later and give up earlier
+        self.latest = [-INFINITY, -INFINITY, -INFINITY]
+        self.hasty: list[tuple[float, int, W]] = []
+        self.serial = 0
 
     def __len__(self) -> int:
         return self.count
@@ -56,12 +66,22 @@ class WaitQueue(Generic[W]):
     def join(self, waiter: W, now: float, ageing_s: float) -> None:
         """Put at the end of its class. Mutates the waiter."""
         index = waiter.priority - 1
-        waiter.rank = rank = now + ageing_s * index
-        self.lines[index].append(waiter)
+        waiter.rank = rank = now + ageing_s * index if index else now
+        line = self.lines[index]
         if not self.counts[index]:
+            # All that may still stand there has left.
+            line.clear()
             self.ranks[index] = rank
-        if self.soonest is None or not self.count or waiter.deadline < self.soonest.deadline:
-            self.soonest = waiter
+            self.latest[index] = -INFINITY
+            if self.open == index:
+                self.open = None
+        line.append(waiter)
+        deadline = waiter.deadline
+        if deadline >= self.latest[index]:
+            self.latest[index] = deadline
+        else:
+            self.serial += 1
+            heapq.heappush(self.hasty, (deadline, self.serial, waiter))
         self.counts[index] += 1
         self.count += 1
         self.since_sum += now
@@ -73,11 +93,14 @@ class WaitQueue(Generic[W]):
         self.counts[index] = left = self.counts[index] - 1
         if line[0] is waiter:
             line.popleft()
-            while line and not line[0].waits:
-                line.popleft()
-            self.ranks[index] = line[0].rank if line else INFINITY
+            if self.open is not None and self.open != index:
+                self._look_at_next(self.open)
+            self.open = index
         elif len(line) > 64 + 2 * left:
             self.lines[index] = deque(each for each in line if each.waits)
+        if len(self.hasty) > 64 + 2 * self.count:
+            self.hasty = [entry for entry in self.hasty if entry[2].waits]
+            heapq.heapify(self.hasty)
         self.count -= 1
         # An empty queue starts from zero again, so that rounding errors never add up.
         self.since_sum = self.since_sum - waiter.since if self.count else 0.0
@@ -86,6 +109,8 @@ class WaitQueue(Generic[W]):
         """Who goes next."""
         if not self.count:
             return None
+        if self.open is not None:
+            self._look_at_next(self.open)
         high, medium, low = self.ranks
         if high <= medium:
             return self.lines[0][0] if high <= low else self.lines[2][0]
@@ -93,13 +118,32 @@ class WaitQueue(Generic[W]):
 
     def heads(self) -> Iterator[W]:
         """The longest waiting of each class that has any."""
+        if self.open is not None:
+            self._look_at_next(self.open)
         return (line[0] for line in self.lines if line)
 
+    def _look_at_next(self, index: int) -> None:
+        """Find the head of a class again. Drops the marked that stand before it."""
+        line = self.lines[index]
+        while line and not line[0].waits:
+            line.popleft()
+        self.ranks[index] = line[0].rank if line else INFINITY
+        self.open = None
+
+    def soonest(self) -> W | None:
+        """Who gives up first; None if nobody waits. Drops the marked that stand in front."""
+        while self.hasty and not self.hasty[0][2].waits:
+            heapq.heappop(self.hasty)
+        first = self.hasty[0][2] if self.hasty else None
+        for head in self.heads():
+            if first is None or head.deadline < first.deadline:
+                first = head
+        return first
+
     def first_deadline(self) -> float:
-        """When the first of them gives up; infinite if nobody waits. Looks at all only if that one has left."""
-        if self.soonest is not None and not self.soonest.waits:
-            self.soonest = min(self, key=lambda waiter: waiter.deadline, default=None)
-        return INFINITY if self.soonest is None else self.soonest.deadline
+        """When the first of them gives up; infinite if nobody waits."""
+        first = self.soonest()
+        return INFINITY if first is None else first.deadline
 
     def waited(self, now: float) -> float:
         """All the time spent waiting here so far, in request-seconds."""
@@ -116,58 +160,3 @@ class WaitQueue(Generic[W]):
                     break
                 place += 1
         return place
-
-
-class Deadlines(Generic[W]):
-    """When which waiter gives up, without a heap entry per request.
-
-    Requests with equal timeouts reach their deadlines in the order in which they came. So a lane is a line whose
-    deadlines never fall; a waiter joins the first lane that stays sorted. A handful of lanes holds a handful of
-    different timeouts; what fits into none goes to a small heap, cleaned whenever most of it is dead.
-    """
-
-    __slots__ = ("count", "heap", "lanes", "serial", "stale")
-    LANES = 8
-
-    def __init__(self) -> None:
-        self.lanes: list[deque[W]] = [deque() for _ in range(self.LANES)]
-        self.heap: list[tuple[float, int, W]] = []
-        self.count = 0
-        self.stale = 0
-        self.serial = 0
-
-    def add(self, waiter: W) -> None:
-        self.count += 1
-        for lane in self.lanes:
-            if not lane or lane[-1].deadline <= waiter.deadline:
-                lane.append(waiter)
-                return
-        self.serial += 1
-        heapq.heappush(self.heap, (waiter.deadline, self.serial, waiter))
-
-    def left(self) -> None:
-        """One of them does not wait any longer, and is marked."""
-        self.count -= 1
-        self.stale += 1
-        if self.stale > 64 + 2 * self.count:
-            self.lanes = [deque(each for each in lane if each.waits) for lane in self.lanes]
-            self.heap = [entry for entry in self.heap if entry[2].waits]
-            heapq.heapify(self.heap)
-            self.stale = 0
-
-    def first(self) -> W | None:
-        """Whose deadline comes next. Drops the marked that stand in front."""
-        best: W | None = None
-        for lane in self.lanes:
-            while lane and not lane[0].waits:
-                lane.popleft()
-            if lane and (best is None or lane[0].deadline < best.deadline):
-                best = lane[0]
-        while self.heap and not self.heap[0][2].waits:
-            heapq.heappop(self.heap)
-        if self.heap and (best is None or self.heap[0][0] < best.deadline):
-            best = self.heap[0][2]
-        return best
-
-    def __len__(self) -> int:
-        return self.count

@@ -67,9 +67,9 @@ class Waiter:
 
 
 class Lease:
-    """One unique grant of one or more slots of one replica."""
+    """One unique grant of one or more slots of one replica. `index` is where it stands among that one's leases."""
 
-    __slots__ = ("generation", "granted_at", "holder", "priority", "replica", "request", "slots", "waits")
+    __slots__ = ("generation", "granted_at", "holder", "index", "priority", "replica", "request", "slots", "waits")
 
     def __init__(
         self,
@@ -87,6 +87,7 @@ class Lease:
         self.replica = replica
         self.slots = slots
         self.generation = generation
+        self.index = 0
         self.priority = priority
         self.granted_at = granted_at
         self.waits = waits
@@ -154,7 +155,8 @@ class Replica:
         self.since = now
         self.wanted_at = now
         self.idle_since = now
-        self.leases: dict[str, Lease] = {}
+        # in no order; a list, since it is touched by every grant, and smaller than a dictionary
+        self.leases: list[Lease] = []
         self.free = list(range(self.slots - 1, -1, -1))
         self.adopted = self.is_placed = False
         self.claim: Claim | None = None
@@ -256,6 +258,7 @@ class Model:
         "fastest_load_s",
         "free",
         "gap_s",
+        "gives_up_at",
         "held_down",
         "keep_alive_s",
         "last_arrival",
@@ -343,6 +346,7 @@ class Model:
         self.keep_alive_s: float | None = None
         # timers and the scheduler's notes
         self.armed_at = INFINITY
+        self.gives_up_at = INFINITY
         self.look_at = INFINITY
         self.pending_rank: float | None = None
         self.peak = 0

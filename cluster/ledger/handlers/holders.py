@@ -13,6 +13,8 @@ log = logging.getLogger(__name__)
 
 READY = ReplicaState.READY
 
+#: How many requests of dead holders are ended at once. What is left of them is at the next event, which is due.
+MAX_ENDED = 2000
 MAX_ORPHANS = 10_000
 #: For so long after the last of them, in seconds, their replicas may come: also when the recovery window has closed.
 ORPHAN_S = 60.0
@@ -26,13 +28,28 @@ def holder_died(pool: Pool, event: HolderDied, now: float) -> None:
             del orphans[request]
     # A pass over everything, since holders are few, die seldom, and hold a good part of it; an index by holder would
     # cost every single request four dictionary operations.
-    for waiter in [each for each in pool.waiters.values() if each.holder == event.holder]:
-        pool.dequeue(waiter)
-        pool.finished += 1
-        pool.touched[waiter.model] = None
-    for lease in [each for each in pool.leases.values() if each.holder == event.holder]:
-        pool.release(lease, now)
-        pool.touched[lease.replica.model] = None
+    pool.left_behind.extend(each for each in pool.waiters.values() if each.holder == event.holder)
+    pool.left_behind.extend(each for each in pool.leases.values() if each.holder == event.holder)
+    end_left_behind(pool, now)
+
+
+def end_left_behind(pool: Pool, now: float) -> None:
+    """End what a dead holder waited for and held: all of it, or if it is very much, the next part of it.
+
+    Who waits may have been granted meanwhile, to nobody, and a lease may have been lost with its replica.
+    """
+    for _ in range(min(MAX_ENDED, len(pool.left_behind))):
+        left = pool.left_behind.popleft()
+        waiter, lease = pool.waiters.get(left.request), pool.leases.get(left.request)
+        if waiter is not None and waiter.holder == left.holder:
+            pool.dequeue(waiter)
+            pool.finished += 1
+            pool.touched[waiter.model] = None
+        elif lease is not None and lease.holder == left.holder:
+            pool.release(lease, now)
+            pool.touched[lease.replica.model] = None
+    if pool.left_behind:
+        pool.wake = now
 
 
 def lease_reannounced(pool: Pool, event: LeaseReannounced, now: float) -> None:

@@ -129,8 +129,9 @@ def _time_out(pool: Pool, request: str, holder: str, model: Model) -> None:
 def expire_waiters(pool: Pool, now: float) -> None:
     """Reject those whose deadline has come: all of them, or if they are very many, the next ones at the next event."""
     for _ in range(MAX_EXPIRED):
-        waiter = pool.deadlines.first()
-        if waiter is None or waiter.deadline > now:
+        deadline, model = pool.next_deadline()
+        waiter = None if model is None or deadline > now else model.queue.soonest()
+        if waiter is None:
             break
         pool.dequeue(waiter)
         pool.touched[waiter.model] = None

@@ -51,7 +51,7 @@ def left_s(pool: Pool, replica: Replica, now: float) -> float:
     """How long a victim will take to be gone, from now on: what a drain lasts, and no less than it has lasted."""
     if replica.state.is_leaving:
         return INFINITY
-    oldest = max((now - lease.granted_at for lease in replica.leases.values()), default=0.0)
+    oldest = max((now - lease.granted_at for lease in replica.leases), default=0.0)
     return pool.stop_s + max(oldest, drain_time(replica.model, len(replica.leases)))
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from cluster.ledger import snapshot, tree
 from cluster.ledger.books.queue import INFINITY, WaitQueue
+from cluster.ledger.books.records import Waiter
 from cluster.ledger.events import (
     ConfigChanged,
     LeaseReannounced,
@@ -111,6 +112,24 @@ def test_position_is_bounded() -> None:
     assert pool.models["A"].queue.position(pool.waiters["r29"], limit=10) == 10
     assert len(pool.models["A"].queue) == 30
     assert WaitQueue().head() is None
+
+
+def test_a_line_begins_anew_when_all_of_it_has_left() -> None:
+    """Whoever joins an empty class is its head, also when nobody has looked since the last one of it left."""
+    desk = Desk(model("A"))
+    now = 0.0
+    queue: WaitQueue[Waiter] = WaitQueue()
+    a = desk.ledger._pool.models["A"]
+    high, low, later = (
+        Waiter(name, "h", a, priority, 9.0, None, now) for name, priority in zip("hlk", (1, 3, 1), strict=True)
+    )
+    queue.join(high, now, 30.0)
+    queue.join(low, now, 30.0)
+    assert queue.head() is high
+    high.waits = False
+    queue.leave(high)
+    queue.join(later, 20.0, 30.0)
+    assert (queue.head(), list(queue.heads()), queue.first_deadline()) == (later, [later, low], 9.0)
 
 
 def test_decisions_end_even_if_they_should_not(

@@ -14,6 +14,7 @@ from cluster.ledger.events import (
     RequestCancelled,
     Ticked,
 )
+from cluster.ledger.handlers import holders
 from cluster.ledger.specs import ServerSpec
 from tests.unit.ledger import server_desk
 from tests.unit.ledger.desk import Desk, model
@@ -142,3 +143,43 @@ def test_a_cancelled_request_that_was_granted_is_not_reconciled_twice() -> None:
     desk.tell(RequestCancelled("r1"), HolderAnnounced("h", (("r2", desk.grants["r2"].generation),), ()), Ticked())
     assert leases(desk) == 1
     assert desk.tell(RequestArrived("r1", "h", "a", 2, 50.0)) == ["reject r1 BackendUnavailable"]
+
+
+# --- a holder that dies -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recovering", [False, True])
+def test_a_holder_of_very_much_is_let_go_in_parts(monkeypatch: pytest.MonkeyPatch, recovering: bool) -> None:
+    """No event takes long; what is left is due at once, and nobody else has to wait for it but for a free slot."""
+    monkeypatch.setattr(holders, "MAX_ENDED", 2)
+    desk = loaded()
+    for number in range(3, 7):
+        desk.arrive(f"r{number}", "a")
+    desk.arrive("mine", "a", holder="other")
+    if recovering:
+        desk.ledger._pool.recovering_until = desk.now + 60.0
+    desk.tell(HolderDied("h"))
+    assert (leases(desk), queued(desk)) == (2, 3)
+    assert desk.ledger.next_deadline() == desk.now
+    desk.tell(Ticked())
+    assert (leases(desk), queued(desk)) == (2, 1)
+    out = desk.tell(Ticked())
+    assert out == ([] if recovering else ["grant mine u"])
+    assert (leases(desk), queued(desk)) == ((0, 1) if recovering else (1, 0))
+    deadline = desk.ledger.next_deadline()
+    assert deadline is None or deadline > desk.now
+
+
+def test_what_a_dead_holder_was_granted_or_gave_up_meanwhile_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holders, "MAX_ENDED", 1)
+    desk = loaded()
+    for number in range(3, 8):
+        desk.arrive(f"r{number}", "a", holder="dying")
+    desk.arrive("mine", "a", holder="other")
+    # r3 ends with the holder, and one of the others with each event from now on, before that is looked at.
+    desk.tell(HolderDied("dying"))
+    assert desk.release("r1") == ["grant r5 u"], "r4 has just ended, and r5 is the next in line"
+    assert desk.tell(RequestCancelled("r7")) == ["grant r6 u"], "r5 has ended, and r6 is the next"
+    assert desk.tell(Ticked()) == ["grant mine u"]
+    assert desk.tell(Ticked()) == [], "r7 has left already"
+    assert (leases(desk), queued(desk)) == (2, 0)

@@ -55,7 +55,7 @@ def test_a_snapshot_is_a_value(ledger: Ledger) -> None:
 def test_progress_stands_only_at_what_loads(ledger: Ledger) -> None:
     snapshot = ledger.snapshot()
     assert "progress" not in as_dict(snapshot)["replicas"][0]
-    loads = dataclasses.replace(snapshot.replicas[0], state="LOADING", progress=0.5)
+    loads = snapshot.replicas[0]._replace(state="LOADING", progress=0.5)
     plain = as_dict(dataclasses.replace(snapshot, replicas=(loads,)))
     assert json.loads(json.dumps(plain))["replicas"][0]["progress"] == 0.5
 
