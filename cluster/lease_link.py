@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import msgpack
@@ -36,11 +37,17 @@ Settled = tuple[str, int | None, Outcome | None]
 
 def decision_of(fields: list[Any]) -> Grant | Reject | None:
     """A decision again: msgpack knows lists only."""
-    decision = unpacked(tuple(fields))
-    if not isinstance(decision, Grant):
-        return decision
-    address = decision.address and Address(*decision.address)
-    return decision._replace(slots=tuple(decision.slots), address=address, devices=tuple(decision.devices))
+    if len(fields) != len(Grant._fields):
+        return unpacked(tuple(fields))
+    request, holder, model, replica, slots, generation, queued, loading, address, devices = fields
+    found = address and _address(*address)
+    return Grant(request, holder, model, replica, tuple(slots), generation, queued, loading, found, tuple(devices))
+
+
+@lru_cache(maxsize=1024)
+def _address(*fields: Any) -> Address:
+    """One object for all leases of an engine."""
+    return Address(*fields)
 
 
 class LeaseLink:

@@ -36,6 +36,8 @@ class LeaseServer:
         self._arrive, self._settle, self._take = arrive, settle, take
         self._listener = Listener(TO_LEDGER, self._serve)
         self._here: Address | None = None
+        # decisions about those who had to wait, until the end of this turn of the event loop
+        self._decisions: dict[Connection, list[Any]] = {}
         self._turn = asyncio.Lock()
 
     async def address_for(self, node: str, here: str, folder: Path, host: Callable[[], str]) -> Address | None:
@@ -91,7 +93,14 @@ class LeaseServer:
     def _decided(self, connection: Connection, request: str, answer: Answer) -> None:
         if not answer.cancelled() and not connection.is_closed:
             self._take(request)
-            _send(connection, [answer.result()])
+            if connection not in self._decisions:
+                self._decisions[connection] = []
+                asyncio.get_running_loop().call_soon(self._send_decisions, connection)
+            self._decisions[connection].append(answer.result())
+
+    def _send_decisions(self, connection: Connection) -> None:
+        """What one event, or several of one turn of the event loop, has decided goes in one write."""
+        _send(connection, self._decisions.pop(connection))
 
 
 def _send(connection: Connection, decisions: list[Any]) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from cluster import effects, errors
 from cluster.client import LedgerClient
-from cluster.frames import ConnectionEnded, check_private
+from cluster.frames import Connection, ConnectionEnded, check_private
+from cluster.lease_link import DECISIONS
 from cluster.metrics import Outcome
 from cluster.orders import Address
 from cluster.request import Request
@@ -63,6 +64,22 @@ async def test_leases_come_and_go_without_a_call_through_ray(linked: Linked, nod
     await linked.until(0, 0)
     assert not linked.handle.calls
     assert not client._link._asked
+
+
+async def test_what_is_decided_together_is_sent_together(linked: Linked):
+    """A write for each of those who had waited would cost more than the decision about it."""
+    client = await linked.link()
+    held = await asyncio.gather(client.acquire(request("r")), client.acquire(request("s")))
+    waiting = [asyncio.ensure_future(client.acquire(request(name))) for name in ("t", "u")]
+    await linked.until(2, 2)
+    written: list[bytes] = []
+    write = Connection.write
+    linked.patch.setattr(Connection, "write", lambda self, data: (written.append(data), write(self, data)))
+    for lease in held:
+        client.release(lease)
+    for lease in await asyncio.gather(*waiting):
+        assert lease.slots in ((0,), (1,))
+    assert sum(data[4:5] == DECISIONS for data in written) == 1
 
 
 async def test_refusals_and_time_limits_are_the_errors_that_http_answers(linked: Linked):
