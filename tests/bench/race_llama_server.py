@@ -1,19 +1,23 @@
-"""A race on one GPU: a minute of overlapping streams on one model, and a visitor who wants the other.
+"""A race on one GPU between Slotpool and llama-server: two models that do not fit together, asked in turn and at once.
 
-    python tests/bench/race_llama_server.py [--llama-server PATH] [--seconds 60] [--every S] [--json FILE]
+    python tests/bench/race_llama_server.py [--llama-server PATH] [--scenes mixed busy rare calm flood] [--seeds 1 2 3]
+        [--n 40] [--tokens 48] [--rate R --share S] [--seconds 60] [--every S] [--json FILE]
 
 Slotpool runs as a user's pool does, over Ray Serve on loopback, with one logical GPU and two models that want all of
 it. llama-server runs in router mode with `--models-max 1`. Both have the same two files (SmolLM2-135M as 16-bit floats
-in a temporary folder, and as it comes, with 4 bits), threads, slots and context. One after the other, since they would
-share the same cores, each answers the same seeded list of requests that arrive when they arrive, however late the
-earlier ones are (an open loop): some 90 % of them for `often`, the next one always before the last one could be done
-if it had the machine to itself, and after three seconds six for `rare`, of all priorities. Every request streams a
-chat of about 45 prompt tokens, greedy, past any end-of-sequence token. Slotpool promises a place within 14, 17 and 20
-seconds, by priority; the router knows no such thing and swaps when it is idle.
+in a temporary folder, and as it comes, with 4 bits), threads, slots and context. They take turns, seed by seed, since
+they would share the same cores; each plays every scene (`race_scenes.py`) of a seed in one life, and is left alone for
+a while before the first.
+
+In `mixed`, `busy`, `rare` and `calm`, `--n` completions of `--tokens` tokens arrive at random; `--rate` and `--share`
+make a scene `own` of the kind. In `flood`, chats arrive for `--seconds`: some 90 % of them for `often`, the next one
+always before the last one could be done if it had the machine to itself, and after three seconds six for `rare`, of all
+priorities. Slotpool promises a place within 14, 17 and 20 seconds, by priority; the router knows no such thing and
+swaps when it is idle.
 
 The time to first token counts from the moment at which the request should have been sent, so waiting for a swap is in
-it. A request fails when it is answered with an error, or when its stream ends before its time. The makespan reaches
-from the first arrival to the last answer's end.
+it. A request fails when it is answered with an error, and is cut when its stream ends before its time. The table shows
+the median of the seeds, and their range.
 """
 
 from __future__ import annotations
@@ -21,18 +25,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import itertools
 import json
-import math
 import os
 import random
 import shutil
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -41,104 +43,49 @@ import aiohttp
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from deployments.weights import resolve_weights
-from tests.bench.bench_llama_cpp import TEXT, chat_body, llama_server
+from tests.bench import race_scenes
+from tests.bench.bench_llama_cpp import llama_server
+from tests.bench.race_scenes import FLOOD, MAX_WAIT_S, OFTEN, PATIENCE_S, RARE, SCENES, Arrival, Result, Scene
 from tests.pool import SMOLLM2, local_serve, requantised, running_pool
 
-NEW_TOKENS = 96
 SLOTS = 8
 CONTEXT = 1024
-OFTEN, RARE = "often", "rare"
-#: When the visitors come, and how long they may wait by their priority, in seconds.
-VISITS_S = (3.0, 3.2, 3.4, 3.6, 3.8, 4.0)
-MAX_WAIT_S = {"low": 20, "medium": 17, "high": 14}
-#: From one request for `often` to the next, as a part of the time that one takes alone.
+#: From one request for `often` to the next in a flood, as a part of the time that one takes alone.
 OVERLAP = 0.75
 #: How long both are left alone after they have answered for both models, in seconds.
 REST_S = 10.0
-#: What a single request may take before it counts as failed, in seconds.
-PATIENCE_S = 120.0
+
+#: What was seen, by scene and contender: one list of figures with an entry per seed.
+Seen = dict[str, dict[str, list[dict[str, Any]]]]
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """One request of the workload, and when it is sent."""
-
-    at_s: float
-    model: str
-    body: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """What became of a request; `ttft_s` is None where no text came, `error` where nothing went wrong."""
-
-    model: str
-    at_s: float
-    ttft_s: float | None
-    end_s: float
-    error: str | None
-
-
-def workload(seed: int, seconds: float, every: float) -> list[Arrival]:
-    """A request for `often` about every so many seconds, and the visitors; the same for the same seed."""
-    rng = random.Random(seed)
-    times = [(at_s, RARE, priority) for at_s, priority in zip(VISITS_S, itertools.cycle(MAX_WAIT_S), strict=False)]
-    at_s = 0.0
-    while at_s < seconds:
-        times.append((at_s, OFTEN, "medium"))
-        at_s += every * rng.uniform(0.95, 1.05)
-    arrivals = []
-    for at_s, model, priority in sorted(times):
-        body = chat_body(rng, stream=True, tokens=NEW_TOKENS)
-        arrivals.append(Arrival(at_s, model, {"model": model, "priority": priority, **body}))
-    return arrivals
-
-
-async def request(session: aiohttp.ClientSession, url: str, arrival: Arrival, started: float) -> Result:
-    """Send one request at its time and read its stream to the end."""
-    await asyncio.sleep(max(0.0, started + arrival.at_s - time.perf_counter()))
-    first = error = None
-    tail = b""
-    try:
-        async with session.post(f"{url}/v1/chat/completions", json=arrival.body) as answer:
-            async for chunk in answer.content.iter_any():
-                tail = (tail + chunk)[-4000:]
-                if first is None and TEXT.search(tail):
-                    first = time.perf_counter() - started - arrival.at_s
-        if answer.status != 200:
-            error = f"{answer.status}: {tail.decode(errors='replace')}"
-        elif b"[DONE]" not in tail or first is None or b'"error"' in tail:
-            error = f"the stream broke off: {tail[-200:].decode(errors='replace')}"
-    except (aiohttp.ClientError, TimeoutError) as failure:
-        error = f"{type(failure).__name__}: {failure}"
-    return Result(arrival.model, arrival.at_s, first, time.perf_counter() - started, error)
-
-
-async def race(url: str, seed: int, seconds: float, every: float | None) -> tuple[list[Result], float]:
-    """All answers, and the time between two arrivals for `often`, which is measured here unless it is given.
+async def prepared(session: aiohttp.ClientSession, url: str, every: float | None) -> float:
+    """The time between two arrivals for `often` in a flood, which is measured here unless it is given.
 
     Both models answer once before, so that their files are in memory; `often` is loaded.
     """
+
+    async def alone(model: str) -> float:
+        (result,) = await race_scenes.play(session, url, [race_scenes.chat(random.Random(model), 0.0, model)])
+        assert result.is_whole, f"{model} does not answer: {result}"
+        return result.took_s
+
+    for model in (OFTEN, RARE, OFTEN):
+        await alone(model)
+    await asyncio.sleep(REST_S)
+    return OVERLAP * statistics.median([await alone(OFTEN) for _ in range(5)]) if every is None else every
+
+
+async def play(
+    url: str, scenes: dict[str, Callable[[float], list[Arrival]]], every: float | None
+) -> tuple[dict[str, list[Result]], float]:
+    """The answers in each scene, and the time between two arrivals for `often` in a flood."""
     timeout = aiohttp.ClientTimeout(total=PATIENCE_S)
     # llama-server closes idle connections under the feet of a client that would use them again.
     connector = aiohttp.TCPConnector(force_close=True, limit=0)
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
-
-        async def alone(model: str) -> float:
-            body = {"model": model, **chat_body(random.Random(model), stream=True, tokens=NEW_TOKENS)}
-            result = await request(session, url, Arrival(0.0, model, body), time.perf_counter())
-            assert result.error is None, f"{model} does not answer: {result.error}"
-            return result.end_s
-
-        for model in (OFTEN, RARE, OFTEN):
-            await alone(model)
-        await asyncio.sleep(REST_S)
-        if every is None:
-            every = OVERLAP * statistics.median([await alone(OFTEN) for _ in range(5)])
-        arrivals = workload(seed, seconds, every)
-        started = time.perf_counter()
-        results = await asyncio.gather(*(request(session, url, arrival, started) for arrival in arrivals))
-        return results, every
+        every = await prepared(session, url, every)
+        return {name: await race_scenes.play(session, url, plan(every)) for name, plan in scenes.items()}, every
 
 
 @contextlib.contextmanager
@@ -164,71 +111,93 @@ def llama_router(binary: str, files: dict[str, str], threads: int) -> Iterator[s
             yield url
 
 
-def quantile(values: list[float], share: float) -> float | None:
-    """The smallest value that at least `share` of all do not exceed."""
-    return sorted(values)[math.ceil(share * len(values)) - 1] if values else None
+def plans(arguments: argparse.Namespace, seed: int) -> dict[str, Callable[[float], list[Arrival]]]:
+    """What is sent in each scene; a flood depends on how long a request takes alone."""
+    found: dict[str, Callable[[float], list[Arrival]]] = {}
+    scenes = {name: SCENES.get(name) for name in arguments.scenes}
+    if arguments.rate is not None:
+        scenes = {"own": Scene(arguments.rate, arguments.share)}
+    for name, scene in scenes.items():
+        if scene is None:
+            found[name] = lambda every: race_scenes.flood(seed, arguments.seconds, every)
+        else:
+            arrivals = race_scenes.poisson(scene, seed, arguments.n, arguments.tokens)
+            found[name] = lambda _, arrivals=arrivals: arrivals  # type: ignore[misc]
+    return found
 
 
-def figures(results: list[Result]) -> dict[str, Any]:
-    """What the table shows of one contender."""
-    firsts = [result.ttft_s for result in results if result.ttft_s is not None]
-    rare = [result.ttft_s for result in results if result.ttft_s is not None and result.model == RARE]
-    return {
-        "makespan_s": max(result.end_s for result in results),
-        "failed": sum(result.error is not None for result in results),
-        "ttft_p50_s": quantile(firsts, 0.5),
-        "ttft_p95_s": quantile(firsts, 0.95),
-        "rare_ttft_p50_s": quantile(rare, 0.5),
-        "rare_ttft_p95_s": quantile(rare, 0.95),
-    }
+def race(arguments: argparse.Namespace, contenders: dict[str, Callable[[], AbstractContextManager[str]]]) -> Seen:
+    """Every contender plays every scene with every seed; who begins changes from seed to seed."""
+    seen: Seen = defaultdict(lambda: defaultdict(list))
+    every = arguments.every
+    for turn, seed in enumerate(arguments.seeds):
+        names = list(contenders) if turn % 2 == 0 else list(contenders)[::-1]
+        for name in names:
+            with contenders[name]() as url:
+                answers, every = asyncio.run(play(url, plans(arguments, seed), every))
+            for scene, results in answers.items():
+                seen[scene][name].append(race_scenes.figures(results))
+                for result in (each for each in results if not each.is_whole):
+                    said = result.error or "the stream ended before its time"
+                    print(f"{scene}, seed {seed}, {name}: {result.model} at {result.at_s:.1f} s: {said}"[:300])
+            print(f"seed {seed}: {name} has played {', '.join(answers)}", flush=True)
+    return seen
 
 
-def show(table: dict[str, dict[str, Any]]) -> None:
-    columns = list(next(iter(table.values())))
-    print(f"{'':<14}" + "".join(f"{column:>17}" for column in columns))
-    for name, row in table.items():
-        cells = [
-            "-" if value is None else f"{value:.2f}" if isinstance(value, float) else value for value in row.values()
-        ]
-        print(f"{name:<14}" + "".join(f"{cell:>17}" for cell in cells), flush=True)
+def show(seen: Seen) -> None:
+    """Median and range of each figure."""
+    for scene, rows in seen.items():
+        columns = list(next(iter(rows.values()))[0])
+        print(f"\n{scene:<14}" + "".join(f"{column:>22}" for column in columns))
+        for name, runs in rows.items():
+            cells = []
+            for column in columns:
+                known = sorted(run[column] for run in runs if run[column] is not None)
+                if column in ("failed", "cut"):
+                    cells.append(str(sum(known)))
+                elif known:
+                    cells.append(f"{statistics.median(known):.2f} ({known[0]:.2f}-{known[-1]:.2f})")
+                else:
+                    cells.append("-")
+            print(f"{name:<14}" + "".join(f"{cell:>22}" for cell in cells), flush=True)
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llama-server", help="llama.cpp's server binary; default: the one on the PATH")
+    parser.add_argument("--scenes", nargs="+", choices=[*SCENES, FLOOD], default=[*SCENES, FLOOD])
+    parser.add_argument("--seeds", "--seed", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--n", type=int, default=40, help="requests of a scene")
+    parser.add_argument("--tokens", type=int, default=48, help="new tokens of each")
+    parser.add_argument("--rate", type=float, help="requests per second of a scene of your own, in place of the others")
+    parser.add_argument("--share", type=float, default=0.5, help="which part of them is for the first model")
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long requests arrive in a flood")
+    parser.add_argument("--every", type=float, help="seconds between two requests for the frequent model of a flood")
+    parser.add_argument("--threads", type=int, help="of either engine; default: all cores")
+    parser.add_argument("--only", choices=["slotpool", "llama_server"], help="one contender alone")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--llama-server", help="llama.cpp's server binary; default: the one on the PATH")
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long requests arrive")
-    parser.add_argument("--every", type=float, help="seconds between two requests for the frequent model")
-    parser.add_argument("--threads", type=int, help="of either engine; default: all cores")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", choices=["slotpool", "llama_server"], help="one contender alone")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    arguments = parsed()
     binary = arguments.llama_server or shutil.which("llama-server")
     if not binary and arguments.only != "slotpool":
         sys.exit("llama-server is not on the PATH: give --llama-server PATH")
     threads = arguments.threads or len(os.sched_getaffinity(0))
-    every = arguments.every
-    results: dict[str, list[Result]] = {}
     with tempfile.TemporaryDirectory(prefix="sp-weights-") as folder:
         files = {OFTEN: requantised(folder, "F16"), RARE: resolve_weights(SMOLLM2)}
-        contenders = {
+        contenders: dict[str, Callable[[], AbstractContextManager[str]]] = {
             "llama_server": lambda: llama_router(str(binary), files, threads),
             "slotpool": lambda: slotpool(files, threads),
         }
-        for name, contender in contenders.items():
-            if arguments.only in (None, name):
-                with contender() as url:
-                    results[name], every = asyncio.run(race(url, arguments.seed, arguments.seconds, every))
-    print(f"{len(next(iter(results.values())))} requests, one for {OFTEN} every {every:.2f} s")
-    for name, answers in results.items():
-        for result in answers:
-            if result.error is not None:
-                print(f"{name}: {result.model} at {result.at_s:.1f} s failed: {result.error}"[:300])
-    table = {name: figures(answers) for name, answers in results.items()}
-    show(table)
+        seen = race(arguments, {name: each for name, each in contenders.items() if arguments.only in (None, name)})
+    show(seen)
     if arguments.json:
-        requests = {name: [asdict(result) for result in answers] for name, answers in results.items()}
-        arguments.json.write_text(json.dumps({**table, "every_s": every, "requests": requests}, indent=1))
+        told = {
+            scene: {name: race_scenes.together(runs) for name, runs in rows.items()} for scene, rows in seen.items()
+        }
+        arguments.json.write_text(json.dumps(told, indent=1))
 
 
 if __name__ == "__main__":
