@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from cluster.ledger.books import pool, records
+from cluster.ledger.books import packing, pool, records
 from cluster.ledger.ledger import Ledger
 from cluster.ledger.rules import policy
 from cluster.ledger.specs import ModelSpec, NodeSpec, PoolSpec
@@ -23,6 +23,7 @@ from tests.stateful.test_planted_bugs import (
 )
 
 SEEDS = 100
+HIGH = 1
 
 
 def what_serves_is_too_large(patch: pytest.MonkeyPatch) -> None:
@@ -55,11 +56,43 @@ def test_what_has_outgrown_its_node_serves_on() -> None:
     outgrown(0)
 
 
+def rays_packing_is_no_matter(patch: pytest.MonkeyPatch) -> None:
+    """What starts beside promised room by the ledger's books starts, though Ray will book it right there."""
+    patch.setattr(packing.RayBooks, "breaks", lambda *_: False)
+
+
+def promised(seed: int) -> None:
+    """F is promised a whole device, half of which is free; d fits beside it, and Ray would start it on that half."""
+    half = {name: ModelSpec(name, num_gpus=0.5, pinned=name == "y") for name in "wxy"}
+    spec = PoolSpec(
+        models={**half, "F": ModelSpec("F", num_gpus=1.0), "d": ModelSpec("d", num_gpus=0.4)},
+        nodes={"n": NodeSpec("n", gpus=2, cpus=8.0)},
+        bound_s=(5.0, 8.0, 12.0),
+        load_prior_s=0.0,
+    )
+    world = World(spec, lambda now: Ledger(spec, epoch="e1", now=now), seed=seed, load_s=0.2)
+    # w, then x on the same device, as Ray packs them, then y on the other; only x goes on for long.
+    for when, model, service_s in ((0.0, "w", 3.5), (1.0, "x", 14.0), (2.0, "y", 1.0)):
+        world.at(when, lambda m=model, s=service_s: world.submit(m, s, priority=HIGH))  # type: ignore[misc]
+    world.at(5.0, lambda: world.submit("F", 1.0, priority=HIGH))
+    world.at(12.0, lambda: world.submit("d", 60.0))
+    world.run()
+    assert not world.crimes, world.crimes
+    waits = {each.model: each.wait_s for each in world.requests.values()}
+    assert waits["F"] is not None
+    assert waits["F"] < 15.0, f"F has waited for {waits['F']} s, and x was done after 10"
+
+
+def test_promised_room_is_kept_from_what_ray_would_start_there() -> None:
+    promised(0)
+
+
 BUGS = [
     (serve_stops_whom_we_like, run),
     (what_serves_is_too_large, outgrown),
     (a_start_is_planned_once, test_spread.run),
     (the_newest_stops_on_any_node, test_spread.run),
+    (rays_packing_is_no_matter, promised),
 ]
 
 
