@@ -276,6 +276,7 @@ class Ledger:
     def check(self) -> None:
         """Raise `AssertionError` with a precise message if an invariant is broken."""
         checks.check(self._pool)
+        snapshot.check(self._pool)
 
     def __repr__(self) -> str:
         return snapshot.describe(self._pool)

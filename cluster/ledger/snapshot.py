@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.servers import is_remote
@@ -49,7 +49,7 @@ class ReplicaRow(NamedTuple):
 
     What only the actor knows, it fills in: `pid` of the process that holds the engine, `url` of the server that it is
     in if it is in one, `started_at` of the replica (seconds since 1970), and `progress` of the load, 0.0 to 1.0, while
-    it loads. A tuple, since a large pool has ten thousand of them, all of which are made anew for every look.
+    it loads.
     """
 
     model: str
@@ -263,7 +263,7 @@ def take(pool: Pool) -> Snapshot:
         finished=pool.finished,
         rejected=pool.rejected,
         gpus=sum(node.spec.gpus for node in pool.book.nodes.values() if node.present),
-        replicas=tuple(_replica(replica) for model in pool.models.values() for replica in model.replicas),
+        replicas=tuple(_row(replica) for model in pool.models.values() for replica in model.replicas),
         models={name: _model(pool.models[name], now) for name, now in briefs(pool).items()},
         servers=servers(pool),
         nodes=tuple(
@@ -283,8 +283,24 @@ def as_dict(snapshot: Snapshot) -> dict[str, Any]:
     return plain
 
 
+def check(pool: Pool) -> None:
+    """Raise `AssertionError` if a replica would be shown as it was before. Notes how it is now, for the next time."""
+    for model in pool.models.values():
+        for replica in model.replicas:
+            row = _replica(replica)
+            assert replica.row in (None, row), f"{replica} would be shown as {replica.row}"
+            replica.row = row
+
+
+def _row(replica: Replica) -> ReplicaRow:
+    """Made anew only if something has changed: a large pool has ten thousand of them."""
+    row = replica.row
+    if row is None:
+        row = replica.row = _replica(replica)
+    return cast(ReplicaRow, row)
+
+
 def _replica(replica: Replica) -> ReplicaRow:
-    # By position, and the name of the state from a list: this is most of what a snapshot costs.
     return ReplicaRow(
         replica.model.name,
         replica.uid,

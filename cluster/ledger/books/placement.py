@@ -402,7 +402,7 @@ class Book:
             place = account.beside_processes(shape, hosts)
         if place is not None:
             account.widen(max(place.devices, default=-1) + 1)
-            replica.place = place._replace(booked=planned.booked)
+            replica.place, replica.row = place._replace(booked=planned.booked), None
         self.take(replica)
         self.excuse(replica.place.node)
         return place is not None
@@ -418,7 +418,7 @@ class Book:
     def move(self, replica: Replica, place: Place) -> None:
         """Book a replica on another place than before."""
         self.credit(replica)
-        replica.place = place
+        replica.place, replica.row = place, None
         self.take(replica)
 
     def rebook(self, replica: Replica, booked: tuple[int, ...]) -> None:

@@ -93,8 +93,8 @@ class Pool:
         self.drained = False
         # what a replica without an engine takes of its host's memory: assumed, then as the last one has said
         self.asleep_mib = ASLEEP_MIB
-        # what dead holders waited for and held, as far as it has not ended yet
-        self.left_behind: deque[Waiter | Lease] = deque()
+        # holders that have died, each with the requests that are still to be looked at for being his, the first last
+        self.left_behind: deque[tuple[str, list[Waiter | Lease]]] = deque()
         # who is there to ask for models; when to look whether all is quiet, and how many had asked when that was noted
         self.holders: set[str] = set()
         self.quiet_at = INFINITY
@@ -205,6 +205,7 @@ class Pool:
         lease = Lease(request, holder, replica, taken, generation, priority, now, waits)
         lease.index = len(replica.leases)
         replica.leases.append(lease)
+        replica.row = None
         self.leases[request] = lease
         return lease
 
@@ -253,6 +254,7 @@ class Pool:
         replica = lease.replica
         model = replica.model
         del self.leases[lease.request]
+        replica.row = None
         last = replica.leases.pop()
         if last is not lease:
             last.index = index = lease.index
@@ -316,6 +318,7 @@ class Pool:
         """Its place is an engine's from now on, or is one no longer."""
         model = replica.model
         replica.is_placed = placed
+        replica.row = None
         model.placed += 1 if placed else -1
         if placed:
             model.quiet_from = -INFINITY
@@ -366,6 +369,7 @@ class Pool:
         model.counts[after] += after is not COLD
         replica.state = after
         replica.since = now
+        replica.row = None
         if (before >= DRAINING) != (after >= DRAINING):
             self.book.note_going(replica)
         if after is READY:

@@ -106,7 +106,7 @@ class Replica:
     `deaths` counts how often its engine died in short succession. `strayed`: the engine is on other devices than told.
     `host_mib` is what the replica itself takes of its host's memory. `engine_sleeps`: it is ASLEEP with its engine, at
     level 1; `falls_asleep`: it is UNLOADING for that; `wakes`: it is LOADING by waking it. `rested_at` is since when it
-    has had nothing loaded.
+    has had nothing loaded. `row` is how it was last shown, None if something of that has changed since.
     """
 
     __slots__ = (
@@ -131,6 +131,7 @@ class Replica:
         "place",
         "rested_at",
         "revision",
+        "row",
         "serial",
         "since",
         "slots",
@@ -174,6 +175,7 @@ class Replica:
         self.address: object = None
         self.devices: tuple[str, ...] | None = None
         self.suspected = False
+        self.row: tuple[object, ...] | None = None
 
     def __repr__(self) -> str:
         return f"<Replica {self.model.name}/{self.uid or '?'} {self.state.name} {self.used}/{self.slots}>"
@@ -183,6 +185,7 @@ class Replica:
         assert not self.leases, f"{self} is in use"
         self.slots = slots
         self.free = list(range(slots - 1, -1, -1))
+        self.row = None
 
     @property
     def age(self) -> tuple[float, int]:

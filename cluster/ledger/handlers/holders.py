@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from cluster.ledger.books.pool import Pool
-from cluster.ledger.books.records import Lease
+from cluster.ledger.books.records import Lease, Waiter
 from cluster.ledger.events import HolderAnnounced, HolderDied, LeaseReannounced
 from cluster.ledger.states import ReplicaState
 
@@ -13,8 +13,10 @@ log = logging.getLogger(__name__)
 
 READY = ReplicaState.READY
 
-#: How many requests of dead holders are ended at once. What is left of them is at the next event, which is due.
-MAX_ENDED = 2000
+#: How many requests are looked at for being a dead holder's, and how many of his are ended, at one event. The next one,
+#: which is due at once, goes on with the others.
+MAX_LOOKED = 20_000
+MAX_ENDED = 500
 MAX_ORPHANS = 10_000
 #: For so long after the last of them, in seconds, their replicas may come: also when the recovery window has closed.
 ORPHAN_S = 60.0
@@ -28,28 +30,42 @@ def holder_died(pool: Pool, event: HolderDied, now: float) -> None:
             del orphans[request]
     # A pass over everything, since holders are few, die seldom, and hold a good part of it; an index by holder would
     # cost every single request four dictionary operations.
-    pool.left_behind.extend(each for each in pool.waiters.values() if each.holder == event.holder)
-    pool.left_behind.extend(each for each in pool.leases.values() if each.holder == event.holder)
+    # It takes a few events: none is to look at a hundred thousand requests.
+    requests: list[Waiter | Lease] = [*pool.waiters.values(), *pool.leases.values()]
+    requests.reverse()
+    pool.left_behind.append((event.holder, requests))
     end_left_behind(pool, now)
 
 
 def end_left_behind(pool: Pool, now: float) -> None:
-    """End what a dead holder waited for and held: all of it, or if it is very much, the next part of it.
+    """End what a dead holder waited for and held: all of it, or if there is very much in the pool, a part of it.
 
-    Who waits may have been granted meanwhile, to nobody, and a lease may have been lost with its replica.
+    Who waited may have been granted meanwhile, to nobody, and a lease may have been lost with its replica.
     """
-    for _ in range(min(MAX_ENDED, len(pool.left_behind))):
-        left = pool.left_behind.popleft()
-        waiter, lease = pool.waiters.get(left.request), pool.leases.get(left.request)
-        if waiter is not None and waiter.holder == left.holder:
-            pool.dequeue(waiter)
-            pool.finished += 1
-            pool.touched[waiter.model] = None
-        elif lease is not None and lease.holder == left.holder:
-            pool.release(lease, now)
-            pool.touched[lease.replica.model] = None
+    holder, requests = pool.left_behind[0]
+    ended = 0
+    for _ in range(min(MAX_LOOKED, len(requests))):
+        each = requests.pop()
+        if each.holder == holder:
+            _end(pool, each.request, holder, now)
+            ended += 1
+        if ended == MAX_ENDED:
+            break
+    if not requests:
+        pool.left_behind.popleft()
     if pool.left_behind:
         pool.wake = now
+
+
+def _end(pool: Pool, request: str, holder: str, now: float) -> None:
+    waiter, lease = pool.waiters.get(request), pool.leases.get(request)
+    if waiter is not None and waiter.holder == holder:
+        pool.dequeue(waiter)
+        pool.finished += 1
+        pool.touched[waiter.model] = None
+    elif lease is not None and lease.holder == holder:
+        pool.release(lease, now)
+        pool.touched[lease.replica.model] = None
 
 
 def lease_reannounced(pool: Pool, event: LeaseReannounced, now: float) -> None:

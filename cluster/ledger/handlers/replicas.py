@@ -177,7 +177,7 @@ def replica_ready(pool: Pool, event: ReplicaReady, now: float) -> None:
     if replica.ordered and replica.order_due == INFINITY and not replica.wakes:
         model.loads_seen += 1
         model.fastest_load_s = min(model.fastest_load_s, now - replica.order_began)
-    replica.address, replica.devices = event.address, event.devices
+    replica.address, replica.devices, replica.row = event.address, event.devices, None
     replica.order_due = INFINITY
     replica.has_engine, replica.suspected = True, False
     took = now - replica.wanted_at

@@ -27,6 +27,7 @@ def replan(pool: Pool, started: Replica, now: float, *, is_new: bool) -> None:
         shape = replica.place.shape
         place = pool.book.node(node.name).fit(shape, pool.book.hosts(shape))
         replica.place = place or replica.place
+        replica.row = None
         pool.book.take(replica)
         if place is None:
             # Serve hears of it only if there is no room for it anywhere: all that changes is what is expected.
