@@ -120,6 +120,7 @@ class Pool:
         self.timers: list[tuple[float, int, Model]] = []
         # when the first waiter of each model gives up, or one who has left would have
         self.expected: list[tuple[float, int, Model]] = []
+        self.expectations = 0
         # nothing is due before this; it may be too early, never too late
         self.wake = now
         self.turns: dict[str, dict[str, float]] = {}
@@ -150,8 +151,8 @@ class Pool:
     def _expect(self, model: Model, deadline: float) -> None:
         """The first of the waiters of a model gives up then, or has left before."""
         model.gives_up_at = deadline
-        self.serial += 1
-        heapq.heappush(self.expected, (deadline, self.serial, model))
+        self.expectations += 1
+        heapq.heappush(self.expected, (deadline, self.expectations, model))
 
     def next_deadline(self) -> tuple[float, Model | None]:
         """When the next waiter of all gives up, and for which model he waits; infinite if nobody does."""
