@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from cluster.config import LlamaCppModel, ModelConfig, PoolConfig
+from cluster.config import LaunchedModel, LlamaCppModel, ModelConfig, PoolConfig, RemoteModel
+from deployments.engines.launch import launch_of
 from deployments.engines.llama_cpp.gguf import GgufError, GgufHeader, read_header
 from deployments.engines.registry import estimate_mib
 from deployments.weights import KINDS, weights_at_hand
@@ -77,6 +79,13 @@ def _surroundings(where: str, model: ModelConfig) -> list[Problem]:
     found = []
     if model.python is not None and not os.access(Path(model.python).expanduser(), os.X_OK):
         found.append(Problem(ERROR, f"{where}.python", f"there is no interpreter {model.python!r}"))
+    if isinstance(model, LaunchedModel):
+        program = launch_of("", model, model.model_path or "", 0).command[0]
+        if shutil.which(program) is None:
+            found.append(Problem(ERROR, f"{where}.engine_kwargs", f"there is no program {program!r}"))
+    variable = model.remote_api_key_env if isinstance(model, RemoteModel) else None
+    if variable is not None and variable not in os.environ:
+        found.append(Problem(WARNING, f"{where}.remote_api_key_env", f"{variable} is not set here"))
     kind = (model.model_path or "").partition(":")[0]
     if model.model_path and kind not in KINDS and not Path(model.model_path).expanduser().is_absolute():
         found.append(Problem(WARNING, f"{where}.model_path", "a relative path depends on where the pool is started"))

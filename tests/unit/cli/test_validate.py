@@ -99,6 +99,24 @@ def test_a_machine_without_gpus_is_no_mistake_of_the_configuration(tmp_path: Pat
     assert "warning: models: a want a GPU and this machine has none" in result.output
 
 
+def test_the_command_of_a_server_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    models = {
+        "there": {"backend": "server", "engine_kwargs": {"command": "sh -c true ${PORT}"}},
+        "gone": {"backend": "server", "engine_kwargs": {"command": "no-such-program ${PORT}"}},
+        "paid": {
+            "backend": "openai_compatible",
+            "remote_base_url": "https://api.example/v1",
+            "remote_api_key_env": "NO_SUCH_KEY",
+        },
+    }
+    result = validate(tmp_path, models)
+    assert result.exit_code == 1
+    assert "error: models.gone.engine_kwargs: there is no program 'no-such-program'" in result.output
+    assert "warning: models.paid.remote_api_key_env: NO_SUCH_KEY is not set here" in result.output
+    assert "models.there" not in result.output
+
+
 def test_a_servers_key_that_is_not_set_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     servers = [{"url": "http://box:1", "api_key_env": "NO_SUCH_KEY"}]
