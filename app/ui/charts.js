@@ -12,10 +12,40 @@ const STEPS = SHOWN_S / STEP_S;
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
 const CHARTS = [
-  { id: "tokens", title: "Output tokens per second", series: [{ name: "tokens/s", ink: "--ink-1", fill: true }], data: tokens, said: (value) => String(value < 10 ? Math.round(value * 10) / 10 : Math.round(value)) },
-  { id: "running", title: "Requests", series: [{ name: "running", ink: "--ink-1" }, { name: "waiting", ink: "--ink-2" }], data: running, said: String },
-  { id: "ttft", title: "Time to the first token", series: [{ name: "TTFT", ink: "--ink-3", dots: true }], data: (state, now) => dots(state, now, ["ttft_s"]), said: span },
-  { id: "waits", title: "Waits", series: [{ name: "queue", ink: "--ink-2", dots: true }, { name: "load", ink: "--ink-4", dots: true }], data: (state, now) => dots(state, now, ["queue_wait_s", "load_wait_s"]), said: span },
+  {
+    id: "tokens",
+    title: "Output tokens per second",
+    series: [{ name: "tokens/s", ink: "--ink-1", fill: true }],
+    data: tokens,
+    said: (value) => String(value < 10 ? Math.round(value * 10) / 10 : Math.round(value)),
+  },
+  {
+    id: "running",
+    title: "Requests",
+    series: [
+      { name: "running", ink: "--ink-1" },
+      { name: "waiting", ink: "--ink-2" },
+    ],
+    data: running,
+    said: String,
+  },
+  {
+    id: "ttft",
+    title: "Time to the first token",
+    series: [{ name: "TTFT", ink: "--ink-3", dots: true }],
+    data: (state, now) => dots(state, now, ["ttft_s"]),
+    said: span,
+  },
+  {
+    id: "waits",
+    title: "Waits",
+    series: [
+      { name: "queue", ink: "--ink-2", dots: true },
+      { name: "load", ink: "--ink-4", dots: true },
+    ],
+    data: (state, now) => dots(state, now, ["queue_wait_s", "load_wait_s"]),
+    said: span,
+  },
 ];
 
 function tokens(state, now) {
@@ -39,7 +69,9 @@ export function Charts({ state, now }) {
   return html`
     <section aria-labelledby="h-charts" class="charts">
       <h2 id="h-charts">Last five minutes</h2>
-      <div class="grid">${CHARTS.map((chart) => html`<${Chart} key=${chart.id} chart=${chart} state=${state} now=${now} />`)}</div>
+      <div class="grid">
+        ${CHARTS.map((chart) => html`<${Chart} key=${chart.id} chart=${chart} state=${state} now=${now} />`)}
+      </div>
       <p class="dim">A request's tokens are counted when it has ended, over the time in which they came.</p>
     </section>`;
 }
@@ -95,7 +127,12 @@ class Chart extends Component {
     const style = getComputedStyle(document.documentElement);
     const ink = (name) => style.getPropertyValue(name).trim();
     const { chart } = this.props;
-    const axis = { stroke: ink("--dim"), grid: { stroke: ink("--line"), width: 1 }, ticks: { show: false }, font: "11px system-ui" };
+    const axis = {
+      stroke: ink("--dim"),
+      grid: { stroke: ink("--line"), width: 1 },
+      ticks: { show: false },
+      font: "11px system-ui",
+    };
     const series = chart.series.map((each) => ({
       label: each.name,
       stroke: ink(each.ink),
@@ -104,17 +141,32 @@ class Chart extends Component {
       paths: each.dots ? () => null : undefined,
       points: { show: Boolean(each.dots), size: 5, fill: ink(each.ink) },
     }));
-    this.plot = new uPlot({
-      ...this.size(),
-      legend: { show: false },
-      cursor: { show: false },
-      scales: { x: { time: true, auto: false }, y: { auto: false } },
-      series: [{}, ...series],
-      axes: [
-        { ...axis, space: 70, size: 24, values: (_, ticks) => ticks.map((tick) => uPlot.fmtDate("{HH}:{mm}")(new Date(tick * 1000))), incrs: [60, 120] },
-        { ...axis, space: 30, size: 52, values: (_, ticks) => ticks.map((tick) => chart.said === span ? span(tick) : chart.said(tick)) },
-      ],
-    }, this.data(), this.box);
+    this.plot = new uPlot(
+      {
+        ...this.size(),
+        legend: { show: false },
+        cursor: { show: false },
+        scales: { x: { time: true, auto: false }, y: { auto: false } },
+        series: [{}, ...series],
+        axes: [
+          {
+            ...axis,
+            space: 70,
+            size: 24,
+            values: (_, ticks) => ticks.map((tick) => uPlot.fmtDate("{HH}:{mm}")(new Date(tick * 1000))),
+            incrs: [60, 120],
+          },
+          {
+            ...axis,
+            space: 30,
+            size: 52,
+            values: (_, ticks) => ticks.map((tick) => (chart.said === span ? span(tick) : chart.said(tick))),
+          },
+        ],
+      },
+      this.data(),
+      this.box,
+    );
     this.scale();
   }
 
@@ -128,8 +180,10 @@ class Chart extends Component {
     const words = said.map(({ name, value }) => `${name} ${value}`).join(", ");
     return html`
       <figure class="chart" data-chart=${chart.id}>
-        <figcaption>${chart.title}<span>${said.map(({ name, value, ink }) => html`
-          <span class="key ${ink.slice(2)}">${name} <b>${value}</b></span>`)}</span></figcaption>
+        <figcaption>${chart.title}<span>${said.map(
+          ({ name, value, ink }) => html`
+          <span class="key ${ink.slice(2)}">${name} <b>${value}</b></span>`,
+        )}</span></figcaption>
         <div class="plot" ref=${this.plotted} role="img" aria-label=${`${chart.title}: ${words}`}></div>
       </figure>`;
   }

@@ -73,25 +73,32 @@ export class Chat extends Component {
           <label>Model <select value=${model} onChange=${(event) => choose(event.target.value)}>
             ${models.map((name) => html`<option key=${name} value=${name}>${name}</option>`)}
           </select></label>
-          <button disabled=${!turns.length || control} onClick=${() => this.setState({ turns: [], status: "", error: "" })}>Clear</button>
+          <button disabled=${!turns.length || control}
+            onClick=${() => this.setState({ turns: [], status: "", error: "" })}>Clear</button>
         </div>
         <ol class="turns scroll" tabindex="0" aria-label="Conversation" ref=${this.end}>
           ${!turns.length && html`<li class="empty">What you ask here goes through the pool like any request.</li>`}
-          ${turns.map((turn, index) => html`
+          ${turns.map(
+            (turn, index) => html`
             <li key=${index} class=${turn.role}>
               <b>${turn.role === "user" ? "You" : turn.model}</b>
               ${turn.thoughts && html`<details><summary>Thoughts</summary>${turn.thoughts}</details>`}
               <p>${turn.text}</p>
               ${turn.facts && html`<small class="dim">${turn.facts}</small>`}
-            </li>`)}
+            </li>`,
+          )}
         </ol>
         <p role="status" class=${error ? "said bad" : "said"}>${error || status}</p>
         <div class="ask">
           <textarea ref=${this.input} rows="2" aria-label="Message" placeholder="Message; Enter sends" value=${text}
-            onInput=${(event) => this.setState({ text: event.target.value })} onKeyDown=${(event) => this.keyed(event)}></textarea>
-          ${control
-            ? html`<button onClick=${() => control.abort()}>Stop</button>`
-            : html`<button class="primary" disabled=${!text.trim() || !model} onClick=${() => this.send()}>Send</button>`}
+            onInput=${(event) => this.setState({ text: event.target.value })}
+            onKeyDown=${(event) => this.keyed(event)}></textarea>
+          ${
+            control
+              ? html`<button onClick=${() => control.abort()}>Stop</button>`
+              : html`<button class="primary" disabled=${!text.trim() || !model}
+                  onClick=${() => this.send()}>Send</button>`
+          }
         </div>
       </section>`;
   }

@@ -1,4 +1,5 @@
-// Server-sent events over fetch, since EventSource can send no key: resumed behind the last one whenever they are cut off.
+// Server-sent events over fetch, since EventSource can send no key: resumed behind the last one whenever they are cut
+// off.
 
 import { call, checked } from "./api.js";
 
@@ -39,8 +40,8 @@ function parsedEvent(part) {
   return found;
 }
 
-// Follows the pool for ever. `told` gets every event, `changed` the connection's state: "live", "lost" or "refused" with
-// the refusal. After a refusal it waits for `retry` before it tries again.
+// Follows the pool for ever. `told` gets every event, `changed` the connection's state: "live", "lost" or "refused"
+// with the refusal. After a refusal it waits for `retry` before it tries again.
 export async function follow({ told, changed, retry }) {
   let last = "";
   let lost = 0;

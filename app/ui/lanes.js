@@ -2,9 +2,17 @@
 
 import { html } from "./html.js";
 import { victimsOf } from "./state.js";
-import { ago, percent, plural, size, span, whyLeft } from "./words.js";
+import { ago, plural, size, span, whyLeft } from "./words.js";
 
-const WORDS = { READY: "loaded", STARTING: "starting", LOADING: "loading", DRAINING: "draining", UNLOADING: "unloading", STOPPING: "stopping", ASLEEP: "asleep" };
+const WORDS = {
+  READY: "loaded",
+  STARTING: "starting",
+  LOADING: "loading",
+  DRAINING: "draining",
+  UNLOADING: "unloading",
+  STOPPING: "stopping",
+  ASLEEP: "asleep",
+};
 
 // The lanes in order: every device of every machine, then what needs none, then the servers.
 function lanesOf(state) {
@@ -31,7 +39,7 @@ export function Lanes({ state, now }) {
       <h2 id="h-lanes">Devices and servers</h2>
       ${lanes.map((lane) => html`<${Lane} key=${lane.id} state=${state} lane=${lane} now=${now} />`)}
       ${servers.map((row) => html`<${Server} key=${row.url} row=${row} />`)}
-      ${!lanes.length && !servers.length && html`<p class="empty">No model is loaded, and no device or server is known.</p>`}
+      ${!lanes.length && !servers.length && html`<p class="empty">Nothing is loaded, and no device is known.</p>`}
     </section>`;
 }
 
@@ -40,7 +48,11 @@ function Lane({ state, lane, now }) {
   const asleep = lane.rows.filter((row) => row.state === "ASLEEP");
   const gpu = state.gpus.find((row) => row.node === lane.node && row.index === lane.index);
   const budget = state.nodes.find((row) => row.name === lane.node)?.device_memory_mib;
-  const memory = gpu ? `${size(gpu.used_mib)} of ${size(gpu.total_mib)}` : lane.index !== null && budget ? size(budget) : "";
+  const memory = gpu
+    ? `${size(gpu.used_mib)} of ${size(gpu.total_mib)}`
+    : lane.index !== null && budget
+      ? size(budget)
+      : "";
   return html`
     <div class="lane" data-lane=${lane.name}>
       <div class="lane-name">
@@ -91,10 +103,11 @@ const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 function Loading({ row, model, now }) {
   const told = typeof row.progress === "number";
   const guess = model.load_s ? Math.min(0.95, Math.max(0, now - row.since) / model.load_s) : null;
+  const far = told ? `${Math.round(row.progress * 100)} %` : "loading";
   const usual = model.load_s ? `usually ${span(model.load_s)}` : "for the first time";
   return html`
     <progress max="1" value=${told ? row.progress : guess} aria-label=${`load of ${row.model}`}></progress>
-    <p class="why">${told ? percent(row.progress).slice(2, -1) : "loading"} · ${span(Math.max(0, now - row.since))}, ${usual}</p>`;
+    <p class="why">${far} · ${span(Math.max(0, now - row.since))}, ${usual}</p>`;
 }
 
 // Slots as boxes, as long as one can count them; else as a bar.
@@ -103,8 +116,13 @@ function Slots({ row }) {
   const boxes = Array.from({ length: few ? row.slots : 0 }, (_, index) => index < row.used);
   return html`
     <div class="slots">
-      ${few ? html`<span class="boxes" aria-hidden="true">${boxes.map((used) => html`<i class=${used ? "used" : ""}></i>`)}</span>`
-        : html`<${Meter} value=${row.used} of=${row.slots} label=${`slots of ${row.model}`} />`}
+      ${
+        few
+          ? html`<span class="boxes" aria-hidden="true">
+              ${boxes.map((used) => html`<i class=${used ? "used" : ""}></i>`)}
+            </span>`
+          : html`<${Meter} value=${row.used} of=${row.slots} label=${`slots of ${row.model}`} />`
+      }
       <span class="dim">${row.used} of ${plural(row.slots, "slot")}</span>
     </div>`;
 }
@@ -114,6 +132,7 @@ function Meter({ value, of, label }) {
 }
 
 function Server({ row }) {
+  const models = plural(row.available_models.length, "model");
   const word = row.is_up ? (row.active_requests ? "busy" : "idle") : "down";
   return html`
     <div class="lane" data-lane=${row.url}>
@@ -125,7 +144,7 @@ function Server({ row }) {
           </div>
           <div class="slots">
             <${Meter} value=${row.active_requests} of=${row.max_concurrent} label=${`requests of ${row.url}`} />
-            <span class="dim">${row.active_requests} of ${plural(row.max_concurrent, "slot")}, ${plural(row.available_models.length, "model")}</span>
+            <span class="dim">${row.active_requests} of ${plural(row.max_concurrent, "slot")}, ${models}</span>
           </div>
           ${row.last_refresh_error && html`<p class="why bad">${row.last_refresh_error}</p>`}
         </li>

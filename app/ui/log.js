@@ -19,12 +19,16 @@ export class Log extends Component {
       <section aria-labelledby="h-log" class="log">
         <h2 id="h-log">Log</h2>
         <div class="tools">
-          <label>Only lines with <input type="search" value=${filter} onInput=${(event) => this.setState({ filter: event.target.value })} /></label>
-          <label><input type="checkbox" checked=${requests} onChange=${(event) => this.setState({ requests: event.target.checked })} /> requests</label>
+          <label>Only lines with <input type="search" value=${filter}
+            onInput=${(event) => this.setState({ filter: event.target.value })} /></label>
+          <label><input type="checkbox" checked=${requests}
+            onChange=${(event) => this.setState({ requests: event.target.checked })} /> requests</label>
         </div>
         <ol class="scroll tall" tabindex="0" aria-label="What happened, newest first">
-          ${lines.map(({ change, text, grave }) => html`
-            <li key=${change.id} class=${grave}><time>${clock(change.time)}</time> ${text}</li>`)}
+          ${lines.map(
+            ({ change, text, grave }) => html`
+            <li key=${change.id} class=${grave}><time>${clock(change.time)}</time> ${text}</li>`,
+          )}
         </ol>
       </section>`;
   }

@@ -92,7 +92,8 @@ class Page extends Component {
             <${Requests} state=${pool} />
           </div>
           <div>
-            <${Chat} models=${names} model=${tried || names[0] || ""} tries=${tries} choose=${(name) => this.setState({ tried: name })} />
+            <${Chat} models=${names} model=${tried || names[0] || ""} tries=${tries}
+              choose=${(name) => this.setState({ tried: name })} />
             <${Log} state=${pool} />
           </div>
         </div>
@@ -138,7 +139,7 @@ class Key extends Component {
         <label for="key">The pool's admin key (or an API key, where there are no admin keys)</label>
         <input id="key" type="password" autocomplete="off" ref=${this.input} />
         <button class="primary">Use it</button>
-        <p class="dim">${refusal ? refusal.message : "It is kept until this tab is closed. An empty one is forgotten."}</p>
+        <p class="dim">${refusal?.message ?? "It is kept until this tab is closed. An empty one is forgotten."}</p>
       </form>`;
   }
 }

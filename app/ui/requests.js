@@ -16,21 +16,31 @@ export class Requests extends Component {
       <section aria-labelledby="h-requests" class="requests">
         <h2 id="h-requests">Recent requests</h2>
         <p class="legend">${PARTS.map((part) => html`<span class="key ${part}">${part}</span>`)}</p>
-        ${!rows.length ? html`<p class="empty">No request has ended yet.</p>` : html`
+        ${
+          !rows.length
+            ? html`<p class="empty">No request has ended yet.</p>`
+            : html`
           <div class="scroll tall" tabindex="0" role="group" aria-label="Recent requests"><table>
-            <thead><tr><th scope="col">Ended</th><th scope="col">Model</th><th scope="col" class="wide">By</th><th scope="col" class="wide">Class</th>
-              <th scope="col" class="num">Status</th><th scope="col">Time</th><th scope="col" class="num wide">Tokens</th></tr></thead>
-            <tbody>${rows.map((row) => html`<${Row} key=${row.id} row=${row} show=${() => this.setState({ open: row })} />`)}</tbody>
-          </table></div>`}
+            <thead><tr><th scope="col">Ended</th><th scope="col">Model</th><th scope="col" class="wide">By</th>
+              <th scope="col" class="wide">Class</th>
+              <th scope="col" class="num">Status</th><th scope="col">Time</th>
+              <th scope="col" class="num wide">Tokens</th></tr></thead>
+            <tbody>
+              ${rows.map((row) => html`<${Row} key=${row.id} row=${row} show=${() => this.setState({ open: row })} />`)}
+            </tbody>
+          </table></div>`
+        }
         ${open && html`<${Detail} pool=${pool} row=${open} close=${() => this.setState({ open: null })} />`}
       </section>`;
   }
 }
 
 function Row({ row, show }) {
+  const ended = clock(row.time);
   return html`
     <tr data-request=${row.id}>
-      <td><button class="link" onClick=${show} aria-label=${`details of the request that ended at ${clock(row.time)}`}>${clock(row.time)}</button></td>
+      <td><button class="link" aria-label=${`details of the request that ended at ${ended}`}
+        onClick=${show}>${ended}</button></td>
       <td>${row.model}</td>
       <td class="wide">${row.principal}</td>
       <td class="wide"><span class="class ${CLASSES[row.priority - 1]}">${CLASSES[row.priority - 1]}</span></td>
@@ -45,12 +55,17 @@ function Timing({ row }) {
   const split = phases(row);
   const whole = PARTS.reduce((sum, part) => sum + (split[part] ?? 0), 0);
   let at = 0;
-  const bars = whole === 0 ? [] : PARTS.map((part) => {
-    const width = (100 * (split[part] ?? 0)) / whole;
-    at += width;
-    return html`<rect key=${part} class=${part} x=${at - width} y="0" width=${width} height="10" />`;
-  });
-  const told = PARTS.filter((part) => split[part]).map((part) => `${part} ${span(split[part])}`).join(" · ");
+  const bars =
+    whole === 0
+      ? []
+      : PARTS.map((part) => {
+          const width = (100 * (split[part] ?? 0)) / whole;
+          at += width;
+          return html`<rect key=${part} class=${part} x=${at - width} y="0" width=${width} height="10" />`;
+        });
+  const told = PARTS.filter((part) => split[part])
+    .map((part) => `${part} ${span(split[part])}`)
+    .join(" · ");
   return html`<span class="timing" title=${told}>
     <svg viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">${bars}</svg>
     <span>${span(row.total_s)}</span><span class="for-ear">${told}</span></span>`;
@@ -65,7 +80,8 @@ class Detail extends Component {
 
   render({ pool, row, close }) {
     const split = phases(row);
-    const rate = row.output_tokens > 1 && split.decode ? `${((row.output_tokens - 1) / split.decode).toFixed(1)} tokens/s` : "–";
+    const rate =
+      row.output_tokens > 1 && split.decode ? `${((row.output_tokens - 1) / split.decode).toFixed(1)} tokens/s` : "–";
     const facts = [
       ["Ended", new Date(row.time * 1000).toLocaleString()],
       ["Model", row.model],
@@ -76,7 +92,12 @@ class Detail extends Component {
       ...PARTS.map((part) => [part, span(split[part])]),
       ["first token after", span(row.ttft_s)],
       ["whole", span(row.total_s)],
-      ["prompt", row.prompt_tokens === null ? "–" : `${plural(row.prompt_tokens, "token")}, ${row.cached_tokens ?? 0} of them cached`],
+      [
+        "prompt",
+        row.prompt_tokens === null
+          ? "–"
+          : `${plural(row.prompt_tokens, "token")}, ${row.cached_tokens ?? 0} of them cached`,
+      ],
       ["answer", row.output_tokens === null ? "–" : plural(row.output_tokens, "token")],
       ["decode rate", rate],
       ["X-Request-Id", row.trace || "–"],
@@ -87,8 +108,11 @@ class Detail extends Component {
       <dialog class="detail" ref=${this.dialog} aria-labelledby="h-detail" onClose=${close}>
         <h2 id="h-detail">Request</h2>
         <dl>${facts.map(([name, value]) => html`<div><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>
-        ${about.length > 0 && html`<h3>What was done for it</h3>
-          <ul>${about.map((change) => html`<li>${clock(change.time)} ${said(change.text)}</li>`)}</ul>`}
+        ${
+          about.length > 0 &&
+          html`<h3>What was done for it</h3>
+          <ul>${about.map((change) => html`<li>${clock(change.time)} ${said(change.text)}</li>`)}</ul>`
+        }
         <p class="dim">Prompts and answers are not kept.</p>
         <button autofocus onClick=${() => this.dialog.current.close()}>Close</button>
       </dialog>`;

@@ -34,7 +34,8 @@ export const clock = (time) => new Date(time * 1000).toLocaleTimeString([], { ho
 export const said = (text) => text.replaceAll(/\b([0-9a-f]{8})[0-9a-f-]{24,28}\b/g, "$1…");
 
 // Why a model leaves its place, or has left it, with the model that got it; the log has the whole reason.
-export const whyLeft = (left) => `${left.by ? `for ${left.by}: ` : "because "}${said(left.why).split(/ \(|, which costs/)[0]}`;
+export const whyLeft = (left) =>
+  `${left.by ? `for ${left.by}: ` : "because "}${said(left.why).split(/ \(|, which costs/)[0]}`;
 
 export function bound(model, now) {
   if (model.bound_at === null) return "";
@@ -52,7 +53,8 @@ export function whyWaits(state, model, now) {
     return `all slots are in use: ${used} of ${slots}`;
   }
   const loads = replicas.find((row) => row.state === "LOADING");
-  if (loads) return `it loads${percent(loads.progress)}${model.load_s ? `; a load takes about ${span(model.load_s)}` : ""}`;
+  if (loads)
+    return `it loads${percent(loads.progress)}${model.load_s ? `; a load takes about ${span(model.load_s)}` : ""}`;
   const victims = victimsOf(state, model);
   if (victims.length) return `waits for ${goers(victims)}${bound(model, now)}`;
   if (replicas.some((row) => row.state === "STARTING")) return "its process starts";
