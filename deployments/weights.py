@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import importlib.util
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from cluster.errors import Forbidden, InvalidRequest, ModelUnavailable
@@ -18,10 +18,11 @@ from cluster.errors import Forbidden, InvalidRequest, ModelUnavailable
 KINDS = ("package", "hf")
 
 
-def resolve_weights(model_path: str | None) -> str:
+def resolve_weights(model_path: str | None, *, in_folder: bool = False) -> str:
     """The local path of a model's file: `package:name/file`, `hf:owner/repo/file`, or a path.
 
-    An `hf:` file is downloaded once, with the hub library's own progress bar. Blocks. Raises `ModelUnavailable`.
+    With `in_folder` it is a folder, and `hf:owner/repo` the whole repository. What is named by `hf:` is downloaded
+    once, with the hub library's own progress bar. Blocks. Raises `ModelUnavailable`.
     """
     if model_path is None:
         return ""
@@ -29,20 +30,20 @@ def resolve_weights(model_path: str | None) -> str:
     if kind == "package":
         path = _in_package(rest)
     elif kind == "hf":
-        path = _from_hub(rest)
+        path = _folder_from_hub(rest) if in_folder else _from_hub(rest)
     else:
         path = Path(model_path).expanduser()
-    if not path.is_file():
+    if not (path.is_dir() if in_folder else path.is_file()):
         shown = model_path if kind in KINDS else path.name
-        raise ModelUnavailable(f"there is no model file {shown!r} where model_path says")
+        raise ModelUnavailable(f"there is no model {'folder' if in_folder else 'file'} {shown!r} where model_path says")
     return str(path)
 
 
-async def find_weights(model_path: str | None) -> str:
+async def find_weights(model_path: str | None, *, in_folder: bool = False) -> str:
     """`resolve_weights` on an event loop: in a thread where it may take longer than a look at the disk."""
     if (model_path or "").startswith("hf:"):
-        return await asyncio.to_thread(resolve_weights, model_path)
-    return resolve_weights(model_path)
+        return await asyncio.to_thread(resolve_weights, model_path, in_folder=in_folder)
+    return resolve_weights(model_path, in_folder=in_folder)
 
 
 def weights_at_hand(model_path: str | None) -> Path | None:
@@ -52,8 +53,12 @@ def weights_at_hand(model_path: str | None) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
 
         parts = rest.split("/")
-        cached = try_to_load_from_cache("/".join(parts[:2]), "/".join(parts[2:])) if len(parts) > 2 else None
-        return Path(cached) if isinstance(cached, str) else None
+        # Of a whole repository, the file that every model's folder has.
+        file = "/".join(parts[2:]) or "config.json"
+        cached = try_to_load_from_cache("/".join(parts[:2]), file) if len(parts) > 1 else None
+        if not isinstance(cached, str):
+            return None
+        return Path(cached) if len(parts) > 2 else Path(cached).parent
     try:
         path = _in_package(rest) if kind == "package" else Path(model_path or "").expanduser()
     except ModelUnavailable:
@@ -126,12 +131,25 @@ def _in_package(name: str) -> Path:
 
 def _from_hub(name: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     parts = name.split("/")
     if len(parts) < 3:
         raise ModelUnavailable(f"hf:{name} must name owner, repository and file: hf:owner/repo/file.gguf")
+    return _fetched(name, lambda: hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
+
+
+def _folder_from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    if len(name.split("/")) != 2:
+        raise ModelUnavailable(f"hf:{name} must name owner and repository: hf:owner/repo")
+    return _fetched(name, lambda: snapshot_download(name))
+
+
+def _fetched(name: str, fetch: Callable[[], str]) -> Path:
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
     try:
-        return Path(hf_hub_download("/".join(parts[:2]), "/".join(parts[2:])))
+        return Path(fetch())
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelUnavailable(f"hf:{name} could not be fetched: {type(error).__name__}") from None

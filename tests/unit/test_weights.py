@@ -124,3 +124,25 @@ def test_files_that_are_configured_may_be_used_again():
     for path in ("/models/b.gguf", "package:p/c.gguf"):
         with pytest.raises(Forbidden):
             check_runtime_path(path, config.runtime_roots)
+
+
+def test_a_folder_where_one_is_wanted(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert resolve_weights(str(tmp_path), in_folder=True) == str(tmp_path)
+    for path, in_folder in ((tmp_path, False), (tmp_path / "config.json", True), (tmp_path / "away", True)):
+        with pytest.raises(ModelUnavailable):
+            resolve_weights(str(path), in_folder=in_folder)
+    with pytest.raises(ModelUnavailable, match="owner and repository"):
+        resolve_weights("hf:owner/repo/model.safetensors", in_folder=True)
+
+
+def test_a_whole_repository_that_was_fetched_before(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(tmp_path), raising=False)
+    assert weights_at_hand("hf:owner/repo") is None
+    snapshot = tmp_path / "models--owner--repo" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--owner--repo" / "refs").mkdir()
+    (tmp_path / "models--owner--repo" / "refs" / "main").write_text("abc")
+    (snapshot / "config.json").write_text("{}")
+    assert weights_at_hand("hf:owner/repo") == snapshot

@@ -19,6 +19,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from cluster.errors import InvalidRequest, ModelUnavailable, UnsupportedParameter
+from deployments.engines.chat.gemma4 import GEMMA4
+from deployments.engines.chat.thinking import is_marked_by_tokens
 from deployments.engines.chat.tools import call_as_text, describe_tools
 from deployments.engines.chat.translation import TRANSLATION
 
@@ -34,6 +36,7 @@ NAMED_FORMATS = {
         " + m.content | trim + '<end_of_turn>\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
     ),
+    "gemma4_template": GEMMA4,
     "llama3": (
         "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\\n\\n'"
         " + m.content | trim + '<|eot_id|>' }}{% endfor %}"
@@ -58,6 +61,8 @@ class ChatTemplate:
             self._variables = meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as error:
             raise ModelUnavailable(f"the chat template does not compile: {error}") from error
+        #: Its model marks what it thinks with control tokens, which are no text unless they are asked for.
+        self.shows_control_tokens = is_marked_by_tokens(source)
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
 
     @property

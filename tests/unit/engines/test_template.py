@@ -122,6 +122,39 @@ def test_malformed_messages_are_refused(messages: list[object]) -> None:
         ChatTemplate("{{ 1 }}").render(messages)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("thinks", "system", "prompt"),
+    [
+        (None, None, "<bos><|turn>user\nHi<turn|>\n<|turn>model\n"),
+        (True, None, "<bos><|turn>system\n<|think|>\n<turn|>\n<|turn>user\nHi<turn|>\n<|turn>model\n"),
+        (
+            True,
+            "Be brief.",
+            "<bos><|turn>system\n<|think|>\nBe brief.<turn|>\n<|turn>user\nHi<turn|>\n<|turn>model\n",
+        ),
+        (
+            False,
+            "Be brief.",
+            "<bos><|turn>system\nBe brief.<turn|>\n<|turn>user\nHi<turn|>\n<|turn>model\n<|channel>thought\n<channel|>",
+        ),
+    ],
+)
+def test_gemma_4_thinks_if_it_is_told_to(thinks: bool | None, system: str | None, prompt: str) -> None:
+    template = ChatTemplate(NAMED_FORMATS["gemma4_template"], bos_token="<bos>")
+    messages = [*([{"role": "system", "content": system}] if system else []), USER]
+    variables = {} if thinks is None else {"enable_thinking": thinks}
+    assert template.render(messages, variables=variables) == prompt
+    assert template.shows_control_tokens
+    assert not ChatTemplate(NAMED_FORMATS["chatml"]).shows_control_tokens
+
+
+def test_gemma_4_knows_earlier_turns_and_described_tools() -> None:
+    template = ChatTemplate(NAMED_FORMATS["gemma4_template"])
+    answer = {"role": "assistant", "content": "Hello."}
+    assert template.render([USER, answer, USER]).count("<|turn>model\nHello.<turn|>\n<|turn>user\nHi<turn|>") == 1
+    assert template.render([USER], TOOLS).startswith("<|turn>system\nYou can call these functions")
+
+
 def test_a_translation_names_its_languages_and_needs_both():
     template = ChatTemplate(NAMED_FORMATS["translategemma_template"], bos_token="<bos>")
     messages = [{"role": "user", "content": " Guten Tag\n"}]
