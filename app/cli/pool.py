@@ -63,7 +63,7 @@ class Pool:
         answer_s: float = ANSWER_S,
         is_key_named: bool = False,
     ) -> None:
-        self.url = base_of(url)
+        self.url = url.rstrip("/").removesuffix("/v1")
         self._transport = transport
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._key = key
@@ -82,8 +82,9 @@ class Pool:
 
     def at(self, url: str) -> Pool:
         """Another address. The environment's key is the pool's: only one that was named for this call goes along."""
-        is_same = base_of(url) == self.url
-        return Pool(url, self._key if is_same or self._is_key_named else None, self._transport)
+        other = Pool(url, self._key if self._is_key_named else None, self._transport)
+        self._http.close()
+        return Pool(url, self._key, self._transport) if other.url == self.url else other
 
     def async_client(self, limits: httpx.Limits) -> httpx.AsyncClient:
         """A client of its own for many calls at a time, to be closed by its user."""
@@ -176,11 +177,6 @@ class Pool:
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__
             raise Unreachable(f"lost the pool at {self.url}: {reason}") from None
-
-
-def base_of(url: str) -> str:
-    """The address before `/v1`, with which people end it or not."""
-    return url.rstrip("/").removesuffix("/v1")
 
 
 def checked(response: httpx.Response) -> Any:

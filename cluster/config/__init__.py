@@ -1,6 +1,15 @@
 """The configuration: one Pydantic schema, and how files and environment variables are laid over it."""
 
-from cluster.config.backends import CacheType, FakeFaults, FakeModel, FlashAttention, LlamaCppKwargs, LlamaCppModel
+from cluster.config.backends import (
+    CacheType,
+    Ct2Kwargs,
+    Ct2Model,
+    FakeFaults,
+    FakeModel,
+    FlashAttention,
+    LlamaCppKwargs,
+    LlamaCppModel,
+)
 from cluster.config.files import ConfigError, read_yaml
 from cluster.config.keys import ANONYMOUS, ApiKey, Caller, find_key
 from cluster.config.load import load_config, service_of
@@ -16,6 +25,8 @@ __all__ = [
     "Caller",
     "ConfigError",
     "Configuration",
+    "Ct2Kwargs",
+    "Ct2Model",
     "FakeFaults",
     "FakeModel",
     "FlashAttention",

@@ -14,6 +14,18 @@ from cluster.config.models import ModelConfig
 
 CacheType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1"]
 FlashAttention = Literal["on", "off", "auto"]
+ComputeType = Literal[
+    "default",
+    "auto",
+    "int8",
+    "int8_float32",
+    "int8_float16",
+    "int8_bfloat16",
+    "int16",
+    "float16",
+    "bfloat16",
+    "float32",
+]
 
 
 class FakeFaults(BaseModel):
@@ -102,3 +114,54 @@ class LlamaCppModel(ModelConfig):
     @property
     def context_length(self) -> int | None:
         return self.gguf_n_ctx
+
+
+class Ct2Kwargs(BaseModel):
+    """`engine_kwargs` of `backend: ctranslate2`. A key that is unset leaves the choice to the engine.
+
+    `n_ctx` is the context of one request in tokens. `inter_threads` batches run at a time, on a CPU with
+    `intra_threads` threads each.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    n_ctx: Annotated[int, Field(ge=1)] | None = None
+    inter_threads: Annotated[int, Field(ge=1)] | None = None
+    intra_threads: Annotated[int, Field(ge=1)] | None = None
+
+
+class Ct2Model(ModelConfig):
+    """A folder that was converted for CTranslate2 (a generator model), with its `tokenizer.json` beside it.
+
+    `compute_type` is what it computes with, whatever its weights are stored as; `default` keeps their own.
+    """
+
+    sleeps = True
+    in_folder = True
+
+    backend: Literal["ctranslate2", "ct2"] = "ctranslate2"
+    compute_type: ComputeType = "default"
+    engine_kwargs: Ct2Kwargs = Ct2Kwargs()
+
+    @field_validator("engine_kwargs", mode="before")
+    @classmethod
+    def _none_given(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    @model_validator(mode="after")
+    def _has_a_folder(self) -> Ct2Model:
+        if not self.model_path:
+            raise ValueError(f"model_path is required for backend {self.backend}")
+        return self
+
+    @property
+    def format(self) -> str:
+        return self.weights_format or "ctranslate2"
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        return ("ctranslate2",)
+
+    @property
+    def context_length(self) -> int | None:
+        return self.engine_kwargs.n_ctx

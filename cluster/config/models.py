@@ -71,6 +71,9 @@ class ModelConfig(BaseModel):
     keeps the process of an engine that loses its devices, with its weights in the host's memory, where that has room; 2
     ends it. `auto` is whichever brings it back sooner, as learned. Engines that cannot sleep always end.
 
+    `prompt_format` is a chat template, by name or in Jinja, for a model that brings none or another one.
+    `enable_thinking` is what its template is told where a request says nothing of it.
+
     `price` is what its tokens count for in a key's budget.
 
     `format` is what kind of weights lie at `model_path` (`hf`, `awq`, `gguf`, …), where its name does not say so. A
@@ -90,6 +93,8 @@ class ModelConfig(BaseModel):
     starts_command: ClassVar[bool] = False
     #: It is behind a remote API, which costs money: only requests that allow it may go there.
     is_remote: ClassVar[bool] = False
+    #: Its weights are a folder (`hf:owner/repo` is one, too), and not one file.
+    in_folder: ClassVar[bool] = False
     #: The subclass of each backend's name. Any, since in this class `type` is a key of the configuration.
     backends: ClassVar[dict[str, Any]] = {}
 
@@ -99,6 +104,7 @@ class ModelConfig(BaseModel):
     weights_format: Annotated[str | None, Field(alias="format")] = None
     aliases: tuple[str, ...] = ()
     prompt_format: str | None = None
+    enable_thinking: bool | None = None
     enabled: bool = False
     activation: Literal["on_demand", "manual"] = "on_demand"
     pinned: bool = False

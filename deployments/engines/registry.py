@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, get_args
 
 from cluster.config import (
+    Ct2Model,
     FakeModel,
     LaunchedModel,
     LlamaCppModel,
@@ -21,7 +22,7 @@ from cluster.config import (
     SglangModel,
 )
 from deployments.engines.protocol import Engine
-from deployments.schemas import CHAT, PATHS, SERVED, TOKENIZE
+from deployments.schemas import CHAT, EMBEDDINGS, PATHS, SERVED, TOKENIZE
 
 M = TypeVar("M", bound=ModelConfig)
 
@@ -104,6 +105,7 @@ def _build_llama_cpp(model_id: str, model: LlamaCppModel, path: str) -> Engine:
         type_k=model.gguf_type_k,
         type_v=model.gguf_type_v,
         prompt_format=model.prompt_format,
+        enable_thinking=model.enable_thinking,
         **model.engine_kwargs.model_dump(exclude_none=True),
     )
 
@@ -126,6 +128,12 @@ def _build_remote(model_id: str, model: RemoteModel, path: str) -> Engine:
     return RemoteApi(model_id, model)
 
 
+def _build_ctranslate2(model_id: str, model: Ct2Model, path: str) -> Engine:
+    from deployments.engines.ctranslate2.engine import Ct2Engine
+
+    return Ct2Engine(model_id, model, path)
+
+
 def _estimate_nothing(model: ModelConfig, path: Path) -> int | None:
     return None
 
@@ -136,11 +144,18 @@ def _estimate_llama_cpp(model: LlamaCppModel, path: Path) -> int | None:
     return memory.estimate_mib(model, path)
 
 
+def _estimate_ctranslate2(model: Ct2Model, path: Path) -> int | None:
+    from deployments.engines.ctranslate2 import memory
+
+    return memory.estimate_mib(model, path)
+
+
 BACKENDS: tuple[Backend[Any], ...] = (
     Backend(LlamaCppModel, _build_llama_cpp, _estimate_llama_cpp, PATHS, unused=frozenset({"beam_size"})),
     Backend(SglangModel, _build_sglang, _estimate_nothing, SERVED, raw=True, unused=frozenset({"beam_size"})),
     Backend(ServerModel, _build_server, _estimate_nothing, SERVED, raw=True, unused=REMOTE_UNUSED),
     Backend(RemoteModel, _build_remote, _estimate_nothing, frozenset({CHAT}), unused=REMOTE_UNUSED),
+    Backend(Ct2Model, _build_ctranslate2, _estimate_ctranslate2, PATHS - {EMBEDDINGS}),
     Backend(FakeModel, _build_fake, _estimate_nothing, PATHS, raw=True, unused=frozenset({"beam_size"})),
 )
 _BY_CONFIG = {backend.config: backend for backend in BACKENDS}

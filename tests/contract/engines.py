@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from tests.contract.engine_ctranslate2 import CTRANSLATE2
 from tests.contract.engine_fake import FAKE
 from tests.contract.engine_llama_cpp import LLAMA_CPP
 
-ENGINES = {entry.name: entry for entry in (LLAMA_CPP, FAKE)}
+ENGINES = {entry.name: entry for entry in (LLAMA_CPP, CTRANSLATE2, FAKE)}

@@ -16,7 +16,7 @@ from typing import Any
 from cluster.config import ModelConfig, PoolConfig
 from cluster.errors import ModelUnavailable
 from cluster.ledger.events import Grant
-from cluster.orders import EngineState, Load, Order, Unload
+from cluster.orders import EngineState, Load, Order, Sleep, Unload, Wake
 from cluster.request import Request
 from cluster.waiting import Signal
 from deployments.gateway import Gateway
@@ -164,6 +164,10 @@ class OneModel:
         """Drain and unload the model; what runs may end."""
         raise NotImplementedError
 
+    async def sleep_and_wake(self) -> None:
+        """Put the engine to sleep with its weights in the host's memory, and wake it again."""
+        raise NotImplementedError
+
     async def fail_to_load(self, model: dict[str, Any]) -> str:
         """Try to load another model in its place, which is unloaded; why that has failed."""
         raise NotImplementedError
@@ -223,6 +227,12 @@ class Supervised(OneModel):
     async def unload(self) -> None:
         self.ledger.give(Unload("a test says so"))
         await self.ledger.hears("engine_unloaded")
+
+    async def sleep_and_wake(self) -> None:
+        self.ledger.give(Sleep())
+        await self.ledger.hears("engine_asleep")
+        self.ledger.give(Wake(()))
+        await self.ledger.hears("replica_ready")
 
     async def fail_to_load(self, model: dict[str, Any]) -> str:
         self.ledger.give(self._order(ModelConfig.model_validate(model)))

@@ -13,7 +13,7 @@ import pytest
 
 from cluster.errors import PoolError
 from tests.contract.entry import Entry
-from tests.contract.pool import SLOTS, OneModel
+from tests.contract.pool import MODEL, SLOTS, OneModel
 from tests.contract.said import pieces_of, text_of
 from tests.unit.engines.drive import ask
 
@@ -84,6 +84,15 @@ async def test_what_runs_may_end_when_the_model_is_unloaded(engine: OneModel):
     events = [event async for event in stream]
     assert events[-1]["choices"][0]["finish_reason"] == "length"
     await unloading
+
+
+async def test_an_engine_that_can_sleeps_and_wakes_in_its_process(engine: OneModel):
+    if not engine.config.models[MODEL].sleeps:
+        pytest.skip("it can only be unloaded")
+    before = text_of(await engine.body(ask(SEA, max_tokens=8)))
+    await engine.sleep_and_wake()
+    assert text_of(await engine.body(ask(SEA, max_tokens=8))) == before
+    assert "engine_died" not in engine.ledger.told[-2:]
 
 
 async def test_a_load_that_fails_says_why_and_leaves_nothing(engine: OneModel, entry: Entry, folder: Path):

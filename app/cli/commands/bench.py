@@ -57,12 +57,14 @@ def command(pool: Pool, target: str | None, yes_remote: bool, as_json: bool, mod
     that of each token after it. A server on another machine needs --yes-remote, and the pool's own key is shown to the
     pool only: name another server's key with --key-file.
     """
-    with pool if target is None else pool.at(target) as server:
-        host = urlsplit(server.url).hostname or ""
-        if not (is_loopback(host) or yes_remote):
-            raise Misuse(f"{host} is another machine: with --yes-remote you say that you may put load on it")
-        plan = LoadPlan(model=model or first_model(server), duration_s=shape.pop("duration"), **shape)
-        result = report(plan, _run(plan, server))
+    server = pool if target is None else pool.at(target)
+    host = urlsplit(server.url).hostname or ""
+    if not (is_loopback(host) or yes_remote):
+        raise Misuse(f"{host} is another machine: with --yes-remote you say that you may put load on it")
+    duration = shape.pop("duration")
+    plan = LoadPlan(model=model or first_model(server), duration_s=duration, **shape)
+    measured = _run(plan, server)
+    result = report(plan, measured)
     if as_json:
         show_json(result)
     else:

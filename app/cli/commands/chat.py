@@ -32,7 +32,7 @@ def command(
     Where standard input is no terminal, all of it is one question.
     """
     talk = Conversation(pool, model or only_model(pool), system, Sampling(max_tokens, temperature))
-    if message is None and not is_terminal():
+    if message is None and not sys.stdin.isatty():
         message = sys.stdin.read()
     if message is not None:
         if not message.strip():
@@ -59,11 +59,6 @@ def command(
         except Failure as failure:
             # The conversation goes on: the next question may find its model loaded.
             click.echo(f"slotpool: {failure.message}", err=True)
-
-
-def is_terminal() -> bool:
-    """Whether somebody types."""
-    return sys.stdin.isatty()
 
 
 def only_model(pool: Pool) -> str:

@@ -134,13 +134,9 @@ def _blob(root: Path, manifest: Path) -> str | None:
 
 
 def _name(source: Source, origin: Instruction) -> str:
-    """What the model is called: after its Modelfile (`coder.Modelfile`), after the name that `ollama show` puts into a
-    comment, or else after its weights.
-    """
-    if source.path.suffix:
-        return id_of(source.path)
-    shown = re.search(r"^#\s*FROM\s+(\S+)", source.text, re.MULTILINE)
-    value = shown[1] if shown else origin.value.strip('"')
-    if not value.startswith(("/", ".", "~")):
-        value = value.removesuffix(":latest").replace(":", "-").replace("/", "-")
-    return id_of(Path(value if value.endswith(".gguf") else f"{value}.gguf"))
+    """What the model is called: after its Modelfile, `coder.Modelfile`, or else after its weights."""
+    stem = source.path.stem if source.path.suffix else ""
+    value = origin.value.strip('"')
+    return id_of(
+        Path(stem or (value if value.endswith(".gguf") else value.replace(":", "-").replace("/", "-") + ".gguf"))
+    )

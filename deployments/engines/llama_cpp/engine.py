@@ -74,6 +74,7 @@ class LlamaCppEngine:
         n_ubatch: int | None = None,
         prefill_chunk: int | None = None,
         prompt_format: str | None = None,
+        enable_thinking: bool | None = None,
     ) -> None:
         if flash_attn not in FLASH_ATTENTION:
             raise ModelUnavailable(f"flash_attn must be one of {', '.join(FLASH_ATTENTION)}, not {flash_attn!r}")
@@ -94,6 +95,7 @@ class LlamaCppEngine:
         )
         self._model_id = model_id
         self._prompt_format = prompt_format
+        self._enable_thinking = enable_thinking
         self._prefill_chunk = prefill_chunk
         self._runtime: Runtime | None = None
         self._memory_mib: int | None = None
@@ -117,7 +119,7 @@ class LlamaCppEngine:
         chunk = self._prefill_chunk or (GPU_PREFILL_CHUNK if runtime.offloads else CPU_PREFILL_CHUNK)
         self._runtime = runtime
         self._memory_mib = memory_mib
-        self._preparer = Preparer(runtime, template)
+        self._preparer = Preparer(runtime, template, enable_thinking=self._enable_thinking)
         self._loop = DecodeLoop(runtime, self._options.slots, chunk)
         self._loop.start()
 
@@ -254,7 +256,7 @@ def _generations(prepared: Prepared, runtime: Runtime, job: Job) -> list[Generat
                     prompt_logprobs=prepared.echo and options.top_logprobs is not None,
                     embeds=prepared.embeds,
                     ignore_eos=options.ignore_eos,
-                    special=bool(prepared.plan.tools),
+                    special=prepared.special,
                     first_piece=runtime.piece(prompt[0], special=True),
                 )
             )

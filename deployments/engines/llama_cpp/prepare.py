@@ -15,9 +15,10 @@ from typing import Any
 from cluster.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
 from deployments.engines.chat.request import GenerationOptions, chat_options, completion_options
 from deployments.engines.chat.template import ChatTemplate
-from deployments.engines.chat.thinking import OPEN as THINK
+from deployments.engines.chat.thinking import is_opened
 from deployments.engines.chat.tools import CLOSE, OPEN, ToolPlan, tool_plan
-from deployments.engines.llama_cpp.runtime import Runtime, schema_to_grammar
+from deployments.engines.chat.vocabulary import Vocabulary
+from deployments.engines.llama_cpp.runtime import schema_to_grammar
 from deployments.engines.protocol import Call
 from deployments.schemas import CHAT, COMPLETIONS, EMBEDDINGS, prompts_of
 
@@ -39,6 +40,8 @@ class Prepared:
     embeds: bool = False
     #: The template has opened the model's thoughts.
     thinks: bool = False
+    #: Control tokens are text: a call, or the marks of a thought, may be written with them.
+    special: bool = False
 
     @property
     def prompt_tokens(self) -> int:
@@ -48,9 +51,13 @@ class Prepared:
 class Preparer:
     """Prepares calls for one loaded model. Thread-safe: it only reads the vocabulary."""
 
-    def __init__(self, runtime: Runtime, template: ChatTemplate | None) -> None:
+    def __init__(
+        self, runtime: Vocabulary, template: ChatTemplate | None, *, enable_thinking: bool | None = None
+    ) -> None:
+        """`enable_thinking` holds where a request says nothing of it."""
         self._runtime = runtime
         self._template = template
+        self._enable_thinking = enable_thinking
 
     @property
     def context_length(self) -> int:
@@ -127,8 +134,12 @@ class Preparer:
             echoes=[""],
             plan=plan,
             grammar=self._grammar(body, options, plan),
-            thinks=text.rstrip().endswith(THINK),
+            thinks=is_opened(text),
+            special=bool(plan.tools) or self._shows_control_tokens(),
         )
+
+    def _shows_control_tokens(self) -> bool:
+        return self._template is not None and self._template.shows_control_tokens
 
     def _completion(self, body: Mapping[str, Any]) -> Prepared:
         options = completion_options(body)
@@ -149,7 +160,8 @@ class Preparer:
     def _template_variables(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Values for the template; one that the template does not read, but should, is refused."""
         assert self._template is not None
-        variables = dict(body.get("chat_template_kwargs") or {})
+        variables = {} if self._enable_thinking is None else {"enable_thinking": self._enable_thinking}
+        variables |= body.get("chat_template_kwargs") or {}
         if body.get("enable_thinking") is not None:
             variables["enable_thinking"] = body["enable_thinking"]
         effort = body.get("reasoning_effort") or (body.get("reasoning") or {}).get("effort")

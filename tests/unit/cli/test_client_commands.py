@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -172,40 +171,6 @@ def test_one_question_is_answered_as_it_comes(pool: ScriptedPool):
     assert body["temperature"] == 0
     assert pool.run("chat", "coder", input="Hi there").output == "Hel[2Jlo\n"
     assert pool.run("chat", "coder", input="").exit_code == 2
-
-
-def test_a_conversation_goes_on_after_a_question_that_failed(pool: ScriptedPool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("app.cli.commands.chat.is_terminal", lambda: True)
-    answers = [
-        stream('data: {"choices": [{"delta": {"content": "One"}}]}\n\n'),
-        lambda request: error(503, "full"),
-        stream('data: {"choices": [{"delta": {"content": "Three"}}]}\n\n'),
-    ]
-    pool.on("POST /v1/chat/completions", lambda request: answers.pop(0)(request))
-    result = pool.run("chat", "coder", input="first\n\nsecond\nthird\n")
-    assert result.exit_code == 0
-    assert "One\n" in result.stdout
-    assert "slotpool: full" in result.stderr
-    assert [each["content"] for each in json.loads(pool.asked[-1].content)["messages"]] == ["first", "One", "third"]
-
-
-def test_ctrl_c_stops_an_answer_and_keeps_what_came(pool: ScriptedPool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("app.cli.commands.chat.is_terminal", lambda: True)
-
-    class Parts(httpx.SyncByteStream):
-        def __iter__(self) -> Iterator[bytes]:
-            yield b'data: {"choices": [{"delta": {"content": "Hal"}}]}\n\n'
-            raise KeyboardInterrupt
-
-    answers = [
-        lambda request: httpx.Response(200, stream=Parts()),
-        stream('data: {"choices": [{"delta": {"content": "Whole"}}]}\n\n'),
-    ]
-    pool.on("POST /v1/chat/completions", lambda request: answers.pop(0)(request))
-    result = pool.run("chat", "coder", input="first\nsecond\n")
-    assert result.exit_code == 0
-    assert "(stopped)" in result.stderr
-    assert [each["content"] for each in json.loads(pool.asked[-1].content)["messages"]] == ["first", "Hal", "second"]
 
 
 def test_a_stream_that_fails_says_why(pool: ScriptedPool):

@@ -241,21 +241,6 @@ def test_what_ollama_has_pulled_is_found_in_its_store(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        ("# FROM llama3.2:latest\nFROM /blobs/sha256-ab", "llama3.2"),
-        ("FROM ./Coder-7B.Q4_0.gguf", "coder-7b.q4_0"),
-        ("FROM me/mine:7b", None),
-        ("FROM /blobs/sha256-ab", "sha256-ab"),
-    ],
-)
-def test_a_modelfile_without_a_name_is_called_after_its_weights(tmp_path: Path, text: str, name: str | None):
-    (tmp_path / "Modelfile").write_text(text)
-    written = yaml.safe_load(run("ollama", tmp_path / "Modelfile").stdout)
-    assert list(written.get("models", [])) == ([name] if name else [])
-
-
-@pytest.mark.parametrize(
     ("program", "text", "message"),
     [
         ("llama-swap", "groups: {}", "there are no models in it"),
