@@ -28,9 +28,18 @@ def test_an_engine_is_built_from_its_models_configuration() -> None:
     assert "/v1/chat/completions" in registry.backend_of(gguf).paths
 
 
+#: What a model of a backend must say beside its path.
+NEEDED = {
+    "server": {"engine_kwargs": {"command": "serve ${PORT}"}},
+    "openai_compatible": {"remote_base_url": "http://127.0.0.1:9/v1", "remote_model": "m", "remote_api_key_env": "KEY"},
+}
+
+
 @pytest.mark.parametrize("backend", registry.BACKENDS, ids=lambda backend: backend.names[0])
 def test_a_backend_sleeps_if_its_engines_can(backend: registry.Backend) -> None:
-    model = backend.config.model_validate({"backend": backend.names[0], "model_path": "/nowhere.gguf"})
+    name = backend.names[0]
+    path = {} if name == "openai_compatible" else {"model_path": "/nowhere.gguf"}
+    model = backend.config.model_validate({"backend": name, **path, **NEEDED.get(name, {})})
     assert isinstance(registry.build_engine("m", model, "/nowhere.gguf"), Sleeper) == backend.config.sleeps
 
 
