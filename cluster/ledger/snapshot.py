@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from cluster.ledger.books.queue import INFINITY
 from cluster.ledger.books.servers import is_remote
-from cluster.ledger.rules import estimate, policy
+from cluster.ledger.rules import policy
 from cluster.ledger.states import ReplicaState
 
 if TYPE_CHECKING:
@@ -240,23 +240,32 @@ def _brief(pool: Pool, model: Model, on_servers: int) -> Brief:
 
 
 def _uses(model: Model) -> tuple[Use, ...]:
+    """Made anew only if something has changed: this is asked for with every change of any replica."""
+    uses = model.uses
+    if uses is None:
+        uses = model.uses = _uses_now(model)
+    return cast(tuple[Use, ...], uses)
+
+
+def _uses_now(model: Model) -> tuple[Use, ...]:
     serving = [each for each in model.replicas if each.state.may_hold_leases]
     return tuple([Use(each.serial, len(each.leases), each.used, each.slots) for each in serving])
 
 
 def _waits(pool: Pool, model: Model) -> tuple[tuple[float | None, float | None, float | None], float]:
     """Since when the first of each class waits, and when the first of their bounds is reached."""
-    high, medium, low = ((line[0].arrived if line else None) for line in model.queue.lines)
-    first = min(head.arrived + policy.bound_s(pool, model, head.priority) for head in model.queue.heads())
-    return (high, medium, low), first
+    heads = {head.priority: head.arrived for head in model.queue.heads()}
+    first = min(arrived + policy.bound_s(pool, model, priority) for priority, arrived in heads.items())
+    return (heads.get(1), heads.get(2), heads.get(3)), first
 
 
 def take(pool: Pool) -> Snapshot:
     """The whole state. Changes nothing; costs a pass over all models and replicas."""
+    models = briefs(pool)
     return Snapshot(
         epoch=pool.epoch,
         recovering=pool.is_recovering,
-        overloaded=estimate.is_overloaded(pool, pool.now),
+        overloaded=any(each.bound_at is not None and pool.now > each.bound_at for each in models.values()),
         leases=len(pool.leases) + len(pool.servers.leases),
         queued=len(pool.waiters),
         submitted=pool.submitted,
@@ -264,7 +273,7 @@ def take(pool: Pool) -> Snapshot:
         rejected=pool.rejected,
         gpus=sum(node.spec.gpus for node in pool.book.nodes.values() if node.present),
         replicas=tuple(_row(replica) for model in pool.models.values() for replica in model.replicas),
-        models={name: _model(pool.models[name], now) for name, now in briefs(pool).items()},
+        models={name: _model(pool.models[name], now) for name, now in models.items()},
         servers=servers(pool),
         nodes=tuple(
             NodeRow(each.name, each.gpus, each.memory_mib, each.device_memory_mib)
@@ -286,6 +295,9 @@ def as_dict(snapshot: Snapshot) -> dict[str, Any]:
 def check(pool: Pool) -> None:
     """Raise `AssertionError` if a replica would be shown as it was before. Notes how it is now, for the next time."""
     for model in pool.models.values():
+        uses = _uses_now(model)
+        assert model.uses in (None, uses), f"{model.name} would be shown as used by {model.uses}"
+        model.uses = uses
         for replica in model.replicas:
             row = _replica(replica)
             assert replica.row in (None, row), f"{replica} would be shown as {replica.row}"

@@ -10,8 +10,8 @@ The clock moves on with every event, so deadlines and timers do their work.
 Then three large pools (1,000 models, 10,000 replicas, 100,000 requests in line) are taken through a storm of events of
 every kind (`ledger_storm.py`), of which each is timed by itself. `large_p999_ms` is the worst of the three 99.9th
 percentiles, `large_max_ms` the longest event of all. Not among them are what is no event (a snapshot, for people and
-metrics) and the one event that must touch an eighth of everything there is (the death of an ingress): those are told
-beside.
+metrics) and what ends an eighth of everything there is (the death of an ingress, in several events, of which the
+longest is told): those are told beside.
 
 Cyclic garbage collection stays on; the
 pool that stands before the measurement is frozen out of it (`gc.freeze`), as the actor may do after its start.

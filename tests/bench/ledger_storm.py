@@ -349,10 +349,11 @@ class Storm:
         return uid
 
     def one_holder_dies(self) -> float:
-        """The time of the one event that must touch an eighth of everything, in seconds."""
-        holder = f"ingress-{HOLDERS - 1}"
-        self.tell(HolderDied(holder))
-        return self.took["HolderDied"][-1]
+        """The longest of the events that end an eighth of everything, in seconds: it is done in parts."""
+        self.tell(HolderDied(f"ingress-{HOLDERS - 1}"))
+        while (due := self.ledger.next_deadline()) is not None and due <= self.now:
+            self.tell(Ticked(), "HolderDied")
+        return max(self.took["HolderDied"])
 
     # --- figures ------------------------------------------------------------------------------------------------------
 
@@ -365,8 +366,6 @@ class Storm:
             "snapshot_ms": max(self.took["snapshot"]),
             "holder_died_ms": self.one_holder_dies(),
         }
-        while (due := self.ledger.next_deadline()) is not None and due <= self.now:
-            self.ledger.decide(Ticked(), self.now)
         self.ledger.check()
         return {"build_s": round(self.build_s, 1), **{key: round(1000 * value, 2) for key, value in ms.items()}}
 

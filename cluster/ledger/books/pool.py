@@ -206,7 +206,7 @@ class Pool:
         lease = Lease(request, holder, replica, taken, generation, priority, now, waits)
         lease.index = len(replica.leases)
         replica.leases.append(lease)
-        replica.row = None
+        replica.row = model.uses = None
         self.leases[request] = lease
         return lease
 
@@ -255,7 +255,7 @@ class Pool:
         replica = lease.replica
         model = replica.model
         del self.leases[lease.request]
-        replica.row = None
+        replica.row = model.uses = None
         last = replica.leases.pop()
         if last is not lease:
             last.index = index = lease.index
@@ -370,7 +370,7 @@ class Pool:
         model.counts[after] += after is not COLD
         replica.state = after
         replica.since = now
-        replica.row = None
+        replica.row = model.uses = None
         if (before >= DRAINING) != (after >= DRAINING):
             self.book.note_going(replica)
         if after is READY:

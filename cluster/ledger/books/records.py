@@ -185,7 +185,7 @@ class Replica:
         assert not self.leases, f"{self} is in use"
         self.slots = slots
         self.free = list(range(slots - 1, -1, -1))
-        self.row = None
+        self.row = self.model.uses = None
 
     @property
     def age(self) -> tuple[float, int]:
@@ -294,6 +294,7 @@ class Model:
         "spec",
         "told_to_stop",
         "unloading",
+        "uses",
         "wake_s",
     )
 
@@ -355,6 +356,8 @@ class Model:
         self.peak = 0
         self.peak_since = now
         self.shape: Shape = shape_of(spec, None)
+        # how much of its replicas was in use when that was last shown, None if something has changed since
+        self.uses: tuple[object, ...] | None = None
 
     def reshape(self) -> None:
         """Recompute the need of one replica, after a new spec or a measurement."""

@@ -38,16 +38,6 @@ def wait_s(pool: Pool, model: Model, priority: int, now: float) -> float:
     return place_s(pool, model, rank, [each for each in rivals if each.place_rank < rank], now) + line
 
 
-def is_overloaded(pool: Pool, now: float) -> bool:
-    """Somebody waits longer than his class's bound: not all bounds can be kept now."""
-    waiting = (model for model in pool.models.values() if model.queue.count)
-    return any(
-        now > head.arrived + policy.bound_s(pool, model, head.priority)
-        for model in waiting
-        for head in model.queue.heads()
-    )
-
-
 def _on_servers_s(pool: Pool, model: Model, ahead: int) -> float:
     """How long it takes until so many others have had a slot of a server; a swap there counts as nothing."""
     servers = pool.servers.by_model[model.name]

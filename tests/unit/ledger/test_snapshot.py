@@ -7,10 +7,11 @@ import json
 
 import pytest
 
-from cluster.ledger.events import ReplicaReady, ReplicaStarted, RequestArrived
+from cluster.ledger.events import LeaseReleased, ReplicaReady, ReplicaStarted, RequestArrived, RequestCancelled
 from cluster.ledger.ledger import Ledger
 from cluster.ledger.snapshot import as_dict
 from cluster.ledger.specs import ModelSpec, NodeSpec, PoolSpec, ServerSpec
+from tests.unit.ledger.desk import Desk, model
 
 SPEC = PoolSpec(
     models={name: ModelSpec(name, num_gpus=1.0, memory_mib=64) for name in "ab"},
@@ -77,3 +78,16 @@ def test_a_brief_tells_how_much_of_each_replica_is_in_use(ledger: Ledger) -> Non
     briefs = ledger.briefs()
     assert [use._asdict() for use in briefs["a"].uses] == [{"record": 2, "leases": 1, "used": 1, "slots": 1}]
     assert briefs["b"].uses == (), "it has no place yet"
+
+
+def test_a_brief_shows_nobody_who_has_left() -> None:
+    """The one behind the head of a line leaves it, then the head is served, and nothing else happens."""
+    desk = Desk(model("a"))
+    for number in range(1, 5):
+        desk.now = float(number)
+        desk.arrive(f"r{number}", "a")
+    desk.boot("a", "u")
+    desk.tell(RequestCancelled("r3"))
+    # Not through the desk, whose look at the invariants would find the next in line.
+    desk.ledger.decide(LeaseReleased("r1", desk.grants["r1"].generation), desk.now)
+    assert desk.ledger.briefs()["a"].since_by_class == (None, 4.0, None)
