@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import uuid
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,9 @@ def endless(topic: str) -> dict[str, Any]:
 
 
 async def first_piece_s(engine: OneModel) -> float:
-    """How long a short answer takes to begin."""
+    """How long a short answer takes to begin, to a prompt that no cache holds."""
     asked = time.monotonic()
-    async with contextlib.aclosing(engine.live(ask("Hi.", max_tokens=2))) as events:
+    async with contextlib.aclosing(engine.live(ask(f"Hi, {uuid.uuid4().hex}.", max_tokens=2))) as events:
         async for event in events:
             if pieces_of([event]):
                 return time.monotonic() - asked
@@ -47,7 +48,7 @@ async def begun(engine: OneModel, fields: dict[str, Any]) -> AsyncGenerator[dict
 
 
 async def test_a_client_that_leaves_in_mid_stream_frees_its_slot(engine: OneModel):
-    usual_s = await first_piece_s(engine)
+    usual_s = max([await first_piece_s(engine) for _ in range(2)])
     streams = await asyncio.gather(*(begun(engine, endless(str(number))) for number in range(SLOTS)))
     assert len(engine.ledger.leases) == SLOTS
     await asyncio.gather(*(stream.aclose() for stream in streams))
@@ -56,7 +57,7 @@ async def test_a_client_that_leaves_in_mid_stream_frees_its_slot(engine: OneMode
 
 
 async def test_a_client_that_leaves_before_the_first_token_frees_its_slot(engine: OneModel, entry: Entry):
-    usual_s = await first_piece_s(engine)
+    usual_s = max([await first_piece_s(engine) for _ in range(2)])
     prompts = [f"{number} " + " ".join(map(str, range(number, number + 250))) for number in range(SLOTS)]
     readers = [asyncio.create_task(engine.events(ask(prompt, max_tokens=20))) for prompt in prompts]
     await asyncio.sleep(0.1)
