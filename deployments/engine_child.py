@@ -243,14 +243,17 @@ def _ignore(_: float) -> None:
 def _start(
     python: str, home: Home, environment: dict[str, str], log: Path
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """A process and the supervisor's end of its control channel. Takes milliseconds."""
+    """A process and the supervisor's end of its control channel. Takes milliseconds.
+
+    `python` is a program's name, or a path, which begins at the folder of this code where it is not absolute.
+    """
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
     with theirs, open(log, "ab") as output:
         arguments = ["--control-fd", str(theirs.fileno()), "--parent", str(os.getpid())]
         try:
             process = subprocess.Popen(
-                [python, "-m", "deployments.engine_process", *arguments],
+                [_program(python), "-m", "deployments.engine_process", *arguments],
                 env={**environment, **nursery.ENVIRONMENT, "PYTHONPATH": ROOT},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -262,6 +265,11 @@ def _start(
             ours.close()
             raise ModelUnavailable(f"the model's interpreter could not be started: {error.strerror}") from None
     return process, ours
+
+
+def _program(python: str) -> str:
+    # Links are not followed: an environment's interpreter is a link, and known by where it lies.
+    return os.path.join(ROOT, os.path.expanduser(python)) if os.sep in python else python
 
 
 def _status_of(process: subprocess.Popen[bytes], kill: Callable[[], None]) -> asyncio.Future[int]:

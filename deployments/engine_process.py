@@ -252,3 +252,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":
+    # `multiprocessing` imports its parent's main module under this name: an engine library has started this process.
+    die_with_parent()

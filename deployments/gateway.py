@@ -90,7 +90,7 @@ class Gateway:
         slot. `info` learns what becomes of the request.
         """
         info = info or RunInfo()
-        call = Call(request.path, body, request.trace)
+        call = Call(request.path, body, request.trace, priority=request.priority)
         return self._limited(request, info, self._stream(request, call, info))
 
     def _limited(

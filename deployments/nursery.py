@@ -257,3 +257,8 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":
+    # As in `engine_process`: what a process that was forked from here has spawned dies with it.
+    from deployments.parents import die_with_parent
+
+    die_with_parent()

@@ -78,7 +78,8 @@ class Proxy:
         if not _is_served(gateway.config, wanted.model, path):
             raise HTTPException(404, f"the engine of {wanted.model!r} does not serve this path")
         headers = {name: value for name, value in request.headers.items() if name not in PRIVATE_HEADERS}
-        call = Call(path, body, wanted.trace, scope["method"], scope["query_string"].decode("latin-1"), headers)
+        query = scope["query_string"].decode("latin-1")
+        call = Call(path, body, wanted.trace, scope["method"], query, headers, priority=wanted.priority)
         first, reply = await gateway.pass_through(wanted, call)
         answered = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in reply.headers.items()]
         await send_on(send, reply.status, answered, first, reply.chunks)

@@ -17,6 +17,7 @@ from cluster.config.models import Group, ModelConfig, ServerEntry
 from cluster.config.pool import MaxWait, PoolConfig
 from cluster.config.relayed import LaunchedModel, RemoteBudget, RemoteModel, ServerModel, SglangModel
 from cluster.config.version import Configuration
+from cluster.config.vllm import VllmModel
 
 __all__ = [
     "ANONYMOUS",
@@ -42,6 +43,7 @@ __all__ = [
     "ServerEntry",
     "ServerModel",
     "SglangModel",
+    "VllmModel",
     "find_key",
     "load_config",
     "read_yaml",

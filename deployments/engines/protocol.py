@@ -27,9 +27,10 @@ class Call:
 
     `body` is the JSON object of the client (its `model` is what answers must echo), or the raw bytes of whatever else
     it sent; `request_id` the id of the whole request. `headers` have names in lower case. `slots` is how many
-    sequences the lease allows: choices beyond it run in turns. `queue_wait_ms` and `load_wait_ms` say how long the
-    request waited before the lease, `pool_elapsed_ms` how long ago it arrived in all; the engine copies them into the
-    `metrics` object (CONTRACT section 2).
+    sequences the lease allows: choices beyond it run in turns. `priority` is the request's class, 1 (high) to 3, for
+    engines that have a queue of their own. `queue_wait_ms` and `load_wait_ms` say how long the request waited before
+    the lease, `pool_elapsed_ms` how long ago it arrived in all; the engine copies them into the `metrics` object
+    (CONTRACT section 2).
     """
 
     path: str
@@ -39,6 +40,7 @@ class Call:
     query: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
     slots: int = 1
+    priority: int = 2
     queue_wait_ms: float = 0.0
     load_wait_ms: float = 0.0
     pool_elapsed_ms: float = 0.0

@@ -20,8 +20,10 @@ from cluster.config import (
     RemoteModel,
     ServerModel,
     SglangModel,
+    VllmModel,
 )
 from deployments.engines.protocol import Engine
+from deployments.engines.vllm import routes as vllm_routes
 from deployments.schemas import CHAT, EMBEDDINGS, PATHS, SERVED, TOKENIZE
 
 M = TypeVar("M", bound=ModelConfig)
@@ -36,8 +38,9 @@ class Backend(Generic[M]):
 
     `build` makes the engine of a model, by its id, configuration and file, not loaded yet and so cheap. `estimate`
     tells from the files what a replica will take, in MiB, or None; it may block for milliseconds. `paths` are the
-    OpenAI routes that its engines serve, and `raw` says whether they answer other paths too. `unused` are the fields of
-    the pool dialect's `decoding` that they cannot use.
+    routes that its engines serve, and `raw` says whether they answer any other path too; `offers` tells those of one
+    model, where its configuration makes a difference. `unused` are the fields of the pool dialect's `decoding` that
+    they cannot use.
     """
 
     config: type[M]
@@ -46,6 +49,7 @@ class Backend(Generic[M]):
     paths: frozenset[str]
     raw: bool = False
     unused: frozenset[str] = frozenset()
+    offers: Callable[[M], frozenset[str]] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -60,10 +64,9 @@ def backend_of(model: ModelConfig) -> Backend[Any]:
 
 def capabilities(model: ModelConfig) -> list[str]:
     """What clients may ask of a model, in words: `chat`, `completions`, `embeddings`, …"""
-    return sorted(
-        path.removeprefix("/v1").removesuffix("/completions").strip("/") or "completions"
-        for path in backend_of(model).paths
-    )
+    backend = backend_of(model)
+    paths = backend.paths if backend.offers is None else backend.offers(model)
+    return sorted({path.removeprefix("/v1").removesuffix("/completions").strip("/") or "completions" for path in paths})
 
 
 def unused_decoding(model: ModelConfig | None) -> frozenset[str]:
@@ -134,6 +137,12 @@ def _build_ctranslate2(model_id: str, model: Ct2Model, path: str) -> Engine:
     return Ct2Engine(model_id, model, path)
 
 
+def _build_vllm(model_id: str, model: VllmModel, path: str) -> Engine:
+    from deployments.engines.vllm.engine import VllmEngine
+
+    return VllmEngine(model_id, model, path)
+
+
 def _estimate_nothing(model: ModelConfig, path: Path) -> int | None:
     return None
 
@@ -150,11 +159,25 @@ def _estimate_ctranslate2(model: Ct2Model, path: Path) -> int | None:
     return memory.estimate_mib(model, path)
 
 
+def _estimate_vllm(model: VllmModel, path: Path) -> int | None:
+    from deployments.engines.vllm import memory
+
+    return memory.estimate_mib(model, path)
+
+
 BACKENDS: tuple[Backend[Any], ...] = (
     Backend(LlamaCppModel, _build_llama_cpp, _estimate_llama_cpp, PATHS, unused=frozenset({"beam_size"})),
     Backend(SglangModel, _build_sglang, _estimate_nothing, SERVED, raw=True, unused=frozenset({"beam_size"})),
     Backend(ServerModel, _build_server, _estimate_nothing, SERVED, raw=True, unused=REMOTE_UNUSED),
     Backend(RemoteModel, _build_remote, _estimate_nothing, frozenset({CHAT}), unused=REMOTE_UNUSED),
+    Backend(
+        VllmModel,
+        _build_vllm,
+        _estimate_vllm,
+        vllm_routes.ROUTES,
+        unused=frozenset({"beam_size"}),
+        offers=vllm_routes.offered,
+    ),
     Backend(Ct2Model, _build_ctranslate2, _estimate_ctranslate2, PATHS - {EMBEDDINGS}),
     Backend(FakeModel, _build_fake, _estimate_nothing, PATHS, raw=True, unused=frozenset({"beam_size"})),
 )

@@ -122,6 +122,18 @@ async def test_an_engine_loads_serves_and_finishes(raylet: Raylet, way: str):
     assert not lives(child.pid)
 
 
+async def test_an_interpreters_path_begins_at_the_code(raylet: Raylet, monkeypatch: pytest.MonkeyPatch):
+    path = Path(sys.executable)
+    monkeypatch.setattr(engine_child, "ROOT", str(path.parent.parent))
+    child = await EngineChild.start(
+        f"{path.parent.name}/{path.name}", raylet.home, environment(), raylet.home.folder / "log"
+    )
+    assert await child.ping() == (0, 0)
+    await child.end()
+    with pytest.raises(ModelUnavailable, match="could not be started"):
+        await EngineChild.start("no/such/python", raylet.home, environment(), raylet.home.folder / "log")
+
+
 @WAYS
 @pytest.mark.parametrize("fatal", [signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT])
 async def test_a_death_in_mid_stream_is_heard_of_at_once_with_its_reason(

@@ -1,0 +1,1 @@
+"""vLLM as an engine: its own OpenAI serving, called inside the engine's process."""

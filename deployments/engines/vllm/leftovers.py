@@ -1,0 +1,56 @@
+"""What vLLM's processes leave behind when they are killed: sockets in a folder, and memory that they have shared.
+
+Both are known by name while they live, and written down: whoever loads a vLLM model next removes what one left that was
+killed before it could.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterable
+from os import getpid
+from pathlib import Path
+
+from deployments.host_memory import tree_of
+
+PREFIX, LIST = "vllm-", "left-over"
+#: Where the shared memory of `multiprocessing` lies, by the names that it gives it.
+SHARED = "/dev/shm/psm_"
+
+
+def own_folder() -> Path:
+    """A folder for the sockets of this process's vLLM. What is left of others that are gone is removed."""
+    for folder in Path().glob(PREFIX + "*"):
+        owner = folder.name.removeprefix(PREFIX)
+        if owner.isdigit() and not Path("/proc", owner).exists():
+            with contextlib.suppress(OSError):
+                remove(map(Path, (folder / LIST).read_text().splitlines()))
+            shutil.rmtree(folder, ignore_errors=True)
+    own = Path(f"{PREFIX}{getpid()}").absolute()
+    own.mkdir(mode=0o700, exist_ok=True)
+    return own
+
+
+def left_over(pid: int) -> list[Path]:
+    """What a process's vLLM would leave, now that it is loaded; it is written down in the process's folder."""
+    found = {Path(line.split(maxsplit=5)[5]) for each in tree_of(pid) for line in _mapped(each) if SHARED in line}
+    folder = own_folder()
+    (folder / LIST).write_text("".join(f"{each}\n" for each in found))
+    return [*found, folder]
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Remove files and folders, those that are there."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _mapped(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/maps").read_text().splitlines()
+    except OSError:
+        return []
