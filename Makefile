@@ -64,7 +64,7 @@ test-ui: $(VENV)/.installed-dev
 
 # The page's libraries, as app/ui/vendor/manifest.json pins them; ARGS=--update writes the digests of other versions.
 vendor-ui:
-	$(PYTHON) scripts/vendor_ui.py $(ARGS)
+	$(PYTHON) .ci/vendor_ui.py $(ARGS)
 
 # Real agents and client libraries, two gigabytes of them: the first time installs them. Not a part of `make test`.
 test-agents: $(VENV)/.installed-dev $(AGENTS)/.installed
