@@ -11,9 +11,11 @@ const STEPS = SHOWN_S / STEP_S;
 
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
+// `least` is what the axis shows at least.
 const CHARTS = [
   {
     id: "tokens",
+    least: 1,
     title: "Output tokens per second",
     series: [{ name: "tokens/s", ink: "--ink-1", fill: true }],
     data: tokens,
@@ -21,6 +23,7 @@ const CHARTS = [
   },
   {
     id: "running",
+    least: 4,
     title: "Requests",
     series: [
       { name: "running", ink: "--ink-1" },
@@ -31,6 +34,7 @@ const CHARTS = [
   },
   {
     id: "ttft",
+    least: 0.1,
     title: "Time to the first token",
     series: [{ name: "TTFT", ink: "--ink-3", dots: true }],
     data: (state, now) => dots(state, now, ["ttft_s"]),
@@ -38,6 +42,7 @@ const CHARTS = [
   },
   {
     id: "waits",
+    least: 0.1,
     title: "Waits",
     series: [
       { name: "queue", ink: "--ink-2", dots: true },
@@ -119,7 +124,7 @@ class Chart extends Component {
     this.plot.batch(() => {
       this.plot.setScale("x", { min: now - SHOWN_S, max: now });
       const tops = this.plot.data.slice(1).map((values) => values.reduce((top, value) => Math.max(top, value ?? 0), 0));
-      this.plot.setScale("y", { min: 0, max: Math.max(...tops, this.props.chart.id === "running" ? 4 : 0.1) * 1.15 });
+      this.plot.setScale("y", { min: 0, max: Math.max(...tops, this.props.chart.least) * 1.15 });
     });
   }
 
