@@ -28,6 +28,13 @@ def test_an_engine_is_built_from_its_models_configuration() -> None:
     assert "/v1/chat/completions" in registry.backend_of(gguf).paths
 
 
+def test_what_the_dialect_asks_for_is_used_where_the_engine_can() -> None:
+    converted = ModelConfig.model_validate({"backend": "ct2", "model_path": "/nowhere"})
+    assert registry.unused_decoding(converted) == frozenset()
+    assert "beam_size" in registry.unused_decoding(ModelConfig.model_validate({"backend": "fake"}))
+    assert "embeddings" not in registry.capabilities(converted)
+
+
 #: What a model of a backend must say beside its path.
 NEEDED = {
     "server": {"engine_kwargs": {"command": "serve ${PORT}"}},
@@ -43,7 +50,7 @@ def test_a_backend_sleeps_if_its_engines_can(backend: registry.Backend) -> None:
     assert isinstance(registry.build_engine("m", model, "/nowhere.gguf"), Sleeper) == backend.config.sleeps
 
 
-@pytest.mark.parametrize("library", ["llama_cpp", "numpy", "jinja2"])
+@pytest.mark.parametrize("library", ["llama_cpp", "ctranslate2", "tokenizers", "numpy", "jinja2"])
 def test_naming_the_backends_imports_no_engine(library: str) -> None:
     code = f"import sys, deployments.engines.registry; sys.exit({library!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
