@@ -75,6 +75,8 @@ def _defaults(model: VllmModel) -> dict[str, Any]:
         defaults = {}
     if 0 < model.num_gpus < 1:
         defaults["gpu_memory_utilization"] = round(SHARED_PART * model.num_gpus, 3)
+    if model.enable_thinking is not None:
+        defaults["default_chat_template_kwargs"] = {"enable_thinking": model.enable_thinking}
     return defaults
 
 

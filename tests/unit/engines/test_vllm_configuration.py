@@ -67,6 +67,8 @@ def test_a_model_needs_a_folder():
         ({"num_gpus": 0.5}, {"gpu_memory_utilization": 0.45, "tensor_parallel_size": 1}),
         ({"num_gpus": 0.5, "engine_kwargs": {"gpu_memory_utilization": 0.3}}, {"gpu_memory_utilization": 0.3}),
         ({"type": "embedding"}, {"runner": "pooling"}),
+        ({"enable_thinking": False}, {"default_chat_template_kwargs": {"enable_thinking": False}}),
+        ({}, {"default_chat_template_kwargs": None}),
         ({}, {"tool_call_parser": "hermes", "enable_auto_tool_choice": True, "scheduling_policy": "priority"}),
     ],
 )
