@@ -183,6 +183,12 @@ class LedgerActor(Mailbox):
         self._attached.engine_ended(replica)
         self._post(EngineUnloaded(replica))
 
+    async def conversations_saved(self, replica: str, saved_bytes: int) -> None:
+        """The engine of a replica has saved so much of its conversations at its end; counted, nothing more."""
+        model = self._ledger.model_of(replica)
+        if model is not None:
+            self._counts.kv_saved_bytes[model] += saved_bytes
+
     async def engine_asleep(self, replica: str, host_mib: int, device_mib: int) -> None:
         """The engine of a replica sleeps and holds so much of the host's memory, and of each of its devices."""
         self._attached.engine_asleep(replica, AsleepState(host_mib, device_mib))
@@ -382,7 +388,7 @@ class LedgerActor(Mailbox):
 
     def _use(self) -> watches.Use:
         pool = self._config.current.pool
-        return watches.Use(pool.mem_budget_mb, pool.max_asleep != 0, bool(self._attached.actors()))
+        return watches.Use(pool.mem_budget_mb, pool.kv_store, pool.max_asleep != 0, bool(self._attached.actors()))
 
     def _nodes_changed(self, nodes: dict[str, NodeSpec]) -> None:
         self._post(NodesChanged(nodes))

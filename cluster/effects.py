@@ -31,6 +31,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster.applications import GRAPH
 from cluster.config.names import deployment_name as deployment_name
 from cluster.config.share import LEFT_GPUS
+from cluster.config.store import KvStoreConfig
 from cluster.config.version import Configuration
 from cluster.gpus import Gpu, read_gpus
 from cluster.ledger.specs import NodeSpec
@@ -199,8 +200,11 @@ class Machines:
     def __init__(self) -> None:
         self._gpus: dict[str, list[Gpu]] = {}
 
-    async def read(self, memory_mib: int) -> dict[str, NodeSpec]:
+    async def read(self, memory_mib: int, kv_store: KvStoreConfig | None = None) -> dict[str, NodeSpec]:
         """The nodes as they are now. `memory_mib` is the configured budget of each (0 = none).
+
+        What saved conversations may take of a host is taken off its memory once and for all, whatever they hold at a
+        time; unset, that is a quarter of what is free then, and so a quarter of all at most.
 
         The budget of a device is the smallest one's memory on its node, and 0 (no limit) as long as the driver there
         was not asked, or has no answer.
@@ -216,7 +220,7 @@ class Machines:
                 device_uuids=tuple(gpu.uuid for gpu in self._gpus.get(node["NodeID"], ())),
                 hosts=tuple(node[key] for key in ("NodeManagerHostname", "NodeManagerAddress") if node.get(key)),
                 is_head=_HEAD in node["Resources"],
-                host_memory_mib=int(node["Resources"].get("memory", 0)) >> 20,
+                host_memory_mib=_host_memory_mib(int(node["Resources"].get("memory", 0)) >> 20, kv_store),
             )
             for node in nodes
         }
@@ -229,6 +233,13 @@ class Machines:
         for node, (gpus, _) in zip(unknown, answers, strict=True):
             self._gpus[node] = gpus
         return any(gpus for gpus, _ in answers)
+
+
+def _host_memory_mib(memory_mib: int, kv_store: KvStoreConfig | None) -> int:
+    """What the saved conversations leave of a node's memory; 0 = it is not known."""
+    if kv_store is None or not memory_mib:
+        return memory_mib
+    return max(1, memory_mib - (memory_mib // 4 if kv_store.mib is None else kv_store.mib))
 
 
 async def _live_nodes() -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ class Outcome(NamedTuple):
 
     `model` is the one that answered, or the one that was asked for if none did; `status` is HTTP's, also for a stream
     that broke later than its head. `ttft_s` and `total_s` count from the request's arrival at the ingress. `trace` is
-    the client's own `X-Request-Id`.
+    the client's own `X-Request-Id`. `restored_tokens` is None where no saved conversation was looked for.
     """
 
     model: str
@@ -64,6 +64,7 @@ class Outcome(NamedTuple):
     cached_tokens: int | None = None
     output_tokens: int | None = None
     trace: str = ""
+    restored_tokens: int | None = None
 
     @property
     def tpot_s(self) -> float | None:
@@ -103,19 +104,33 @@ class Histogram:
 class ModelFigures:
     """What is counted of one model's requests."""
 
-    __slots__ = ("_histograms", "histograms", "tokens_cached", "tokens_in", "tokens_out")
+    __slots__ = (
+        "_histograms",
+        "histograms",
+        "kv_hits",
+        "kv_misses",
+        "kv_restored_tokens",
+        "tokens_cached",
+        "tokens_in",
+        "tokens_out",
+    )
 
     def __init__(self) -> None:
         self.tokens_in = self.tokens_out = self.tokens_cached = 0
+        self.kv_hits = self.kv_misses = self.kv_restored_tokens = 0
         self.histograms = {name: Histogram(buckets) for name, buckets in HISTOGRAMS.items()}
         self._histograms = tuple(self.histograms.values())
 
     def add(self, outcome: Outcome) -> None:
         """Count one request. All of them pass here, so it is written to be quick."""
-        _, _, _, _, _, queue_s, load_s, ttft_s, total_s, tokens_in, tokens_cached, tokens_out, _ = outcome
+        _, _, _, _, _, queue_s, load_s, ttft_s, total_s, tokens_in, tokens_cached, tokens_out, _, restored = outcome
         self.tokens_in += tokens_in or 0
         self.tokens_out += tokens_out or 0
         self.tokens_cached += tokens_cached or 0
+        if restored is not None:
+            self.kv_restored_tokens += restored
+            self.kv_hits += restored > 0
+            self.kv_misses += restored == 0
         tpot_s = outcome.tpot_s if tokens_out else None
         for histogram, value in zip(self._histograms, (queue_s, load_s, ttft_s, tpot_s, total_s), strict=True):
             if value is not None:
@@ -147,6 +162,7 @@ class Counts:
         self.evictions: Counter[str] = Counter()
         self.load_failures: Counter[str] = Counter()
         self.engine_deaths: Counter[str] = Counter()
+        self.kv_saved_bytes: Counter[str] = Counter()
         self._knows = knows
         self._series: dict[tuple[str, ...], _Series] = {}
         # the same by what outcomes say of themselves, so that most of them need one look; bounded like the labels

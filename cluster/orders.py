@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any, NamedTuple
 
+from cluster.config.store import KvStoreConfig
 from cluster.waiting import Signal
 
 
@@ -57,7 +58,8 @@ class Load(NamedTuple):
     """Load this engine.
 
     `config` is `ModelConfig.model_dump(mode="json", by_alias=False)`, `overrides` are engine keys that are laid over
-    it for this load only, `devices` are indices of the node's devices. `revision` stands for both.
+    it for this load only, `devices` are indices of the node's devices. `revision` stands for both. Without a `kv_store`
+    no conversation is saved.
     """
 
     model: str
@@ -67,6 +69,7 @@ class Load(NamedTuple):
     revision: str
     num_gpus: float
     slots: int = 0
+    kv_store: KvStoreConfig | None = None
 
 
 class Restart(NamedTuple):

@@ -51,7 +51,8 @@ class OwnedConfiguration:
         if overrides:
             config = overridden(config, overrides)
         fields = self.current.pool.model_in_pool(config).model_dump(mode="json", by_alias=False)
-        return Load(model, fields, overrides, devices, spec.revision, spec.num_gpus, spec.slots)
+        kv_store = self.current.pool.kv_store if config.remembers else None
+        return Load(model, fields, overrides, devices, spec.revision, spec.num_gpus, spec.slots, kv_store)
 
     def _take(self, configuration: Configuration) -> bool:
         if configuration.version == self.current.version:

@@ -61,6 +61,14 @@ def families(counts: Counts, snapshot: Snapshot) -> Iterator[Metric]:
     yield _counter("tokens_out", "Output tokens", by_model, tokens_out)
     tokens_cached = (((name,), each.tokens_cached) for name, each in figures)
     yield _counter("tokens_cached", "Prompt tokens that needed no evaluation", by_model, tokens_cached)
+    restored = (((name,), each.kv_restored_tokens) for name, each in figures)
+    yield _counter("kv_restored_tokens", "Prompt tokens that an earlier engine had saved", by_model, restored)
+    hits = (((name,), each.kv_hits) for name, each in figures)
+    yield _counter("kv_store_hits", "Requests that went on with a saved conversation", by_model, hits)
+    misses = (((name,), each.kv_misses) for name, each in figures)
+    yield _counter("kv_store_misses", "Requests whose prompt was sought and not saved", by_model, misses)
+    saved = "Bytes of conversations that engines saved at their end"
+    yield _counter("kv_saved_bytes", saved, by_model, _by_one(counts.kv_saved_bytes))
     swap_help = "Times that room was promised to a waiting model, by why others had to go"
     yield _counter("swaps", swap_help, ("model", "reason"), counts.swaps.items())
     yield _counter("drains", "Replicas that were drained, by why", ("model", "reason"), counts.drains.items())

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from cluster import effects
+from cluster.config.store import KvStoreConfig
 from cluster.ledger.specs import NodeSpec
 from cluster.reservation import Reservation
 
@@ -42,10 +43,12 @@ async def watch_deaths(known: Callable[[], list[str]], dead: Callable[[str], Non
 class Use(NamedTuple):
     """What the pool wants of the machines now: its budget of each one's memory, and whether their devices.
 
-    `reserves`: its replicas do not take the devices themselves; `lives`: a replica or an ingress is there.
+    `kv_store` is what it keeps in each one's memory beside its processes. `reserves`: its replicas do not take the
+    devices themselves; `lives`: a replica or an ingress is there.
     """
 
     memory_mib: int
+    kv_store: KvStoreConfig | None
     reserves: bool
     lives: bool
 
@@ -58,7 +61,7 @@ async def watch_nodes(use: Callable[[], Use], changed: Callable[[dict[str, NodeS
     while True:
         try:
             wanted = use()
-            nodes = await machines.read(wanted.memory_mib)
+            nodes = await machines.read(wanted.memory_mib, wanted.kv_store)
             nodes = await reservation.hold(nodes, is_wanted=wanted.reserves, is_used=wanted.lives)
             if nodes != seen:
                 changed(nodes)

@@ -89,6 +89,8 @@ class EngineChild:
         """`status` is the exit status of a child of this very process; the nursery's children have theirs told."""
         self._control, self._kill, self._status = control, kill, status
         self.pid = 0
+        #: What its engine has saved of its conversations at its end.
+        self.saved_bytes = 0
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._born = asyncio.Event()
         self._pong: asyncio.Future[dict[str, Any]] | None = None
@@ -219,6 +221,8 @@ class EngineChild:
                             self._pong.set_result(said)
                     case "died":
                         told = said["reason"]
+                    case "saved":
+                        self.saved_bytes = said["bytes"]
                     case "exit":
                         why = _why(said["status"])
         except (ConnectionEnded, OSError, ValueError, KeyError):

@@ -26,7 +26,7 @@ from typing import Any
 from cluster.config.models import ModelConfig
 from cluster.errors import ModelUnavailable, PoolError, ReplicaGone
 from cluster.frames import Connection, ConnectionEnded, frame, raise_file_limit
-from deployments.engines.protocol import Call, Engine, Progress, Reply, RunsProcess, Sleeper
+from deployments.engines.protocol import Call, Engine, Progress, Remembering, Reply, RunsProcess, Sleeper
 from deployments.engines.registry import build_engine
 from deployments.link_server import LinkServer
 from deployments.parents import die_with_parent
@@ -120,6 +120,8 @@ class EngineProcess:
         config = ModelConfig.model_validate({**order["config"], **order["overrides"]})
         path = await find_weights(config.model_path, in_folder=config.in_folder)
         engine = build_engine(order["model"], config, path)
+        if order.get("kv_store") and isinstance(engine, Remembering):
+            engine.remember_in(order["kv_store"])
         await engine.load(self._progress())
         server = LinkServer(order["model"], order["replica"], self._respond)
         await server.listener.listen_unix(Path(order["unix"]))
@@ -174,7 +176,7 @@ class EngineProcess:
         self._control.write(message("ready", devices=devices, **said, **fields))
 
     async def _finish(self) -> None:
-        """Let running calls end, which whoever asked bounds.
+        """Let running calls end, which whoever asked bounds, and keep the conversations that are worth it.
 
         The engine itself is not asked to unload: the end of the process, and of its group, frees all that it has, and
         an engine that hangs cannot hold that up. One in a process of its own may tidy up before.
@@ -185,6 +187,13 @@ class EngineProcess:
         if self._server is not None:
             self._server.listener.stop()
             await self._server.finished()
+        if isinstance(self._engine, Remembering) and not self._is_asleep:
+            try:
+                saving = await self._engine.save()
+            except Exception:
+                logger.exception("conversations are not saved")
+            else:
+                self._control.write(message("saved", bytes=saving.bytes))
         if self._watching is not None and isinstance(self._engine, RunsProcess):
             self._watching.cancel()
             await self._engine.stop()

@@ -335,4 +335,5 @@ def outcome(
         report.cached_tokens,
         report.output_tokens,
         request.trace,
+        report.restored_tokens,
     )

@@ -1,4 +1,4 @@
-"""What processes of this machine hold of its memory, from `/proc`."""
+"""What processes of this machine hold of its memory, and what is left of it, from `/proc`."""
 
 from __future__ import annotations
 
@@ -31,3 +31,14 @@ def tree_of(pid: int) -> Iterator[int]:
                 left += map(int, (task / "children").read_text().split())
         except OSError:
             pass  # It has ended meanwhile.
+
+
+def available_bytes() -> int:
+    """What new allocations may still take of this machine's memory, or of what its container was given."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) << 10
+    try:
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):
+        return available  # No container, or one without a limit.
+    return max(0, min(available, limit - used))

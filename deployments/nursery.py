@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.frames import check_private, user_of
+from cluster.home import memory_folder
 
 logger = logging.getLogger("slotpool.nursery")
 
@@ -214,7 +215,8 @@ def _kill(pid: int) -> None:
 
 
 def serve(folder: Path, raylet: int) -> None:
-    """Listen in `folder`, which must be this user's own, until the raylet ends; then remove it."""
+    """Listen in `folder`, which must be this user's own, until the raylet ends; then remove it, and what it has in
+    memory."""
     from deployments.engine_process import serve as host
 
     check_private(folder)
@@ -228,7 +230,8 @@ def serve(folder: Path, raylet: int) -> None:
         try:
             Nursery(listener, raylet, host).run()
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            for each in (folder, memory_folder(folder)):
+                shutil.rmtree(each, ignore_errors=True)
 
 
 def prepare() -> None:

@@ -21,6 +21,7 @@ from cluster.home import Home
 from cluster.orders import Address, AsleepState, EngineState, Load, Order, Prefetch, Restart, Sleep, Unload, Wake
 from deployments.engine_child import EngineChild, EngineDied
 from deployments.host_memory import tree_mib
+from deployments.kv_store.places import DiskCopy, Places, places
 from deployments.weights import prefetch
 
 logger = logging.getLogger("slotpool.replica")
@@ -82,6 +83,8 @@ class Supervisor:
         self._child: EngineChild | None = None
         self._awake: EngineState | None = None
         self._load_order: Load | None = None
+        self._kv_store: Places | None = None
+        self._copying = DiskCopy()
         self._loading: asyncio.Task[None] | None = None
         self._falling_asleep: asyncio.Task[None] | None = None
         self._turn = asyncio.Lock()
@@ -117,8 +120,10 @@ class Supervisor:
             if self.engine is None:
                 child.kill()
             await child.finish()
+            self._tell_of_saved(child)
         for task in self._tasks:
             task.cancel()
+        await self._copying.finished()
 
     def _obey(self, order: Order) -> None:
         match order:
@@ -220,6 +225,9 @@ class Supervisor:
     async def _load_in(self, child: EngineChild, place: Place, order: Load) -> EngineState:
         unix = str(place.home.folder / self._replica)
         token = secrets.token_urlsafe(32) if place.host else ""
+        self._kv_store = None
+        if order.kv_store is not None:
+            self._kv_store = await asyncio.to_thread(places, place.home, order.kv_store)
         said = await child.load(
             {
                 "model": self._model,
@@ -229,6 +237,7 @@ class Supervisor:
                 "unix": unix,
                 "host": place.host,
                 "token": token,
+                "kv_store": self._kv_store and self._kv_store.as_dict(),
             },
             self._progress,
         )
@@ -259,6 +268,14 @@ class Supervisor:
         await self._end_child()
         self.is_unloading = False
         self._tell("engine_unloaded")
+        if child is not None:
+            self._tell_of_saved(child)
+
+    def _tell_of_saved(self, child: EngineChild) -> None:
+        """An engine has ended: what it has saved is counted, and copied to the disk beside whatever comes next."""
+        if child.saved_bytes and self._kv_store is not None:
+            self._ledger.tell("conversations_saved", self._replica, child.saved_bytes)
+            self._copying.begin(self._kv_store)
 
     async def _sleep(self) -> None:
         """Put what is loaded to sleep. An engine that cannot is unloaded, and so is one that is not there."""

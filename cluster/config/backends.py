@@ -84,6 +84,8 @@ class FakeModel(ModelConfig):
 class LlamaCppModel(ModelConfig):
     """A GGUF file in llama.cpp. A key that is unset leaves the choice to the engine."""
 
+    remembers = True
+
     backend: Literal["llama_cpp", "gguf"] = "llama_cpp"
     gguf_n_ctx: Annotated[int, Field(ge=1)] | None = None
     gguf_flash_attn: FlashAttention = "auto"

@@ -95,6 +95,8 @@ class ModelConfig(BaseModel):
     is_remote: ClassVar[bool] = False
     #: Its weights are a folder (`hf:owner/repo` is one, too), and not one file.
     in_folder: ClassVar[bool] = False
+    #: Its engines can save conversations beyond their end.
+    remembers: ClassVar[bool] = False
     #: The subclass of each backend's name. Any, since in this class `type` is a key of the configuration.
     backends: ClassVar[dict[str, Any]] = {}
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SerializeAsAny, 
 from cluster.config.keys import ApiKey, check_keys
 from cluster.config.models import ModelConfig, ServerEntry
 from cluster.config.names import Names, check_references
-from cluster.config.store import StoreConfig
+from cluster.config.store import KvStoreConfig, StoreConfig
 from cluster.ledger.specs import ModelSpec, PoolSpec
 from cluster.servers.types import base_url
 
@@ -66,6 +66,9 @@ class PoolConfig(BaseModel):
     replica. `auto` is what fits in a quarter of a node's memory; with 0, the default on a Ray that was there before,
     a replica ends with its engine. `asleep_device_mib` is what an engine that sleeps (level 1) may hold on a device;
     one that holds more ends instead.
+    `kv_store_mib` is how much of each node's memory holds the conversations that engines save when they are unloaded,
+    so that they go on after the next load; unset, a quarter of what is free then, and 0 = none are saved.
+    `kv_store_dir` is a folder on each node's disk to which they are copied, so that they survive a restart of the pool.
     `max_keep_alive` (s) bounds the `keep_alive` of requests without an admin key. `model_roots` says where the files of
     models that are registered at run time may lie: folders, `package:NAME`, `hf:OWNER` or `hf:OWNER/REPO`.
     `sglang_max_running_requests` and `sglang_max_total_tokens` (0 = what fits) bound every server of `backend: sglang`.
@@ -92,6 +95,8 @@ class PoolConfig(BaseModel):
     admin_keys: tuple[ApiKey, ...] = ()
     max_asleep: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
     asleep_device_mib: Annotated[int, Field(ge=0)] = 600
+    kv_store_mib: Annotated[int, Field(ge=0)] | None = None
+    kv_store_dir: str | None = None
     max_keep_alive: Annotated[float, Field(gt=0)] = 3600.0
     model_roots: tuple[str, ...] = ()
     max_body_mb: Annotated[float, Field(gt=0)] = 32.0
@@ -120,6 +125,13 @@ class PoolConfig(BaseModel):
             if not re.match(r"/|~|package:[A-Za-z0-9_]+|hf:[^/]+", root):
                 raise ValueError(f"{root!r} is neither an absolute folder nor package:NAME nor hf:OWNER[/REPO]")
         return roots
+
+    @field_validator("kv_store_dir")
+    @classmethod
+    def _store_is_absolute(cls, folder: str | None) -> str | None:
+        if folder is not None and not folder.startswith(("/", "~")):
+            raise ValueError("must be an absolute path: the processes that use it have other working directories")
+        return folder
 
     @model_validator(mode="after")
     def _servers_are_unique(self) -> PoolConfig:
@@ -155,6 +167,13 @@ class PoolConfig(BaseModel):
         """Where the file of a model that is registered at run time may lie: `model_roots`, and the files in use."""
         in_use = (model.model_path for model in self.models.values() if model.model_path)
         return (*self.model_roots, *in_use)
+
+    @property
+    def kv_store(self) -> KvStoreConfig | None:
+        """Where conversations are saved; None where they are not, or no model's engine can."""
+        if self.kv_store_mib == 0 or not any(model.remembers for model in self.models.values()):
+            return None
+        return KvStoreConfig(self.kv_store_mib, self.kv_store_dir)
 
     @property
     def mode(self) -> str:

@@ -1,11 +1,11 @@
-"""Where a pool keeps what must survive it: stored responses so far. Which database, for how long, and how much."""
+"""Where a pool keeps what must survive: stored responses the pool itself, conversations the engines that had them."""
 
 from __future__ import annotations
 
 import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -52,3 +52,13 @@ class StoreConfig(BaseModel):
         # Conversations are nobody else's business; SQLite gives the files beside it the same mode.
         file.touch(mode=0o600)
         return f"sqlite:///{file}"
+
+
+class KvStoreConfig(NamedTuple):
+    """Where conversations outlive their engine: in so much of a node's memory, and in a folder on its disk.
+
+    `mib` None is a quarter of what is free; `folder` None is no disk.
+    """
+
+    mib: int | None = None
+    folder: str | None = None

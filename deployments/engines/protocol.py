@@ -71,11 +71,14 @@ class Report:
 
     Times are milliseconds in the engine: `tokenize_ms` from the call's entry until its prompt is tokens, `queue_ms`
     from there until the backend begins, `backend_ms` from then to the backend's end; `ttft_ms` from the entry to the
-    first token, `total_ms` from the entry to the end. Plain data, since it travels in the last frame of an answer.
+    first token, `total_ms` from the entry to the end. `restored_tokens` are those of the cached ones that were saved by
+    an earlier engine; 0 where that was looked for in vain, None where it was not. Plain data, since it travels in the
+    last frame of an answer.
     """
 
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
+    restored_tokens: int | None = None
     output_tokens: int | None = None
     ttft_ms: float | None = None
     total_ms: float | None = None
@@ -175,6 +178,25 @@ class RunsProcess(Protocol):
 
     async def stop(self) -> None:
         """Let that process end by itself. Whatever of it is left is killed with this process's group."""
+
+
+class Saving(NamedTuple):
+    """What an engine has saved: so many sequences, in so many bytes and milliseconds."""
+
+    sequences: int
+    bytes: int
+    took_ms: float
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """What an engine has beside `Engine` if conversations can outlive it."""
+
+    def remember_in(self, places: Mapping[str, Any]) -> None:
+        """Where they are kept (`kv_store.places.Places`, as plain data). Called before `load`, or not at all."""
+
+    async def save(self) -> Saving:
+        """Keep what is worth it. No call runs, and none will come: the process ends then. Bounded by the engine."""
 
 
 async def once(body: bytes) -> AsyncGenerator[bytes, None]:

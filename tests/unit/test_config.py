@@ -13,6 +13,7 @@ from app.cli.checks import refuse_strangers_without_keys
 from app.cli.document import declared_gpus, lay_over
 from cluster.config import ConfigError, FakeFaults, FakeModel, LlamaCppModel, ModelConfig, PoolConfig, load_config
 from cluster.config.schema import POOL, schemas
+from cluster.config.store import KvStoreConfig
 from cluster.ledger.specs import ServerSpec
 
 FAKE = {"backend": "fake"}
@@ -54,6 +55,7 @@ def test_the_shipped_file_is_valid():
         ({"models": {"a": {**FAKE, "python": ""}}}, "models.a.python: "),
         ({"models": {"a": {**FAKE, "num_gpus": 1.5}}}, "whole number of devices"),
         ({"models": {"a": {**FAKE, "aliases": ["b"]}, "b": FAKE}}, "models.a.aliases: 'b' is already a model id"),
+        ({"kv_store_dir": "kept"}, "args: kv_store_dir: .*must be an absolute path"),
         ({"default_model": "x"}, "args: default_model: 'x' is not a configured model"),
         (
             {"models": {"a": {**FAKE, "aliases": ["x"], "weight": 1}, "b": {**FAKE, "aliases": ["x"]}}},
@@ -310,3 +312,12 @@ def test_the_readmes_examples_are_valid():
         assert config.spec().models or config.servers or config.api_keys
         jsonschema.validate(yaml.safe_load(block), schemas()[POOL])
     assert len(blocks) == 4
+
+
+def test_conversations_are_saved_where_an_engine_can():
+    remembers = {"models": {"a": FAKE, "b": {"model_path": "/m"}}}
+    assert load_config(remembers, environ={}).kv_store == KvStoreConfig(None, None)
+    kept = {"kv_store_mib": 100, "kv_store_dir": "~/kept"}
+    assert load_config({**remembers, **kept}, environ={}).kv_store == KvStoreConfig(100, "~/kept")
+    assert load_config({**remembers, "kv_store_mib": 0}, environ={}).kv_store is None
+    assert load_config({"models": {"a": FAKE}, **kept}, environ={}).kv_store is None

@@ -257,8 +257,10 @@ async def test_the_nursery_is_one_process_with_one_thread_and_initialises_nothin
 async def test_all_ends_with_the_raylet(own_raylet: Raylet):
     children = [await begin(own_raylet, "fork") for _ in range(2)]
     pids = [nursery_pid(own_raylet.home), *(child.pid for child in children)]
+    in_memory = own_raylet.home.make_memory_folder()
     own_raylet.end()
     wait_until(lambda: not any(map(lives, pids)) and not own_raylet.home.folder.exists())
+    wait_until(lambda: not in_memory.exists())
 
 
 async def test_engines_end_with_the_nursery_and_the_next_one_starts_another(own_raylet: Raylet):

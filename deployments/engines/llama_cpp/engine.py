@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -22,15 +22,19 @@ from cluster.errors import BackendUnavailable, ModelUnavailable
 from deployments.engines.chat.template import ChatTemplate, choose_template
 from deployments.engines.chat.utf8 import TextAssembler
 from deployments.engines.llama_cpp.answer import Answer
+from deployments.engines.llama_cpp.conversations import Conversations
 from deployments.engines.llama_cpp.embeddings import EmbeddingAnswer, tokens_body
 from deployments.engines.llama_cpp.generation import Generation, Job, Mailbox
+from deployments.engines.llama_cpp.library import load_library
 from deployments.engines.llama_cpp.load_meter import LoadMeter
 from deployments.engines.llama_cpp.loop import DecodeLoop
 from deployments.engines.llama_cpp.memory import DEFAULT_BATCH
 from deployments.engines.llama_cpp.prepare import Prepared, Preparer
-from deployments.engines.llama_cpp.runtime import FLASH_ATTENTION, KV_TYPES, Runtime, RuntimeOptions, load_library
+from deployments.engines.llama_cpp.runtime import FLASH_ATTENTION, KV_TYPES, Runtime, RuntimeOptions
 from deployments.engines.llama_cpp.sampling import Grammar
-from deployments.engines.protocol import EVENT_STREAM, JSON, Call, EngineInfo, Progress, Reply, once
+from deployments.engines.protocol import EVENT_STREAM, JSON, Call, EngineInfo, Progress, Reply, Saving, once
+from deployments.kv_store.places import Places
+from deployments.kv_store.store import KvStore
 from deployments.schemas import DETOKENIZE, EMBEDDINGS, PATHS, TOKENIZE
 
 #: Prompt tokens that one step may evaluate beside the running streams: bounded, so that a long prompt does not stall
@@ -48,10 +52,11 @@ class Loaded(NamedTuple):
     runtime: Runtime
     template: ChatTemplate | None
     memory_mib: int
+    conversations: Conversations | None
 
 
 class LlamaCppEngine:
-    """Implements `Engine`. `slots` sequences share one context; each has `n_ctx` tokens of its own.
+    """Implements `Engine` and `Remembering`. `slots` sequences share one context; each has `n_ctx` tokens of its own.
 
     `n_ctx` None takes the model's own context, at most 8192, halved until the KV cache is no larger than the weights
     or 1 GiB. `n_threads` None takes every core this process may use. `flash_attn` "auto" lets llama.cpp choose; on a
@@ -102,6 +107,11 @@ class LlamaCppEngine:
         self._loop: DecodeLoop | None = None
         self._preparer: Preparer | None = None
         self._preparing: set[asyncio.Future[Any]] = set()
+        self._store: KvStore | None = None
+        self._conversations: Conversations | None = None
+
+    def remember_in(self, places: Mapping[str, Any]) -> None:
+        self._store = KvStore(Places.of(places))
 
     async def load(self, progress: Progress) -> None:
         """Load the model in a thread. Raises `ModelUnavailable` and leaves nothing behind."""
@@ -112,13 +122,14 @@ class LlamaCppEngine:
         loading = asyncio.get_running_loop().run_in_executor(thread, self._load, progress)
         thread.shutdown(wait=False)
         try:
-            runtime, template, memory_mib = await asyncio.shield(loading)
+            runtime, template, memory_mib, conversations = await asyncio.shield(loading)
         except asyncio.CancelledError:
             loading.add_done_callback(_close_loaded)
             raise
         chunk = self._prefill_chunk or (GPU_PREFILL_CHUNK if runtime.offloads else CPU_PREFILL_CHUNK)
         self._runtime = runtime
         self._memory_mib = memory_mib
+        self._conversations = conversations
         self._preparer = Preparer(runtime, template, enable_thinking=self._enable_thinking)
         self._loop = DecodeLoop(runtime, self._options.slots, chunk)
         self._loop.start()
@@ -137,16 +148,26 @@ class LlamaCppEngine:
             return await self._tokens(call)
         answer = EmbeddingAnswer(call, self._model_id) if call.path == EMBEDDINGS else Answer(call, self._model_id)
         job = Job(Mailbox(loop.wake), max(1, call.slots))
-        answer.begin(await self._prepare(call, job), list(job.pending), job.mailbox)
+        prepared = await self._prepare(call, job)
+        if self._conversations is not None:
+            await self._conversations.recall(list(job.pending), loop)
+        answer.begin(prepared, list(job.pending), job.mailbox)
         if loop.stopping:
             raise BackendUnavailable("the model is being unloaded")
         chunks = _run(loop, answer, job, stream=call.stream)
         return Reply(200, dict(EVENT_STREAM if call.stream else JSON), chunks, answer.report)
 
+    async def save(self) -> Saving:
+        loop, conversations = self._loop, self._conversations
+        if loop is None or conversations is None:
+            return Saving(0, 0, 0.0)
+        await asyncio.to_thread(loop.stop)
+        return await asyncio.to_thread(conversations.save, loop.slots)
+
     async def unload(self) -> None:
         """Stop the loop and free the model; running calls fail with `BackendUnavailable`. Idempotent."""
         loop, runtime = self._loop, self._runtime
-        self._loop = self._runtime = self._preparer = None
+        self._loop = self._runtime = self._preparer = self._conversations = None
         if loop is not None:
             await asyncio.to_thread(loop.stop)
         if self._preparing:
@@ -203,7 +224,10 @@ class LlamaCppEngine:
             partly = runtime.offloads and options.n_gpu_layers > 0
             grown = meter.grown_mib()
             memory_mib = floor if grown is None else grown if partly else max(grown, floor)
-            return Loaded(runtime, template.result(), memory_mib)
+            conversations = None
+            if self._store is not None and runtime.can_cut:
+                conversations = Conversations(self._store, runtime, options)
+            return Loaded(runtime, template.result(), memory_mib, conversations)
         except BaseException:
             runtime.close()
             raise

@@ -15,6 +15,7 @@ from deployments.engines.chat.logprobs import TokenLogprob
 from deployments.engines.chat.request import Sampling
 from deployments.engines.chat.utf8 import TextAssembler
 from deployments.engines.llama_cpp.sampling import Grammar, Sampler
+from deployments.kv_store.folder import Saved
 
 #: A sequence with more deltas than this unread pauses until its reader has caught up.
 MAX_UNREAD = 256
@@ -119,7 +120,11 @@ class Generation:
     sampler: Sampler | None = None
     #: How many deltas were sent to the mailbox.
     said: int = 0
+    #: Tokens of the prompt that needed no evaluation; those that a saved conversation gave, None if none was sought.
     reused: int = 0
+    restored: int | None = None
+    #: What was found of the prompt among the saved conversations, until the sequence has a slot.
+    saved: Saved | None = None
     evaluated: int = 0
     produced: int = 0
     started_at: float = 0.0

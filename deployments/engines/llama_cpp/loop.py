@@ -16,35 +16,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from cluster.errors import BackendUnavailable, PoolError
 from deployments.engines.chat.logprobs import TokenLogprob
 from deployments.engines.llama_cpp.generation import Delta, Generation, Job, Mailbox
+from deployments.engines.llama_cpp.prefix import Prefixes, Slot, common_prefix
 from deployments.engines.llama_cpp.runtime import Logits, Runtime
 from deployments.engines.llama_cpp.sampling import NO_TOKEN, Sampler, top_logprobs
 from deployments.engines.llama_cpp.team import Team
 
 log = logging.getLogger(__name__)
 
-#: Copying another slot's whole cache pays when it saves this many prompt tokens (docs/measurements.md).
-COPY_GAIN = 64
-
 #: How much nicer the threads that decode are than the rest of the process: where all cores decode, tokens on their way
 #: out to a client go before the computing of the next ones (docs/measurements.md). Relative, since Ray's processes have
 #: a niceness of their own, below which only root may go.
 COMPUTE_NICE = 5
-
-
-@dataclass(slots=True, eq=False)
-class Slot:
-    """One sequence of the KV cache. `cached` is what it holds, kept after a generation for the next one's prefix."""
-
-    number: int
-    cached: list[int] = field(default_factory=list)
-    generation: Generation | None = None
-    next_token: int | None = None
-    used_at: float = 0.0
 
 
 class DecodeLoop:
@@ -62,8 +48,8 @@ class DecodeLoop:
         self._prefilling: list[Slot] = []
         self._deltas: list[tuple[Mailbox, Delta]] = []
         self._thread = threading.Thread(target=self._run, name="llama-decode", daemon=True)
-        self._copy_gain = max(COPY_GAIN, runtime.n_ctx // 64)
         self._team = Team(runtime.threads)
+        self._prefixes = Prefixes(runtime, self._slots)
         self.steps = 0
 
     def start(self) -> None:
@@ -98,6 +84,20 @@ class DecodeLoop:
             self._condition.notify()
         if self._thread.is_alive():
             self._thread.join()
+
+    def held(self, prompt: list[int]) -> int:
+        """How much of a prompt is held in some slot: a snapshot, which the next step may change."""
+        return self._prefixes.held(prompt)
+
+    @property
+    def gain(self) -> int:
+        """How many more tokens of a prompt must be had from elsewhere than a slot holds, for that to pay."""
+        return self._prefixes.gain
+
+    @property
+    def slots(self) -> Sequence[Slot]:
+        """The slots with what they hold. Steady once the loop is stopped."""
+        return self._slots
 
     @property
     def idle(self) -> bool:
@@ -187,22 +187,25 @@ class DecodeLoop:
         idle = [slot for slot in self._slots if slot.generation is None]
         while self._waiting and idle:
             generation = self._waiting.popleft()
-            prompt = generation.prompt
-            # The longest common prefix wins; among equals the one unused for longest, whose cache is worth least.
-            slot = max(idle, key=lambda s: (_common_prefix(s.cached, prompt), -s.used_at))
-            own = _common_prefix(slot.cached, prompt)
-            if self._shares_with_a_prefill(prompt, own):
-                # The same long beginning is being evaluated right now: cheaper to wait for it than to do it again.
+            slot = self._prefixes.choose(idle, generation)
+            if self._must_wait(slot, generation):
                 postponed.append(generation)
-                continue
-            if self._start(generation):
+            elif self._start(generation):
                 idle.remove(slot)
-                self._occupy(slot, generation, own)
+                self._occupy(slot, generation)
         self._waiting.extendleft(reversed(postponed))
 
-    def _shares_with_a_prefill(self, prompt: list[int], own: int) -> bool:
+    def _must_wait(self, slot: Slot, generation: Generation) -> bool:
+        """Whether the next step finds the prompt's beginning in a slot, or is the first that can restore it."""
+        if generation.saved is not None and self._runtime.has_pending_copies:
+            # The cells that a copy is still to read must not be written to before.
+            if self._prefilling:
+                return True
+            generation.saved = None
+        # The same long beginning is being evaluated right now: cheaper to wait for it than to do it again.
+        reach = self._prefixes.reach(slot, generation)
         prompts = [slot.generation.prompt for slot in self._prefilling if slot.generation is not None]
-        return any(_common_prefix(other, prompt) - own >= self._copy_gain for other in prompts)
+        return any(common_prefix(other, generation.prompt) - reach >= self._prefixes.gain for other in prompts)
 
     def _start(self, generation: Generation) -> bool:
         """Make the sampler, which is many times the size of the rest. False where that is refused."""
@@ -216,21 +219,10 @@ class DecodeLoop:
             return False
         return True
 
-    def _occupy(self, slot: Slot, generation: Generation, own: int) -> None:
-        """Give the slot to a generation, with as much of its prompt as some slot's cache holds already."""
-        prompt = generation.prompt
-        donor = max(self._slots, key=lambda s: _common_prefix(s.cached, prompt))
-        if _common_prefix(donor.cached, prompt) - own >= self._copy_gain:
-            self._runtime.copy_slot(donor.number, slot.number)
-            slot.cached = list(donor.cached)
-            own = _common_prefix(slot.cached, prompt)
-        # At least one token is evaluated again, since its scores choose the first new one.
-        keep = 0 if generation.needs_all_outputs else min(own, len(prompt) - 1)
-        if not self._runtime.keep_prefix(slot.number, keep):
-            keep = 0
-        slot.cached = prompt[:keep]
+    def _occupy(self, slot: Slot, generation: Generation) -> None:
+        """Give the slot to a generation, with as much of its prompt as is held anywhere."""
+        self._prefixes.fill(slot, generation)
         slot.generation, slot.next_token = generation, None
-        generation.reused = keep
         generation.started_at = time.perf_counter()
         self._prefilling.append(slot)
 
@@ -392,16 +384,3 @@ class DecodeLoop:
 def _put_all(deltas: list[tuple[Mailbox, Delta]]) -> None:
     for mailbox, delta in deltas:
         mailbox.put(delta)
-
-
-def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    length = min(len(left), len(right))
-    low, high = 0, length
-    # Comparing slices runs in C, so a binary search beats a loop over the tokens.
-    while low < high:
-        middle = (low + high + 1) // 2
-        if left[low:middle] == right[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

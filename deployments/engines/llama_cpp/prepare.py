@@ -18,7 +18,7 @@ from deployments.engines.chat.template import ChatTemplate
 from deployments.engines.chat.thinking import is_opened
 from deployments.engines.chat.tools import CLOSE, OPEN, ToolPlan, tool_plan
 from deployments.engines.chat.vocabulary import Vocabulary
-from deployments.engines.llama_cpp.runtime import schema_to_grammar
+from deployments.engines.llama_cpp.library import schema_to_grammar
 from deployments.engines.protocol import Call
 from deployments.schemas import CHAT, COMPLETIONS, EMBEDDINGS, prompts_of
 

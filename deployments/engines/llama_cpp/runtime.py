@@ -2,26 +2,23 @@
 
 It owns the native objects and is the only file that touches their pointers. It knows nothing of requests, threads or
 asyncio; `decode` and everything that follows it must be called by one thread at a time, while `tokenize` and `piece`
-only read the vocabulary and may run anywhere. `llama_cpp` is imported lazily, since not every pool has it installed.
+only read the vocabulary and may run anywhere.
 """
 
 from __future__ import annotations
 
 import ctypes
-import logging
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from cluster.errors import InvalidRequest, ModelUnavailable
+from deployments.engines.llama_cpp.library import LoggedErrors, load_library
 from deployments.engines.llama_cpp.memory import SPARE_OUTPUTS, cells, context_per_slot, kv_bytes_per_token
-
-log = logging.getLogger(__name__)
 
 #: ggml's type numbers of the KV cache types that can be configured.
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
@@ -65,6 +62,8 @@ class Runtime:
         self.max_outputs = min(self.n_batch, options.slots + SPARE_OUTPUTS)
         self.offloads = options.n_gpu_layers != 0 and bool(lib.llama_supports_gpu_offload())
         self._batch = _Batch(lib, self.n_batch)
+        #: Whether the next decode copies cells between slots first.
+        self.has_pending_copies = False
 
     @property
     def threads(self) -> int:
@@ -88,7 +87,7 @@ class Runtime:
             return True
 
         params.progress_callback = lib.llama_progress_callback(report)
-        with _Errors(options.model_path) as errors:
+        with LoggedErrors(options.model_path) as errors:
             model = lib.llama_model_load_from_file(options.model_path.encode(), params)
             if not model:
                 raise ModelUnavailable(f"llama.cpp could not load {Path(options.model_path).name}: {errors.reason()}")
@@ -104,7 +103,7 @@ class Runtime:
         On a device a token is evaluated, too, since its kernels are loaded by that. On a CPU the first request would
         find nothing prepared by it: the weights are in RAM already (docs/measurements.md).
         """
-        with _Errors(self._options.model_path) as errors:
+        with LoggedErrors(self._options.model_path) as errors:
             try:
                 self._new_context(self._options)
                 if self.offloads:
@@ -184,6 +183,50 @@ class Runtime:
         memory = self._lib.llama_get_memory(self._context)
         self._lib.llama_memory_seq_rm(memory, target, -1, -1)
         self._lib.llama_memory_seq_cp(memory, source, target, -1, -1)
+        self.has_pending_copies = True
+
+    @property
+    def can_cut(self) -> bool:
+        """Whether a slot's state, saved and restored, can be cut back to any of its tokens.
+
+        Not where a layer keeps a running state or a window of the last tokens, nor with an index beside the cache:
+        nothing has proven those yet.
+        """
+        lib, model = self._lib, self._model
+        if lib.llama_model_is_recurrent(model) or lib.llama_model_is_hybrid(model) or lib.llama_model_n_swa(model):
+            return False
+        arch = self.metadata("general.architecture") or ""
+        return self.metadata(f"{arch}.attention.indexer.head_count") is None
+
+    def state_bytes(self, slot: int) -> int:
+        """The size of what `save_state` gives; 0 where the slot has no state that can be saved."""
+        return int(self._lib.llama_state_seq_get_size_ext(self._context, slot, 0))
+
+    def save_state(self, slot: int, into: memoryview) -> bool:
+        """Write a slot's cells into memory of `state_bytes`; False where that failed. No copy may be pending."""
+        assert not self.has_pending_copies
+        buffer = (ctypes.c_uint8 * len(into)).from_buffer(into)
+        return int(self._lib.llama_state_seq_get_data_ext(self._context, buffer, len(into), slot, 0)) == len(into)
+
+    def restore_state(self, slot: int, state: memoryview, length: int) -> bool:
+        """Put a state of `length` tokens in the place of what a slot holds. No copy may be pending.
+
+        False where it was not taken, or is not the state of these tokens from the first on; the slot is then empty.
+        """
+        assert not self.has_pending_copies
+        data = np.frombuffer(state, np.uint8)
+        pointer = ctypes.cast(data.ctypes.data, ctypes.POINTER(ctypes.c_uint8))
+        read = int(self._lib.llama_state_seq_set_data_ext(self._context, pointer, len(data), slot, 0))
+        if read == len(data) and self.holds(slot, length):
+            return True
+        self.keep_prefix(slot, 0)
+        return False
+
+    def holds(self, slot: int, length: int) -> bool:
+        """Whether a slot's cells are those of `length` tokens, from the first on."""
+        memory = self._lib.llama_get_memory(self._context)
+        first = int(self._lib.llama_memory_seq_pos_min(memory, slot))
+        return (first, int(self._lib.llama_memory_seq_pos_max(memory, slot))) == (0, length - 1)
 
     # --- one step
 
@@ -199,6 +242,7 @@ class Runtime:
         """Run the batch and empty it. Returns llama.cpp's code: 0 done, 1 no room in the cache, others failures."""
         code = int(self._lib.llama_decode(self._context, self._batch.native()))
         self._batch.clear()
+        self.has_pending_copies = False
         return code
 
     def discard(self) -> None:
@@ -331,68 +375,3 @@ class _Batch:
 
     def clear(self) -> None:
         self.size = 0
-
-
-# --- the library and its log
-
-_ERROR_LEVEL = 4
-_library_lock = threading.Lock()
-_library: Any = None
-_log_callback: Any = None
-_collectors: list[_Errors] = []
-
-
-class _Errors:
-    """What llama.cpp logged as an error while a model loads: the only place where it says why.
-
-    The path is cut down to the file's name, since the reason reaches clients.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self.lines: list[str] = []
-
-    def reason(self) -> str:
-        return " ".join(self.lines).replace(self._path, Path(self._path).name)[:500] or "no reason given"
-
-    def __enter__(self) -> _Errors:
-        _collectors.append(self)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        _collectors.remove(self)
-
-
-def load_library() -> Any:
-    """Import llama_cpp once for the process and silence all but its errors. Raises `ModelUnavailable`."""
-    global _library, _log_callback
-    with _library_lock:
-        if _library is None:
-            try:
-                import llama_cpp
-            except (ImportError, OSError, RuntimeError) as error:
-                log.warning("llama-cpp-python does not start", exc_info=True)
-                reason = type(error).__name__
-                raise ModelUnavailable(f"llama-cpp-python is not installed or does not start: {reason}") from error
-            _log_callback = llama_cpp.llama_log_callback(_on_log)
-            llama_cpp.llama_log_set(_log_callback, ctypes.c_void_p(0))
-            llama_cpp.llama_backend_init()
-            _library = llama_cpp
-        return _library
-
-
-def _on_log(level: int, text: bytes, _: object) -> None:
-    if level != _ERROR_LEVEL:
-        return
-    line = text.decode("utf-8", "replace").strip()
-    log.warning("llama.cpp: %s", line)
-    for collector in _collectors:
-        collector.lines.append(line)
-
-
-def schema_to_grammar(schema: str) -> str:
-    """llama-cpp-python's own translation of a JSON schema into a GBNF grammar (it is MIT-licensed)."""
-    load_library()
-    from llama_cpp import llama_grammar
-
-    return cast(str, llama_grammar.json_schema_to_gbnf(schema))

@@ -83,7 +83,7 @@ class Cluster:
     async def hold(self, nodes: dict[str, NodeSpec], **_: bool) -> dict[str, NodeSpec]:
         return nodes
 
-    async def read(self, memory_mib: int) -> dict[str, NodeSpec]:
+    async def read(self, memory_mib: int, kv_store: object) -> dict[str, NodeSpec]:
         return self.nodes
 
     async def ask_devices(self) -> bool:

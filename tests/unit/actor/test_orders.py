@@ -222,6 +222,15 @@ async def test_an_order_that_waits_to_be_fetched_is_not_replaced_by_a_drain(clus
     assert isinstance(order, Restart)
 
 
+async def test_saved_conversations_are_counted(cluster: Cluster):
+    actor = await cluster.life(CONFIG)
+    await cluster.serve(actor, "a", "u")
+    for _ in range(2):
+        await actor.conversations_saved("u", 500)
+    await actor.conversations_saved("nobody", 7)
+    assert actor._counts.kv_saved_bytes == {"a": 1000}
+
+
 async def test_what_sleeps_is_known_until_it_serves_or_ends(cluster: Cluster):
     actor = await cluster.life(CONFIG)
     await cluster.serve(actor, "a", "u")
