@@ -97,11 +97,13 @@ def slotpool(files: dict[str, str], threads: int) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def llama_router(binary: str, files: dict[str, str], threads: int) -> Iterator[str]:
+def llama_router(
+    binary: str, files: dict[str, str], threads: int, slots: int = SLOTS, context: int = CONTEXT
+) -> Iterator[str]:
     """llama-server as a router over the files, with room for one of them."""
     with tempfile.TemporaryDirectory(prefix="sp-race-") as folder:
         sections = [
-            f"[{name}]\nmodel = {path}\nparallel = {SLOTS}\nctx-size = {SLOTS * CONTEXT}\n"
+            f"[{name}]\nmodel = {path}\nparallel = {slots}\nctx-size = {slots * context}\n"
             f"threads = {threads}\nthreads-batch = {threads}\n"
             for name, path in files.items()
         ]
