@@ -25,6 +25,7 @@ from cluster.frames import Connection, ConnectionEnded, user_of
 from cluster.home import ROOT, Home
 from deployments import nursery
 from deployments.engine_process import CONTROL_LIMITS, message
+from deployments.parents import until_group_is_gone
 
 #: A nursery listens within this time, in seconds: its imports, on a busy machine.
 NURSERY_S = 60.0
@@ -34,6 +35,8 @@ BIRTH_S = 60.0
 PING_S = 2.0
 #: A process whose control channel has closed ends within this time, in seconds, or is killed.
 END_S = 1.0
+#: What it has started is killed with it, and gone within this time, in seconds, or nobody waits for it any longer.
+GROUP_S = 5.0
 
 
 class EngineDied(Exception):
@@ -233,6 +236,8 @@ class EngineChild:
         self._kill()
         if self._status is not None:
             why = _why(await self._status)
+        if self.pid:
+            await until_group_is_gone(self.pid, GROUP_S)
         self.ended.set_result("the engine process was ended" if self._is_killed else told or why)
 
 

@@ -18,11 +18,12 @@ from cluster.errors import Forbidden, InvalidRequest, ModelUnavailable
 KINDS = ("package", "hf")
 
 
-def resolve_weights(model_path: str | None, *, in_folder: bool = False) -> str:
+def resolve_weights(model_path: str | None, *, in_folder: bool | None = False) -> str:
     """The local path of a model's file: `package:name/file`, `hf:owner/repo/file`, or a path.
 
-    With `in_folder` it is a folder, and `hf:owner/repo` the whole repository. What is named by `hf:` is downloaded
-    once, with the hub library's own progress bar. Blocks. Raises `ModelUnavailable`.
+    With `in_folder` it is a folder, and `hf:owner/repo` the whole repository; None is whichever of the two is there.
+    What is named by `hf:` is downloaded once, with the hub library's own progress bar. Blocks. Raises
+    `ModelUnavailable`.
     """
     if model_path is None:
         return ""
@@ -30,16 +31,18 @@ def resolve_weights(model_path: str | None, *, in_folder: bool = False) -> str:
     if kind == "package":
         path = _in_package(rest)
     elif kind == "hf":
-        path = _folder_from_hub(rest) if in_folder else _from_hub(rest)
+        is_whole = rest.count("/") == 1 if in_folder is None else in_folder
+        path = _folder_from_hub(rest) if is_whole else _from_hub(rest)
     else:
         path = Path(model_path).expanduser()
-    if not (path.is_dir() if in_folder else path.is_file()):
+    is_there = path.exists() if in_folder is None else path.is_dir() if in_folder else path.is_file()
+    if not is_there:
         shown = model_path if kind in KINDS else path.name
         raise ModelUnavailable(f"there is no model {'folder' if in_folder else 'file'} {shown!r} where model_path says")
     return str(path)
 
 
-async def find_weights(model_path: str | None, *, in_folder: bool = False) -> str:
+async def find_weights(model_path: str | None, *, in_folder: bool | None = False) -> str:
     """`resolve_weights` on an event loop: in a thread where it may take longer than a look at the disk."""
     if (model_path or "").startswith("hf:"):
         return await asyncio.to_thread(resolve_weights, model_path, in_folder=in_folder)

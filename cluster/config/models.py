@@ -89,12 +89,12 @@ class ModelConfig(BaseModel):
 
     #: Its engines can give back their devices and keep their weights in the host's memory (level 1).
     sleeps: ClassVar[bool] = False
+    #: Its weights are a folder (`hf:owner/repo` is one, too), and not one file; None: either.
+    in_folder: ClassVar[bool | None] = False
     #: Its engine is a server that a command starts; `python` is then not what hosts the engine.
     starts_command: ClassVar[bool] = False
     #: It is behind a remote API, which costs money: only requests that allow it may go there.
     is_remote: ClassVar[bool] = False
-    #: Its weights are a folder (`hf:owner/repo` is one, too), and not one file.
-    in_folder: ClassVar[bool] = False
     #: Its engines can save conversations beyond their end.
     remembers: ClassVar[bool] = False
     #: The subclass of each backend's name. Any, since in this class `type` is a key of the configuration.

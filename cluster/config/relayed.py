@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import shlex
 from string import Template
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -105,6 +105,7 @@ class LaunchedModel(ModelConfig):
     """A model whose server is a command. `python` is only what `${PYTHON}` stands for."""
 
     starts_command = True
+    in_folder: ClassVar[bool | None] = None
 
 
 class ServerModel(LaunchedModel):
@@ -132,6 +133,7 @@ class SglangModel(LaunchedModel):
     """
 
     sleeps = True
+    in_folder = True
 
     backend: Literal["sglang"] = "sglang"
     sglang_max_running_requests: Annotated[int, Field(ge=1)] | None = None

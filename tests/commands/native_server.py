@@ -12,6 +12,8 @@ import xllamacpp
 
 #: Tokens of context for each sequence.
 CONTEXT = 2048
+#: Tokens that are evaluated at once: between two such batches it looks at who has left.
+BATCH = 64
 
 
 def main() -> None:
@@ -28,6 +30,7 @@ def main() -> None:
     params.port = options.port
     params.n_parallel = options.parallel
     params.n_ctx = CONTEXT * options.parallel
+    params.n_batch = params.n_ubatch = BATCH
     params.cpuparams.n_threads = options.threads
     if options.alias:
         params.model_alias = {options.alias}

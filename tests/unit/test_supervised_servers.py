@@ -27,7 +27,8 @@ SCRIPT = str(Path(__file__).parents[1] / "commands" / "scripted_server.py")
 def served(*options: str) -> dict[str, Any]:
     command = [sys.executable, SCRIPT, "--port", "${PORT}", *options]
     # The interpreter is the command's, not that of the engine process.
-    return {"backend": "server", "python": sys.executable, "engine_kwargs": {"command": command}}
+    keys = {"python": sys.executable, "model_path": str(Path(SCRIPT).parent)}
+    return {"backend": "server", **keys, "engine_kwargs": {"command": command}}
 
 
 @pytest.fixture(scope="module")

