@@ -5,5 +5,6 @@ from __future__ import annotations
 from tests.contract.engine_ctranslate2 import CTRANSLATE2
 from tests.contract.engine_fake import FAKE
 from tests.contract.engine_llama_cpp import LLAMA_CPP
+from tests.contract.engine_server_process import SERVER_PROCESS
 
-ENGINES = {entry.name: entry for entry in (LLAMA_CPP, CTRANSLATE2, FAKE)}
+ENGINES = {entry.name: entry for entry in (LLAMA_CPP, CTRANSLATE2, FAKE, SERVER_PROCESS)}

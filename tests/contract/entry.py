@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import pytest
+
 from tests.contract.pool import OneModel, Supervised
 
 
@@ -40,7 +42,8 @@ class Entry:
     lasts as long as the session; `broken` is one that cannot be loaded. `reference` is None where nothing but the
     engine itself can tell. `cannot` holds the fields of a request that the engine refuses (`response_format`,
     `logprobs`, `seed`, `tool_choice`, `stop`, …), and `writes` is False for one that has no language model: what it
-    says cannot be steered. `start` runs the pool that answers.
+    says cannot be steered. One that `relays` is a server of another kind, and is asked as it is: what it `cannot` do it
+    refuses or ignores in its own way. `start` runs the pool that answers.
     """
 
     name: str
@@ -50,4 +53,10 @@ class Entry:
     reference: Callable[[Path], AbstractAsyncContextManager[Reference]] | None = None
     cannot: frozenset[str] = frozenset()
     writes: bool = True
+    relays: bool = False
     start: Callable[[Entry, Path], AbstractAsyncContextManager[OneModel]] = field(default=supervised)
+
+    def skip_if_passed_on(self, what: str) -> None:
+        """End a test of something that a server behind the pool does not do in OpenAI's way."""
+        if self.relays and what in self.cannot:
+            pytest.skip(f"{what} is this server's own affair")

@@ -45,7 +45,8 @@ async def test_completions_streamed_and_not(engine: OneModel):
     assert chunks[-1]["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"] == 12
 
 
-async def test_several_prompts_and_choices_are_answered_in_order(engine: OneModel):
+async def test_several_prompts_and_choices_are_answered_in_order(engine: OneModel, entry: Entry):
+    entry.skip_if_passed_on("several prompts")
     fields = {"prompt": ["One, two,", "Red, green,"], "temperature": 0, "max_tokens": 4}
     answer = await engine.body(fields, COMPLETIONS)
     alone = [await engine.body({**fields, "prompt": prompt}, COMPLETIONS) for prompt in fields["prompt"]]
