@@ -143,9 +143,12 @@ class RuntimeModels:
 
     async def _check_path(self, keys: Mapping[str, Any]) -> None:
         """Raises `InvalidRequest` or `Forbidden` for a file that a request may not name."""
-        path = keys.get("model_path")
-        if isinstance(path, str):
-            await asyncio.to_thread(check_runtime_path, path, self.configuration.pool.runtime_roots)
+        adapters = keys.get("gguf_lora")
+        listed = adapters if isinstance(adapters, list) else [adapters]
+        paths = [each.get("path") if isinstance(each, Mapping) else each for each in listed]
+        for path in (keys.get("model_path"), *paths):
+            if isinstance(path, str):
+                await asyncio.to_thread(check_runtime_path, path, self.configuration.pool.runtime_roots)
 
     def _read(self, path: Path) -> PoolConfig:
         try:

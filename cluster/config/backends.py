@@ -81,8 +81,22 @@ class FakeModel(ModelConfig):
         return "fake"
 
 
+class LoraAdapter(BaseModel):
+    """One LoRA adapter (a GGUF file, named like `model_path`) that is laid over the weights with this factor."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: Annotated[str, Field(min_length=1)]
+    scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+
+
 class LlamaCppModel(ModelConfig):
-    """A GGUF file in llama.cpp. A key that is unset leaves the choice to the engine."""
+    """A GGUF file in llama.cpp. A key that is unset leaves the choice to the engine.
+
+    `gguf_lora` are adapters that every request of this model gets: one, or a list; a path alone is one at full scale.
+    `gguf_tensor_split` says how much of the layers and of the cache each of `num_gpus` devices takes, in proportion;
+    unset, llama.cpp goes by their free memory.
+    """
 
     remembers = True
 
@@ -92,12 +106,31 @@ class LlamaCppModel(ModelConfig):
     gguf_type_k: CacheType | None = None
     gguf_type_v: CacheType | None = None
     gguf_n_gpu_layers: int = -1
+    gguf_lora: tuple[LoraAdapter, ...] = ()
+    gguf_tensor_split: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = ()
     engine_kwargs: LlamaCppKwargs = LlamaCppKwargs()
 
     @field_validator("engine_kwargs", mode="before")
     @classmethod
     def _none_given(cls, value: Any) -> Any:
         return {} if value is None else value
+
+    @field_validator("gguf_lora", mode="before")
+    @classmethod
+    def _adapter_list(cls, value: Any) -> Any:
+        listed = () if value is None else value if isinstance(value, list | tuple) else (value,)
+        return tuple({"path": each} if isinstance(each, str) else each for each in listed)
+
+    @model_validator(mode="after")
+    def _splits_over_its_devices(self) -> LlamaCppModel:
+        split = self.gguf_tensor_split
+        if split and (len(split) != self.num_gpus or not any(split)):
+            raise ValueError(f"gguf_tensor_split needs a share for each of num_gpus ({self.num_gpus:g}) devices")
+        return self
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (*super().files, *(adapter.path for adapter in self.gguf_lora))
 
     @model_validator(mode="after")
     def _has_a_file(self) -> LlamaCppModel:

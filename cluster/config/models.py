@@ -196,6 +196,11 @@ class ModelConfig(BaseModel):
         return self
 
     @property
+    def files(self) -> tuple[str, ...]:
+        """Every file or folder that the engine reads, as the configuration names them."""
+        return (self.model_path,) if self.model_path else ()
+
+    @property
     def context_length(self) -> int | None:
         """The context of one request in tokens, where it is configured."""
         return None

@@ -165,7 +165,7 @@ class PoolConfig(BaseModel):
     @property
     def runtime_roots(self) -> tuple[str, ...]:
         """Where the file of a model that is registered at run time may lie: `model_roots`, and the files in use."""
-        in_use = (model.model_path for model in self.models.values() if model.model_path)
+        in_use = (path for model in self.models.values() for path in model.files)
         return (*self.model_roots, *in_use)
 
     @property

@@ -107,6 +107,8 @@ def _build_llama_cpp(model_id: str, model: LlamaCppModel, path: str) -> Engine:
         flash_attn=model.gguf_flash_attn,
         type_k=model.gguf_type_k,
         type_v=model.gguf_type_v,
+        lora=tuple((adapter.path, adapter.scale) for adapter in model.gguf_lora),
+        tensor_split=model.gguf_tensor_split,
         prompt_format=model.prompt_format,
         enable_thinking=model.enable_thinking,
         **model.engine_kwargs.model_dump(exclude_none=True),

@@ -56,6 +56,12 @@ def test_the_shipped_file_is_valid():
         ({"models": {"a": {**FAKE, "num_gpus": 1.5}}}, "whole number of devices"),
         ({"models": {"a": {**FAKE, "aliases": ["b"]}, "b": FAKE}}, "models.a.aliases: 'b' is already a model id"),
         ({"kv_store_dir": "kept"}, "args: kv_store_dir: .*must be an absolute path"),
+        (
+            {"models": {"a": {"model_path": "m", "num_gpus": 2, "gguf_tensor_split": [1]}}},
+            r"gguf_tensor_split needs a share for each of num_gpus \(2\) devices",
+        ),
+        ({"models": {"a": {"model_path": "m", "num_gpus": 2, "gguf_tensor_split": [0, 0]}}}, "needs a share for each"),
+        ({"models": {"a": {"model_path": "m", "gguf_lora": {"pth": "x"}}}}, "gguf_lora.0.pth: unknown key"),
         ({"default_model": "x"}, "args: default_model: 'x' is not a configured model"),
         (
             {"models": {"a": {**FAKE, "aliases": ["x"], "weight": 1}, "b": {**FAKE, "aliases": ["x"]}}},
@@ -321,3 +327,20 @@ def test_conversations_are_saved_where_an_engine_can():
     assert load_config({**remembers, **kept}, environ={}).kv_store == KvStoreConfig(100, "~/kept")
     assert load_config({**remembers, "kv_store_mib": 0}, environ={}).kv_store is None
     assert load_config({"models": {"a": FAKE}, **kept}, environ={}).kv_store is None
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (None, []),
+        ("/l.gguf", [("/l.gguf", 1.0)]),
+        ({"path": "/l.gguf", "scale": 0.5}, [("/l.gguf", 0.5)]),
+        (["/l.gguf", {"path": "hf:o/r/m.gguf", "scale": -1}], [("/l.gguf", 1.0), ("hf:o/r/m.gguf", -1.0)]),
+    ],
+)
+def test_adapters_are_paths_with_a_scale(written, expected):
+    model = LlamaCppModel(model_path="/m", gguf_lora=written)
+    assert [(each.path, each.scale) for each in model.gguf_lora] == expected
+    assert model.files == ("/m", *(path for path, _ in expected))
+    assert LlamaCppModel.model_validate(model.model_dump(mode="json", by_alias=False)) == model
+    assert (model.revision == LlamaCppModel(model_path="/m").revision) == (not expected)

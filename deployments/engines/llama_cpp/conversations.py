@@ -1,6 +1,6 @@
 """Conversations that outlive the engine: what of its slots is saved at its end, and what of a prompt was saved before.
 
-An entry of the store belongs to the engines with the same fingerprint: the same weights in the same file, the same
+An entry of the store belongs to the engines with the same fingerprint: the same weights in the same files, the same
 shape of the cache, the same llama.cpp. Whoever asks gets it, as with the slots' own caches: it changes how long an
 answer takes, and nothing of the answer.
 """
@@ -111,7 +111,7 @@ class Conversations:
 def fingerprint(runtime: Runtime, options: RuntimeOptions) -> bytes:
     """What two engines have in common if one can go on with the other's state."""
     digest = hashlib.blake2b(digest_size=FINGERPRINT_BYTES)
-    for path in _files(Path(options.model_path)):
+    for path in [*_files(Path(options.model_path)), *(Path(path) for path, _ in options.lora)]:
         status = path.stat()
         with path.open("rb") as file:
             digest.update(file.read(SAMPLE))
@@ -124,6 +124,7 @@ def fingerprint(runtime: Runtime, options: RuntimeOptions) -> bytes:
         "keys": options.type_k,
         "values": options.type_v,
         "flash_attention": options.flash_attn,
+        "adapters": [scale for _, scale in options.lora],
         "llama_cpp": load_library().__version__,
     }
     digest.update(json.dumps(shape, sort_keys=True).encode())

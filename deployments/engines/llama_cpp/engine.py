@@ -16,6 +16,7 @@ import asyncio
 import os
 from collections.abc import AsyncGenerator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from cluster.errors import BackendUnavailable, ModelUnavailable
@@ -36,6 +37,7 @@ from deployments.engines.protocol import EVENT_STREAM, JSON, Call, EngineInfo, P
 from deployments.kv_store.places import Places
 from deployments.kv_store.store import KvStore
 from deployments.schemas import DETOKENIZE, EMBEDDINGS, PATHS, TOKENIZE
+from deployments.weights import resolve_weights
 
 #: Prompt tokens that one step may evaluate beside the running streams: bounded, so that a long prompt does not stall
 #: them; larger chunks gain little on a CPU (docs/measurements.md). 63 and not 64, because ggml's flash attention
@@ -60,7 +62,8 @@ class LlamaCppEngine:
 
     `n_ctx` None takes the model's own context, at most 8192, halved until the KV cache is no larger than the weights
     or 1 GiB. `n_threads` None takes every core this process may use. `flash_attn` "auto" lets llama.cpp choose; on a
-    CPU that is "on".
+    CPU that is "on". `lora` are adapters with their scales, named as in the configuration; `tensor_split` are the
+    shares of the devices.
     """
 
     def __init__(
@@ -78,6 +81,8 @@ class LlamaCppEngine:
         n_batch: int = DEFAULT_BATCH,
         n_ubatch: int | None = None,
         prefill_chunk: int | None = None,
+        lora: tuple[tuple[str, float], ...] = (),
+        tensor_split: tuple[float, ...] = (),
         prompt_format: str | None = None,
         enable_thinking: bool | None = None,
     ) -> None:
@@ -97,6 +102,8 @@ class LlamaCppEngine:
             type_v=type_v,
             n_batch=n_batch,
             n_ubatch=n_ubatch or n_batch,
+            lora=lora,
+            tensor_split=tensor_split,
         )
         self._model_id = model_id
         self._prompt_format = prompt_format
@@ -211,6 +218,8 @@ class LlamaCppEngine:
         kernel's zeroing of pages.
         """
         options = self._options
+        if options.lora:
+            options = replace(options, lora=tuple((resolve_weights(path), scale) for path, scale in options.lora))
         on_gpu = options.n_gpu_layers != 0 and bool(load_library().llama_supports_gpu_offload())
         meter = LoadMeter(on_gpu=on_gpu)
         runtime = Runtime.open(options, progress)

@@ -22,15 +22,18 @@ _collectors: list[LoggedErrors] = []
 class LoggedErrors:
     """What llama.cpp logged as an error while a model loads: the only place where it says why.
 
-    The path is cut down to the file's name, since the reason reaches clients.
+    Paths are cut down to the files' names, since the reason reaches clients.
     """
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, *paths: str) -> None:
+        self._paths = paths
         self.lines: list[str] = []
 
     def reason(self) -> str:
-        return " ".join(self.lines).replace(self._path, Path(self._path).name)[:500] or "no reason given"
+        reason = " ".join(self.lines)
+        for path in self._paths:
+            reason = reason.replace(path, Path(path).name)
+        return reason[:500] or "no reason given"
 
     def __enter__(self) -> LoggedErrors:
         _collectors.append(self)

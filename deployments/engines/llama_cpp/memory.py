@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deployments.engines.llama_cpp.gguf import GgufError, GgufHeader, read_header
+from deployments.weights import weights_at_hand
 
 if TYPE_CHECKING:
     from cluster.config import LlamaCppModel
@@ -135,10 +136,26 @@ def _gguf_bytes(model: LlamaCppModel, header: GgufHeader) -> int:
     compute += min(n_batch, slots + SPARE_OUTPUTS) * vocabulary * 8
     if model.gguf_flash_attn == "off":
         compute += n_batch * heads * cells(context) * 4
+    weights = header.tensor_bytes + _adapter_bytes(model)
     if model.num_gpus:
-        return int((header.tensor_bytes + cache) * _offloaded(model, header)) + compute + CUDA_CONTEXT
+        return int((weights + cache) * _offloaded(model, header) * _unevenness(model)) + compute + CUDA_CONTEXT
     tables = LLAMA_CPP_BASE + vocabulary * BYTES_PER_TOKEN_OF_VOCABULARY
-    return header.tensor_bytes + cache + compute + tables
+    return weights + cache + compute + tables
+
+
+def _adapter_bytes(model: LlamaCppModel) -> int:
+    """What the adapters that are here already add to the weights."""
+    files = (weights_at_hand(adapter.path) for adapter in model.gguf_lora)
+    return sum(file.stat().st_size for file in files if file is not None)
+
+
+def _unevenness(model: LlamaCppModel) -> float:
+    """How much more the device with the largest share takes than each of several with equal ones.
+
+    The books know one figure for all devices of a replica, so it is the largest that counts.
+    """
+    split = model.gguf_tensor_split
+    return max(split) * len(split) / sum(split) if split else 1.0
 
 
 def _offloaded(model: LlamaCppModel, header: GgufHeader) -> float:

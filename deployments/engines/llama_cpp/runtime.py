@@ -41,6 +41,9 @@ class RuntimeOptions:
     type_v: str | None
     n_batch: int
     n_ubatch: int
+    #: Files of adapters with their scales, and the devices' shares of the model.
+    lora: tuple[tuple[str, float], ...] = ()
+    tensor_split: tuple[float, ...] = ()
 
 
 class Runtime:
@@ -81,6 +84,10 @@ class Runtime:
             raise ModelUnavailable(f"the model file {Path(options.model_path).name} does not exist")
         params = lib.llama_model_default_params()
         params.n_gpu_layers = options.n_gpu_layers
+        if options.tensor_split:
+            # The library reads one for each device that it could have.
+            shares = (ctypes.c_float * int(lib.llama_max_devices()))(*options.tensor_split)
+            params.tensor_split = ctypes.cast(shares, ctypes.POINTER(ctypes.c_float))
 
         def report(fraction: float, _: object) -> bool:
             progress(float(fraction))
@@ -103,9 +110,10 @@ class Runtime:
         On a device a token is evaluated, too, since its kernels are loaded by that. On a CPU the first request would
         find nothing prepared by it: the weights are in RAM already (docs/measurements.md).
         """
-        with LoggedErrors(self._options.model_path) as errors:
+        with LoggedErrors(self._options.model_path, *(path for path, _ in self._options.lora)) as errors:
             try:
                 self._new_context(self._options)
+                self._add_adapters(self._options.lora)
                 if self.offloads:
                     self.warm_up()
             except ModelUnavailable as error:
@@ -333,6 +341,21 @@ class Runtime:
         self._context = self._lib.llama_init_from_model(self._model, params)
         if not self._context:
             raise ModelUnavailable(f"llama.cpp could not make a context of {options.slots} x {self.n_ctx} tokens")
+
+    def _add_adapters(self, lora: tuple[tuple[str, float], ...]) -> None:
+        """Lay adapters over the weights, for all that is evaluated. They are freed with the model."""
+        lib = self._lib
+        adapters = []
+        for path, _ in lora:
+            adapter = lib.llama_adapter_lora_init(self._model, path.encode())
+            if not adapter:
+                raise ModelUnavailable(f"llama.cpp could not use the adapter {Path(path).name}")
+            adapters.append(adapter)
+        if adapters:
+            native = (lib.llama_adapter_lora_p_ctypes * len(adapters))(*adapters)
+            scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in lora))
+            if lib.llama_set_adapters_lora(self._context, native, len(adapters), scales) != 0:
+                raise ModelUnavailable("llama.cpp could not lay the adapters over the model")
 
 
 class _Batch:
