@@ -158,15 +158,16 @@ class Pool:
         """When the next waiter of all gives up, and for which model he waits; infinite if nobody does."""
         while self.expected:
             deadline, _, model = self.expected[0]
-            truth = model.queue.first_deadline() if deadline == model.gives_up_at else -INFINITY
-            if truth == deadline:
+            is_live = deadline == model.gives_up_at
+            first = model.queue.soonest() if is_live else None
+            if first is not None and first.deadline == deadline:
                 return deadline, model
             heapq.heappop(self.expected)
-            if truth > deadline:
+            if is_live:
                 # Whoever was the first has left.
                 model.gives_up_at = INFINITY
-                if truth < INFINITY:
-                    self._expect(model, truth)
+                if first is not None:
+                    self._expect(model, first.deadline)
         return INFINITY, None
 
     def reject(self, request: str, holder: str, error: str, message: str, **extras: Any) -> None:
