@@ -26,6 +26,7 @@ REPOSITORY, FILE = ("-hf", "-hfr", "--hf-repo"), ("-hff", "--hf-file")
 TEMPLATE = ("--chat-template",)
 DEVICES = ("-dev", "--device")
 SPLIT = ("-ts", "--tensor-split")
+LORA = ("--lora", "--lora-scaled")
 #: llama-server's own templates that the pool has under the same name.
 TEMPLATES = {"chatml": "chatml", "gemma": "gemma", "llama3": "llama3"}
 
@@ -70,7 +71,6 @@ REASONS = {
     "--mmproj": "not carried over: images need a server of their own",
     "-md": "not carried over: no draft models",
     "--model-draft": "not carried over: no draft models",
-    "--lora": "not carried over: no adapters",
     "--api-key": "not carried over: configure api_keys of the pool",
     "--chat-template-file": "not carried over: put the template into prompt_format",
 }
@@ -109,6 +109,8 @@ def read(words: Sequence[str]) -> Reading:
             keys.setdefault("engine_kwargs", {})[KWARGS[flag]] = int(value)
         elif flag in ALIAS and value:
             keys["aliases"] = [each.strip() for each in value.split(",")]
+        elif flag in LORA and value:
+            keys.setdefault("gguf_lora", []).extend(_adapter(flag, each) for each in value.split(","))
         elif flag in EMBEDDING:
             keys["type"] = "embedding"
         elif flag in RERANK:
@@ -135,6 +137,7 @@ def _flags(words: Sequence[str]) -> tuple[list[tuple[str, str | None]], list[tup
         *TEMPLATE,
         *DEVICES,
         *SPLIT,
+        *LORA,
     }
     flags: list[tuple[str, str | None]] = []
     notes: list[tuple[str, str]] = []
@@ -172,12 +175,28 @@ def _device_keys(flags: list[tuple[str, str | None]], keys: dict[str, Any], note
     keys["num_gpus"] = max(1, len(named), sum(each.strip() not in ("0", "0.0") for each in shares))
     if named:
         keys["gpu"] = named
-    if shares and len(set(shares)) > 1:
+    parts = [part for each in shares if (part := _number(each)) is not None]
+    if len(set(parts)) > 1 and keys["num_gpus"] == len(parts) == len(shares):
+        keys["gguf_tensor_split"] = parts
+    elif len(set(shares)) > 1:
         notes.append((SPLIT[1], f"the shares {split} are not kept: llama.cpp divides by itself"))
     if layers is None:
         notes.append((LAYERS[2], "it is not given: the model is taken to be on a GPU; num_gpus: 0 puts it on the CPU"))
     elif layers.isdigit() and int(layers) < 99:
         keys["gguf_n_gpu_layers"] = int(layers)
+
+
+def _adapter(flag: str, value: str) -> str | dict[str, Any]:
+    path, _, scale = value.rpartition(":")
+    factor = _number(scale) if flag == LORA[1] else None
+    return value.strip() if factor is None or not path else {"path": path.strip(), "scale": factor}
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _batch_keys(flags: list[tuple[str, str | None]], keys: dict[str, Any], notes: list[tuple[str, str]]) -> None:

@@ -264,6 +264,16 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path, program: str, text: str
         ("-m a.gguf -fa", {"num_gpus": 1, "target_inflight": 1, "gguf_flash_attn": "on"}),
         ("--model=a.gguf -np 2 -c 0", {"num_gpus": 1, "target_inflight": 2}),
         ("-m a.gguf -ts 1,1 --port 1", {"num_gpus": 2, "target_inflight": 1}),
+        ("-m a.gguf -ts 3,1", {"num_gpus": 2, "target_inflight": 1, "gguf_tensor_split": [3.0, 1.0]}),
+        ("-m a.gguf -ts 3,0,1", {"num_gpus": 2, "target_inflight": 1}),
+        (
+            "-m a.gguf --lora x.gguf,y.gguf --lora-scaled z.gguf:0.5",
+            {
+                "num_gpus": 1,
+                "target_inflight": 1,
+                "gguf_lora": ["x.gguf", "y.gguf", {"path": "z.gguf", "scale": 0.5}],
+            },
+        ),
         ("-m a.gguf -dev CUDA0,CUDA2", {"num_gpus": 2, "gpu": ["0", "2"], "target_inflight": 1}),
         ("-m a.gguf --chat-template chatml", {"num_gpus": 1, "target_inflight": 1, "prompt_format": "chatml"}),
         ("-m a.gguf --mlock --alias x,y", {"num_gpus": 1, "target_inflight": 1, "aliases": ["x", "y"]}),
