@@ -24,12 +24,10 @@ SAMPLING = frozenset(
 REASONS = {
     "TEMPLATE": "not carried over: the file's own chat template is used (prompt_format takes Jinja, this is Go's)",
     "SYSTEM": "not carried over: clients send it as the first message",
-    "ADAPTER": "not carried over: no adapters",
     "MESSAGE": "not carried over: clients send the conversation",
     "LICENSE": "not carried over: it stays with the model",
     "REQUIRES": "not needed: it is Ollama's version",
 }
-_COMMANDS = frozenset(("FROM", "PARAMETER", *REASONS))
 
 
 class Instruction(NamedTuple):
@@ -52,6 +50,10 @@ def convert(source: Source) -> Draft:
     for each in instructions:
         if each.command == "PARAMETER":
             _parameter(draft, keys, each)
+        elif each.command == "ADAPTER" and each.value.endswith(".gguf"):
+            keys.setdefault("gguf_lora", []).append(_path(source, each.value))
+        elif each.command == "ADAPTER":
+            draft.note_at(each.line, "ADAPTER", "not carried over: adapters are GGUF files here")
         elif each.command in REASONS:
             draft.note_at(each.line, each.command, REASONS[each.command])
         elif each.command != "FROM":
@@ -110,7 +112,7 @@ def _weights(source: Source, origin: Instruction) -> str | None:
     """The file of the weights: the one that is named, or that of Ollama's own store."""
     value = origin.value.strip('"')
     if value.startswith(("/", "./", "../", "~")) or value.endswith(".gguf"):
-        return str((source.path.parent / Path(value).expanduser()).resolve())
+        return _path(source, value)
     name, _, tag = value.partition(":")
     parts = name.split("/")
     host = parts.pop(0) if len(parts) > 2 else "registry.ollama.ai"
@@ -121,6 +123,11 @@ def _weights(source: Source, origin: Instruction) -> str | None:
         if found is not None:
             return found
     return None
+
+
+def _path(source: Source, value: str) -> str:
+    """A path in a Modelfile, which begins at the Modelfile's own folder."""
+    return str((source.path.parent / Path(value.strip('"')).expanduser()).resolve())
 
 
 def _blob(root: Path, manifest: Path) -> str | None:

@@ -204,6 +204,7 @@ def test_a_modelfile_becomes_a_pool():
             "gguf_n_ctx": 16384,
             "gguf_n_gpu_layers": 20,
             "engine_kwargs": {"n_threads": 4},
+            "gguf_lora": [str(EXAMPLES / "lora.gguf")],
         }
     }
     assert pool_of(result).models["coder"].gguf_n_ctx == 16384
@@ -214,7 +215,6 @@ def test_a_modelfile_becomes_a_pool():
         "PARAMETER low_vram": 8,
         "TEMPLATE": 9,
         "SYSTEM": 12,
-        "ADAPTER": 13,
         "MESSAGE": 14,
         "LICENSE": 15,
     }
