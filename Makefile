@@ -51,7 +51,7 @@ bench: $(VENV)/.installed-dev
 	@for bench in tests/bench/bench_*.py; do echo "== $$bench"; $(BIN)/python $$bench $(ARGS) || exit 1; done
 
 # What is promised to clients: schemas, errors and configuration, and the same answers from every engine.
-test-contract: $(VENV)/.installed-dev
+test-contract: $(VENV)/.installed-dev $(VLLM)/.installed
 	$(BIN)/pytest tests/unit/test_requests.py tests/unit/test_config.py $(ARGS)
 	$(BIN)/pytest tests/contract -v $(ARGS)
 

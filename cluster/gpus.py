@@ -1,11 +1,14 @@
 """What NVIDIA's driver says of this machine's GPUs: names, memory, and how much of it a process holds.
 
-Read through the NVML binding that Ray brings along, so no package is needed for it. A machine without a driver is no
-error: there are no GPUs, and a reason. Every call blocks for some milliseconds; only reads, never sets anything.
+Read through the NVML binding that Ray, or vLLM, brings along, so no package is needed for it. A machine without a
+driver is no error: there are no GPUs, and a reason. Every call blocks for some milliseconds; only reads, never sets
+anything.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -60,11 +63,18 @@ def _text(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
+def _binding() -> Any:
+    """The NVML binding of this environment: an engine's own has no Ray, but maybe vLLM's copy."""
+    for name in ("ray._private.thirdparty.pynvml", "pynvml", "vllm.third_party.pynvml"):
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(name)
+    return None
+
+
 def _ask(question: Callable[[Any, list[Any]], T], otherwise: T) -> tuple[T, str | None]:
     """Put a question to the driver; `otherwise` and the reason if it gives no answer."""
-    try:
-        import ray._private.thirdparty.pynvml as nvml
-    except ImportError:
+    nvml = _binding()
+    if nvml is None:
         return otherwise, "the NVML binding is not installed"
     try:
         nvml.nvmlInit()

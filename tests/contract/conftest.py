@@ -16,11 +16,16 @@ from tests.contract.pool import OneModel
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "entry" in metafunc.fixturenames:
-        metafunc.parametrize("entry", [_param(entry) for entry in ENGINES.values()], indirect=True, scope="session")
+        # A file of tests for one engine names it.
+        only = getattr(metafunc.module, "ONLY", ENGINES)
+        params = [_param(entry) for entry in ENGINES.values() if entry.name in only]
+        metafunc.parametrize("entry", params, indirect=True, scope="session")
 
 
 def _param(entry: Entry) -> object:
     missing = [name for name in entry.needs if importlib.util.find_spec(name) is None]
+    if not entry.is_there():
+        missing.append(f"the environment of {entry.name}")
     skip = pytest.mark.skipif(bool(missing), reason=f"{entry.name}: not installed: {', '.join(missing)}")
     return pytest.param(entry, id=entry.name, marks=skip)
 

@@ -6,5 +6,6 @@ from tests.contract.engine_ctranslate2 import CTRANSLATE2
 from tests.contract.engine_fake import FAKE
 from tests.contract.engine_llama_cpp import LLAMA_CPP
 from tests.contract.engine_server_process import SERVER_PROCESS
+from tests.contract.engine_vllm import VLLM
 
-ENGINES = {entry.name: entry for entry in (LLAMA_CPP, CTRANSLATE2, FAKE, SERVER_PROCESS)}
+ENGINES = {entry.name: entry for entry in (LLAMA_CPP, CTRANSLATE2, VLLM, FAKE, SERVER_PROCESS)}

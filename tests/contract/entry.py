@@ -43,7 +43,8 @@ class Entry:
     engine itself can tell. `cannot` holds the fields of a request that the engine refuses (`response_format`,
     `logprobs`, `seed`, `tool_choice`, `stop`, …), and `writes` is False for one that has no language model: what it
     says cannot be steered. One that `relays` is a server of another kind, and is asked as it is: what it `cannot` do it
-    refuses or ignores in its own way. `start` runs the pool that answers.
+    refuses or ignores in its own way. `start` runs the pool that answers. `is_there` tells whether what the engine
+    needs outside of this environment is installed.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Entry:
     writes: bool = True
     relays: bool = False
     start: Callable[[Entry, Path], AbstractAsyncContextManager[OneModel]] = field(default=supervised)
+    is_there: Callable[[], bool] = lambda: True
 
     def skip_if_passed_on(self, what: str) -> None:
         """End a test of something that a server behind the pool does not do in OpenAI's way."""

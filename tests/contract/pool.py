@@ -23,6 +23,7 @@ from deployments.gateway import Gateway
 from deployments.host_memory import tree_mib
 from deployments.limits import Limits
 from deployments.link import Links
+from deployments.nursery import SOCKET_NAME
 from deployments.requests import parse_request
 from deployments.schemas import CHAT
 from deployments.supervisor import Place, Supervisor
@@ -247,7 +248,9 @@ class Supervised(OneModel):
         # Another environment's engine is a child of this process, the others are the nursery's.
         tasks = Path(f"/proc/{os.getpid()}/task").iterdir()
         own = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
-        return sum(map(tree_mib, [nursery_pid(self.home), *own]))
+        # Where all engines are another environment's, nobody has started a nursery.
+        nursery = [nursery_pid(self.home)] if (self.home.folder / SOCKET_NAME).exists() else []
+        return sum(map(tree_mib, [*nursery, *own]))
 
     def _order(self, model: ModelConfig) -> Load:
         config = model.model_dump(mode="json", by_alias=False)

@@ -143,7 +143,9 @@ async def test_a_tool_is_called_and_its_result_taken(engine: OneModel, entry: En
         assert deltas[0].id
         assert deltas[0].function
         assert deltas[0].function.name == "get_weather"
-        assert "".join(d.function.arguments or "" for d in deltas if d.function) == made.function.arguments
+        streamed = "".join(d.function.arguments or "" for d in deltas if d.function)
+        # The same call; an engine that parses what its model has written may write it in another way.
+        assert json.loads(streamed) == json.loads(made.function.arguments)
         assert len(deltas) > 3, "arguments are streamed"
         call = made.model_dump(exclude_none=True)
     said = [

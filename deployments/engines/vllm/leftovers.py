@@ -15,8 +15,8 @@ from pathlib import Path
 from deployments.host_memory import tree_of
 
 PREFIX, LIST = "vllm-", "left-over"
-#: Where the shared memory of `multiprocessing` lies, by the names that it gives it.
-SHARED = "/dev/shm/psm_"
+#: Where the shared memory and the semaphores of `multiprocessing` lie, by the names that it gives them.
+SHARED = ("/dev/shm/psm_", "/dev/shm/sem.mp-")
 
 
 def own_folder() -> Path:
@@ -34,7 +34,8 @@ def own_folder() -> Path:
 
 def left_over(pid: int) -> list[Path]:
     """What a process's vLLM would leave, now that it is loaded; it is written down in the process's folder."""
-    found = {Path(line.split(maxsplit=5)[5]) for each in tree_of(pid) for line in _mapped(each) if SHARED in line}
+    files = {line.split(maxsplit=5)[5] for each in tree_of(pid) for line in _mapped(each) if "/dev/shm/" in line}
+    found = [Path(file) for file in sorted(files) if file.startswith(SHARED)]
     folder = own_folder()
     (folder / LIST).write_text("".join(f"{each}\n" for each in found))
     return [*found, folder]

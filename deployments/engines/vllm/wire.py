@@ -106,6 +106,9 @@ def _chat_body(body: dict[str, Any], reasons: bool) -> dict[str, Any]:
         body.pop("tools", None)
         if body.get("tool_choice") in ("auto", "none"):
             del body["tool_choice"]
+    elif body.get("tool_choice", "auto") not in ("auto", "none"):
+        # A call that is forced keeps to its schema; vLLM's parsers hold it to that where the tool itself is strict.
+        body["tools"] = [_strict(tool) for tool in body["tools"]]
     thinks, reasoning = body.pop("enable_thinking", None), body.pop("reasoning", None)
     if isinstance(reasoning, dict) and reasoning.get("effort"):
         body.setdefault("reasoning_effort", reasoning["effort"])
@@ -116,6 +119,11 @@ def _chat_body(body: dict[str, Any], reasons: bool) -> dict[str, Any]:
     if body.get("continue_final_message"):
         body.setdefault("add_generation_prompt", False)
     return body
+
+
+def _strict(tool: dict[str, Any]) -> dict[str, Any]:
+    function = tool.get("function")
+    return {**tool, "function": {**function, "strict": True}} if isinstance(function, dict) else tool
 
 
 class Answer:

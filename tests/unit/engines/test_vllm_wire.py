@@ -49,6 +49,13 @@ def test_a_chat_in_the_pools_words_is_one_in_vllms():
     }
 
 
+def test_a_call_that_is_forced_keeps_to_its_schema():
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    strict = {"type": "function", "function": {**tool["function"], "strict": True}}
+    assert sent(CHAT, messages=HELLO, tools=[tool], tool_choice="required")["tools"] == [strict]
+    assert sent(CHAT, messages=HELLO, tools=[tool])["tools"] == [tool]
+
+
 def test_a_stream_always_has_its_usage_told():
     assert sent(CHAT, messages=HELLO, stream=True)["stream_options"] == {"include_usage": True}
     assert "stream_options" not in sent(CHAT, messages=HELLO, stream_options={"include_usage": True})
