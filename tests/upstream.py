@@ -178,11 +178,12 @@ class Upstream:
     async def _stream(self, model: str, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
         for index in range(self.tokens):
+            finish = "stop" if index == self.tokens - 1 else None
             chunk = {
                 "id": "u1",
                 "object": "chat.completion.chunk",
                 "model": model,
-                "choices": [{"index": 0, "delta": {"content": f"{model}:{index} "}, "finish_reason": None}],
+                "choices": [{"index": 0, "delta": {"content": f"{model}:{index} "}, "finish_reason": finish}],
             }
             event = b"data: " + json.dumps(chunk).encode() + b"\n\n"
             if index == self.tokens // 2:
