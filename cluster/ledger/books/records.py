@@ -96,7 +96,7 @@ class Lease:
 class Replica:
     """One replica record. `uid` is the process that announced itself; None as long as none did.
 
-    `wanted_at` is when its load was decided upon: the start of its process is part of what a load takes.
+    `wanted_at` is when its load was decided upon: where no replica stays, the start of its process is part of a load.
 
     `order_due` is when its engine is to be ordered to load, or to end, infinite once it was. `ordered`: it was told to
     load on the devices of its place. `loaded_at` is when it last said that it was loaded.

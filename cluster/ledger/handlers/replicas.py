@@ -180,7 +180,8 @@ def replica_ready(pool: Pool, event: ReplicaReady, now: float) -> None:
     replica.address, replica.devices, replica.row = event.address, event.devices, None
     replica.order_due = INFINITY
     replica.has_engine, replica.suspected = True, False
-    took = now - replica.wanted_at
+    # A process that stays is started once: a swap does not pay for that.
+    took = now - (replica.order_began if pool.keeps_replicas else replica.wanted_at)
     if replica.wakes:
         model.wake_s = learned(model.wake_s, took)
         replica.wakes = False

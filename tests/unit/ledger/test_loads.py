@@ -51,6 +51,20 @@ def test_an_operators_load_outlives_the_keep_alive_of_an_earlier_stay(still_ther
     assert desk.ledger.snapshot().models["A"].pinned is True
 
 
+@pytest.mark.parametrize(("max_asleep", "load_s"), [(None, 0.5), (0, 3.5)])
+def test_the_start_of_a_process_that_stays_is_no_part_of_what_a_load_takes(
+    max_asleep: int | None, load_s: float
+) -> None:
+    """It is started once, and what the next swaps take decides how long a model keeps its place."""
+    desk = Desk(model("A"), max_asleep=max_asleep)
+    desk.arrive("r1", "A")
+    desk.now = 3.0
+    desk.tell(ReplicaStarted("A", "A#1", "n"))
+    desk.now = 3.5
+    assert desk.tell(ReplicaReady("A#1")) == ["grant r1 A#1"]
+    assert desk.ledger.snapshot().models["A"].load_s == load_s
+
+
 def test_back_off_doubles_up_to_its_longest() -> None:
     desk = Desk(model("A"), backoff_s=(1.0, 5.0))
     pauses = []
