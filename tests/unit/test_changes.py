@@ -219,6 +219,7 @@ async def test_a_request_that_ended_is_told_without_what_it_said():
         "total_s": 2.0,
         "prompt_tokens": 7,
         "cached_tokens": 3,
+        "restored_tokens": None,
         "output_tokens": 20,
         "trace": "x" * 128,
     }

@@ -109,7 +109,8 @@ def test_the_stop_string_that_ended_an_answer_is_named() -> None:
 
 def test_metrics_nest_and_say_null_for_the_unknown() -> None:
     call = Call("/v1/chat/completions", {}, "r", queue_wait_ms=5, load_wait_ms=7, pool_elapsed_ms=20)
-    report = Report(10, 0, 40, ttft_ms=300.0, total_ms=1000.0, tokenize_ms=10.0, queue_ms=90.0, backend_ms=800.0)
+    times = {"ttft_ms": 300.0, "total_ms": 1000.0, "tokenize_ms": 10.0, "queue_ms": 90.0, "backend_ms": 800.0}
+    report = Report(prompt_tokens=10, cached_tokens=0, output_tokens=40, **times)
     known = metrics_object(call, report)
     assert known["pool_total_wall_ms"] >= known["engine_total_wall_ms"] >= known["backend_inference_wall_ms"]
     assert known["engine_tokens_per_second"] == 50.0
