@@ -13,17 +13,18 @@ from typing import Any, Literal
 
 from cluster.errors import UnsupportedParameter
 
-#: Fields that change the answer and that no token engine here offers, with the values that mean "do nothing".
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+#: Fields that change the answer and that no engine here offers, with the values that mean "do nothing".
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "modalities": (None, ["text"]),
     "prediction": (None,),
     "web_search_options": (None,),
     "functions": (None, []),
     "function_call": (None, "none"),
-    "suffix": (None, ""),
     "verbosity": (None, "medium"),
 }
+#: A token engine has no text behind the answer, either.
+_UNSUPPORTED = {**UNSUPPORTED, "suffix": (None, "")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +99,15 @@ def completion_options(body: Mapping[str, Any]) -> GenerationOptions:
     return _options(body, default if tokens is None else tokens, body.get("logprobs"))
 
 
-def _options(body: Mapping[str, Any], max_tokens: int | None, top_logprobs: int | None) -> GenerationOptions:
-    for name, harmless in _UNSUPPORTED.items():
+def refuse(body: Mapping[str, Any], fields: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise `UnsupportedParameter` for a field that would do something; `fields` have the values that do nothing."""
+    for name, harmless in fields.items():
         if name in body and body[name] not in harmless:
             raise UnsupportedParameter(f"{name} is not supported by this engine", param=name)
+
+
+def _options(body: Mapping[str, Any], max_tokens: int | None, top_logprobs: int | None) -> GenerationOptions:
+    refuse(body, _UNSUPPORTED)
     stop = body.get("stop") or ()
     return GenerationOptions(
         sampling=_sampling(body),

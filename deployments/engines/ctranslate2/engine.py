@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from deployments.engines.chat.utf8 import TextAssembler
 from deployments.engines.ctranslate2.batches import Batches, Ct2Job
 from deployments.engines.ctranslate2.folder import ModelFolder
 from deployments.engines.ctranslate2.prepare import Ct2Preparer, Ct2Vocabulary, Decoding
-from deployments.engines.llama_cpp.answer import Answer
+from deployments.engines.llama_cpp.answer import Answer, decoded
 from deployments.engines.llama_cpp.embeddings import tokens_body
 from deployments.engines.llama_cpp.generation import Generation, Mailbox
 from deployments.engines.llama_cpp.load_meter import LoadMeter
@@ -73,7 +72,7 @@ class Ct2Engine:
         job.decoding = Decoding.of(call.json, prepared.options, max(prepared.limits, default=0))
         job.pending.extend(_generations(prepared, job))
         answer.begin(prepared, list(job.pending), job.mailbox)
-        chunks = _run(batches, answer, job, stream=call.stream)
+        chunks = decoded(batches, job, answer, answer.stream() if call.stream else answer.whole())
         return Reply(200, dict(EVENT_STREAM if call.stream else JSON), chunks, answer.report)
 
     async def sleep(self) -> Kept:
@@ -128,19 +127,6 @@ class Ct2Engine:
     def _said(self, error: Exception) -> str:
         """The library's own words, without the folder's path: clients may read them."""
         return str(error).replace(str(self._path), self._path.name)[:300] or type(error).__name__
-
-
-async def _run(batches: Batches, answer: Answer, job: Ct2Job, *, stream: bool) -> AsyncGenerator[bytes, None]:
-    """The answer's bytes. Decoding begins with the first one that is asked for."""
-    chunks = answer.stream() if stream else answer.whole()
-    try:
-        batches.submit(job)
-        async for chunk in chunks:
-            yield chunk
-    finally:
-        batches.cancel(job)
-        answer.update_report()
-        await chunks.aclose()
 
 
 def _generations(prepared: Prepared, job: Ct2Job) -> list[Generation]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 from deployments.engines.chat.logprobs import TokenLogprob
 from deployments.engines.chat.metrics import metrics_object
@@ -20,6 +20,37 @@ from deployments.engines.protocol import Call, Report
 from deployments.sse import DONE
 
 Piece = str | Thought | ToolDelta
+
+
+J_contra = TypeVar("J_contra", contravariant=True)
+
+
+class Decoder(Protocol[J_contra]):
+    """What makes the tokens of jobs: it takes one, and lets one go that has ended or is not wanted any more."""
+
+    def submit(self, job: J_contra) -> None: ...
+
+    def cancel(self, job: J_contra) -> None: ...
+
+
+class Reported(Protocol):
+    """An answer that has a report."""
+
+    def update_report(self) -> None: ...
+
+
+async def decoded(
+    decoder: Decoder[J_contra], job: J_contra, answer: Reported, chunks: AsyncGenerator[bytes, None]
+) -> AsyncGenerator[bytes, None]:
+    """The answer's chunks. The decoder hears of the job with the first one that is asked for, and of its end."""
+    try:
+        decoder.submit(job)
+        async for chunk in chunks:
+            yield chunk
+    finally:
+        decoder.cancel(job)
+        answer.update_report()
+        await chunks.aclose()
 
 
 class Answer:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from cluster.errors import BackendUnavailable, ModelUnavailable
 from deployments.engines.chat.template import ChatTemplate, choose_template
 from deployments.engines.chat.utf8 import TextAssembler
-from deployments.engines.llama_cpp.answer import Answer
+from deployments.engines.llama_cpp.answer import Answer, decoded
 from deployments.engines.llama_cpp.conversations import Conversations
 from deployments.engines.llama_cpp.embeddings import EmbeddingAnswer, tokens_body
 from deployments.engines.llama_cpp.generation import Generation, Job, Mailbox
@@ -161,7 +161,8 @@ class LlamaCppEngine:
         answer.begin(prepared, list(job.pending), job.mailbox)
         if loop.stopping:
             raise BackendUnavailable("the model is being unloaded")
-        chunks = _run(loop, answer, job, stream=call.stream)
+        parts = answer.stream() if call.stream and isinstance(answer, Answer) else answer.whole()
+        chunks = decoded(loop, job, answer, parts)
         return Reply(200, dict(EVENT_STREAM if call.stream else JSON), chunks, answer.report)
 
     async def save(self) -> Saving:
@@ -246,21 +247,6 @@ class LlamaCppEngine:
         if source is None:
             return None
         return ChatTemplate(source, bos_token=runtime.bos_text(), eos_token=runtime.eos_text())
-
-
-async def _run(
-    loop: DecodeLoop, answer: Answer | EmbeddingAnswer, job: Job, *, stream: bool
-) -> AsyncGenerator[bytes, None]:
-    """The answer's bytes. The decode loop hears of it with the first one that is asked for, and of its end."""
-    chunks = answer.stream() if stream and isinstance(answer, Answer) else answer.whole()
-    try:
-        loop.submit(job)
-        async for chunk in chunks:
-            yield chunk
-    finally:
-        loop.cancel(job)
-        answer.update_report()
-        await chunks.aclose()
 
 
 def _close_loaded(loading: asyncio.Future[Loaded]) -> None:

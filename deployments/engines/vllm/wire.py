@@ -20,19 +20,10 @@ from cluster.errors import (
     UnsupportedParameter,
 )
 from deployments.engines.chat.metrics import metrics_object
+from deployments.engines.chat.request import UNSUPPORTED, refuse
 from deployments.engines.protocol import Call, Report
 from deployments.schemas import CHAT, COMPLETIONS, DETOKENIZE, TOKENIZE
 
-#: Fields that would change the answer and that vLLM would not read, with the values that mean "do nothing".
-_UNREAD: dict[str, tuple[Any, ...]] = {
-    "audio": (None,),
-    "modalities": (None, ["text"]),
-    "prediction": (None,),
-    "web_search_options": (None,),
-    "functions": (None, []),
-    "function_call": (None, "none"),
-    "verbosity": (None, "medium"),
-}
 #: An event that ends a choice.
 _FINISHES = re.compile(rb'"finish_reason":\s*"')
 _TOO_LONG = ("maximum context length", "cannot be greater than max_model_len", "exceeds model's maximum context")
@@ -70,9 +61,7 @@ def _tokenize_body(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _generation_body(path: str, body: dict[str, Any], context: int) -> dict[str, Any]:
-    for name, harmless in _UNREAD.items():
-        if name in body and body[name] not in harmless:
-            raise UnsupportedParameter(f"{name} is not supported by this engine", param=name)
+    refuse(body, UNSUPPORTED)
     if (body.get("best_of") or body.get("n") or 1) != (body.get("n") or 1):
         raise UnsupportedParameter("best_of other than n is not supported", param="best_of")
     given = {name: value for name, value in body.items() if value is not None}
@@ -244,8 +233,6 @@ def refusal(status: int, body: bytes, asked: Mapping[str, Any]) -> PoolError:
         return ContextLengthExceeded(message, param=param)
     if status == 429:
         return RateLimited(message, retry_after=1)
-    if status in (404, 405, 501):
-        return InvalidRequest(message, param=param)
-    if status < 500:
+    if status < 500 or status == 501:
         return InvalidRequest(message, param=param)
     return BackendUnavailable(message, retry_after=1)
