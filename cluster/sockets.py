@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import os
+import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -21,6 +22,13 @@ TOKEN_LIMITS = {TOKEN: 256}
 TOKEN_S = 5.0
 #: A process accepts a connection within this time, in seconds, or is taken to be away.
 CONNECT_S = 5.0
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface on which nobody listens now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 async def connect(address: Address, node: str, limits: Limits) -> Connection:

@@ -1,9 +1,11 @@
-"""What processes of this machine hold of its memory, and what is left of it, from `/proc`."""
+"""What processes of this machine hold of its memory and its devices', and what is left, from `/proc` and the driver."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+
+from cluster import gpus
 
 
 def held_mib(pid: int) -> int:
@@ -18,6 +20,12 @@ def held_mib(pid: int) -> int:
 def tree_mib(pid: int) -> int:
     """The same of a process and all that it has started. Takes milliseconds for each gigabyte."""
     return sum(map(held_mib, tree_of(pid)))
+
+
+def tree_device_mib(pid: int) -> int | None:
+    """What a process and all that it has started hold of the devices' memory; None where the driver does not say."""
+    held = [mib for each in tree_of(pid) if (mib := gpus.held_mib(each)) is not None]
+    return sum(held) if held else None
 
 
 def tree_of(pid: int) -> Iterator[int]:

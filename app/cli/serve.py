@@ -11,10 +11,11 @@ import threading
 import time
 from typing import Any
 
-from app.cli.checks import free_port, refuse_full_disk
+from app.cli.checks import refuse_full_disk
 from app.cli.flags import DIRECT_INGRESS, OWN_RAY_FLAGS, direct_ingress_flags
 from app.cli.reporter import Reporter
 from cluster.config import ConfigError, PoolConfig
+from cluster.sockets import free_port
 
 #: How long running requests and Serve's own shutdown may take when the pool is stopped.
 STOP_S = 5.0

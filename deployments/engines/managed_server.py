@@ -13,15 +13,15 @@ import os
 
 import httpx
 
-from cluster import gpus
 from cluster.config import LaunchedModel, ServerModel
 from cluster.errors import ModelUnavailable, ReplicaGone
+from cluster.sockets import free_port
 from deployments.engines.launch import launch_of
 from deployments.engines.openai_upstream import Target, Upstreams
 from deployments.engines.protocol import Call, EngineInfo, Kept, Progress, Reply
-from deployments.engines.server_process import ServerProcess, free_port
+from deployments.engines.server_process import ServerProcess
 from deployments.engines.upstream_errors import Blame
-from deployments.host_memory import tree_mib, tree_of
+from deployments.host_memory import tree_device_mib, tree_mib
 from deployments.schemas import SERVED
 
 #: Between two looks at whether a server serves, in seconds: at first, and at most.
@@ -128,7 +128,7 @@ class SleepingServer(ManagedServer):
     async def sleep(self) -> Kept:
         await self._tell(RELEASE)
         assert self._process is not None, "it was loaded"
-        held_mib = await asyncio.to_thread(_device_mib, self._process.pid)
+        held_mib = await asyncio.to_thread(tree_device_mib, self._process.pid)
         # What its processes hold of the host's memory is seen by whoever asked.
         return Kept(0, held_mib or 0)
 
@@ -148,11 +148,5 @@ class SleepingServer(ManagedServer):
 def _held_mib(pid: int) -> int | None:
     """What a server was seen to take: of its devices if it has any, else of the host's memory. Blocks."""
     if os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return _device_mib(pid)
+        return tree_device_mib(pid)
     return tree_mib(pid)
-
-
-def _device_mib(pid: int) -> int | None:
-    """What a process and all that it has started hold on devices; None where the driver does not say."""
-    held = [gpus.held_mib(each) for each in tree_of(pid)]
-    return None if None in held and not any(held) else sum(filter(None, held))

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import signal
-import socket
 import time
 from asyncio.subprocess import DEVNULL, PIPE, STDOUT, Process
 
@@ -29,13 +28,6 @@ MAX_LINE = 4096
 MAX_LOGGED, LOG_PERIOD_S = 1 << 20, 60.0
 #: A server that was told to end has so long for it, in seconds, and is then killed.
 STOP_S = 3.0
-
-
-def free_port() -> int:
-    """A port of the loopback interface on which nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class ServerProcess:

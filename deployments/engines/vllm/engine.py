@@ -25,9 +25,9 @@ from deployments.engines import asgi
 from deployments.engines.protocol import EVENT_STREAM, JSON, Call, EngineInfo, Kept, Progress, Reply, Report
 from deployments.engines.vllm import arguments, wire
 from deployments.engines.vllm.leftovers import left_over, own_folder, remove
-from deployments.engines.vllm.memory import held_on_devices_mib, memory_mib
+from deployments.engines.vllm.memory import memory_mib
 from deployments.engines.vllm.routes import routes_of
-from deployments.host_memory import tree_mib, tree_of
+from deployments.host_memory import tree_device_mib, tree_mib, tree_of
 
 logger = logging.getLogger("slotpool.engine")
 
@@ -90,7 +90,7 @@ class VllmEngine:
         if self._client is None or not self._client.model_config.enable_sleep_mode:
             raise ModelUnavailable("this vLLM cannot sleep")
         await self._client.sleep(level=1)
-        return Kept(tree_mib(os.getpid()), held_on_devices_mib() or 0)
+        return Kept(tree_mib(os.getpid()), tree_device_mib(os.getpid()) or 0)
 
     async def wake(self, progress: Progress) -> None:
         progress(0.0)

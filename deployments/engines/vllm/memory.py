@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cluster import gpus
 from cluster.config import VllmModel
-from deployments.host_memory import tree_mib, tree_of
+from deployments.host_memory import tree_device_mib, tree_mib
 
 MIB = 1 << 20
 #: vLLM's processes without a model: Python with PyTorch, three times (docs/measurements.md).
@@ -43,11 +42,5 @@ def memory_mib(model: VllmModel, path: str) -> int | None:
     A cache that was reserved is taken, even where no token has been written to it yet.
     """
     if model.num_gpus:
-        return held_on_devices_mib()
+        return tree_device_mib(os.getpid())
     return max(tree_mib(os.getpid()), estimate_mib(model, Path(path)) or 0)
-
-
-def held_on_devices_mib() -> int | None:
-    """What this process and those that it has started hold of the devices' memory, in MiB; None if that is unknown."""
-    held = [mib for pid in tree_of(os.getpid()) if (mib := gpus.held_mib(pid)) is not None]
-    return sum(held) if held else None
