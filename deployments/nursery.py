@@ -43,12 +43,14 @@ MODULES = (
     "deployments.engines.llama_cpp.engine",
     "uvloop",
 )
+#: How often OpenMP's threads look at a barrier before they sleep; read when the library is loaded.
+SPINS = "10000"
 #: The environment in which they are imported: OpenMP's spinning is bounded (docs/measurements.md, "A noisy neighbour"),
 #: and a library of linear algebra that would start threads does not. glibc asks for huge pages: a KV cache is zeroed
 #: when it is made, and page by page that takes twice as long (docs/measurements.md, "Swaps with replicas that stay").
 #: It is read when a process begins, so what is forked from here has it as well.
 ENVIRONMENT = {
-    "GOMP_SPINCOUNT": "10000",
+    "GOMP_SPINCOUNT": SPINS,
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",

@@ -22,12 +22,10 @@ from cluster.orders import Address, AsleepState, EngineState, Load, Order, Prefe
 from deployments.engine_child import EngineChild, EngineDied
 from deployments.host_memory import tree_mib
 from deployments.kv_store.places import DiskCopy, Places, places
+from deployments.nursery import SPINS
 from deployments.weights import prefetch
 
 logger = logging.getLogger("slotpool.replica")
-
-#: In an engine's environment: a bounded spin at OpenMP's barriers, which is read when the library is loaded.
-ENGINE_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
 
 #: What still runs when an engine is to be unloaded may take as long as this to end, in seconds, and so may the engine.
 UNLOAD_S = 5.0
@@ -216,7 +214,7 @@ class Supervisor:
 
     async def _start_child(self, order: Load) -> tuple[EngineChild, Place]:
         place = await self._place()
-        environment = {**os.environ, **ENGINE_ENVIRONMENT, **devices_of(order, os.environ)}
+        environment = {**os.environ, "GOMP_SPINCOUNT": SPINS, **devices_of(order, os.environ)}
         python = order.config.get("python")
         if python and not backend_class(order.config).starts_command:
             return await EngineChild.start(python, place.home, environment, place.log), place

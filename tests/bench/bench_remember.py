@@ -33,6 +33,7 @@ import openai
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from deployments.nursery import SPINS
 from deployments.weights import resolve_weights
 from tests.bench.race_llama_server import llama_router
 from tests.pool import SMOLLM2, local_serve, running_pool
@@ -151,7 +152,7 @@ async def _bare(rounds: int, threads: int) -> dict[str, float]:
 
 
 def in_own_process(rounds: int, threads: int) -> dict[str, float]:
-    os.environ.setdefault("GOMP_SPINCOUNT", "200")
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=bare, args=(rounds, threads, theirs))

@@ -25,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from deployments.nursery import SPINS
 from tests.bench.processes import Held, held_by_pool
 from tests.pool import Pool, fake, local_serve, running_pool, smollm2
 
@@ -53,7 +54,7 @@ def bare_loads(answer: Any) -> None:
 
 
 def bare_load_s() -> float:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=bare_loads, args=(theirs,))
