@@ -71,28 +71,26 @@ class Pool:
         host = urlsplit(self.url).hostname
         if not host or urlsplit(self.url).scheme not in ("http", "https"):
             raise Misuse(f"{url!r} is no http:// or https:// URL")
+        # A proxy of the environment does not lead back to this machine.
+        self._trust_env = not is_loopback(host)
         self._http = httpx.Client(
             base_url=self.url,
             headers=self._headers,
             timeout=httpx.Timeout(answer_s, connect=min(answer_s, CONNECT_S)),
             transport=transport,
-            # A proxy of the environment does not lead back to this machine.
-            trust_env=not is_loopback(host),
+            trust_env=self._trust_env,
         )
 
     def at(self, url: str) -> Pool:
         """Another address. The environment's key is the pool's: only one that was named for this call goes along."""
         other = Pool(url, self._key if self._is_key_named else None, self._transport)
-        self._http.close()
-        return Pool(url, self._key, self._transport) if other.url == self.url else other
+        return self if other.url == self.url else other
 
     def async_client(self, limits: httpx.Limits) -> httpx.AsyncClient:
         """A client of its own for many calls at a time, to be closed by its user."""
         transport = self._transport if isinstance(self._transport, httpx.AsyncBaseTransport) else None
-        host = urlsplit(self.url).hostname or ""
-        trust_env = not is_loopback(host)
         return httpx.AsyncClient(
-            base_url=self.url, headers=self._headers, limits=limits, transport=transport, trust_env=trust_env
+            base_url=self.url, headers=self._headers, limits=limits, transport=transport, trust_env=self._trust_env
         )
 
     def __enter__(self) -> Self:

@@ -112,6 +112,11 @@ class Draft:
         return {name: value for name, value in parts.items() if value not in ({}, [], None)}
 
 
+def mapping(value: Any) -> dict[str, Any]:
+    """A value where it is a mapping, else an empty one: foreign files may hold anything."""
+    return value if isinstance(value, dict) else {}
+
+
 def hashed(key: str) -> str:
     """An API key as the pool's configuration may hold it in public."""
     return f"sha256:{hashlib.sha256(key.encode()).hexdigest()}"

@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from app.cli.found import free_id
-from app.cli.importers.draft import Draft, Key, Source, hashed, variable_for
+from app.cli.importers.draft import Draft, Key, Source, hashed, mapping, variable_for
 from app.loopback import is_loopback
 from cluster.config import ConfigError
 
@@ -66,18 +66,18 @@ def convert(source: Source) -> Draft:
         raise ConfigError(f"{source.path.name}: there is no model_list in it")
     draft = Draft(source)
     draft.drop((), data, REASONS, TOP)
-    router, settings = _mapping(data.get("router_settings")), _mapping(data.get("litellm_settings"))
+    router, settings = mapping(data.get("router_settings")), mapping(data.get("litellm_settings"))
     retries = settings.get("num_retries", router.get("num_retries"))
     for index, entry in enumerate(listed):
-        _entry(draft, ("model_list", index), _mapping(entry), retries)
+        _entry(draft, ("model_list", index), mapping(entry), retries)
     _settings(draft, settings)
     _router(draft, router)
-    _general(draft, _mapping(data.get("general_settings")))
+    _general(draft, mapping(data.get("general_settings")))
     return draft
 
 
 def _entry(draft: Draft, where: Key, entry: Mapping[str, Any], retries: Any) -> None:
-    name, params = str(entry.get("model_name") or ""), _mapping(entry.get("litellm_params"))
+    name, params = str(entry.get("model_name") or ""), mapping(entry.get("litellm_params"))
     place: Key = (*where, "litellm_params")
     draft.drop(where, entry, REASONS, frozenset(("model_name", "litellm_params", "model_info")))
     draft.drop(place, params, REASONS, PARAMS)
@@ -138,7 +138,7 @@ def _remote(
     retries = params.get("max_retries", retries)
     if isinstance(retries, int) and retries:
         keys["remote_max_retries"] = min(10, retries)
-    info = _mapping(entry.get("model_info"))
+    info = mapping(entry.get("model_info"))
     if info.get("mode") == "embedding":
         keys["type"] = "embedding"
     costs = {"input": info.get("input_cost_per_token"), "output": info.get("output_cost_per_token")}
@@ -176,7 +176,7 @@ def _settings(draft: Draft, settings: Mapping[str, Any]) -> None:
 
 def _router(draft: Draft, router: Mapping[str, Any]) -> None:
     where: Key = ("router_settings",)
-    for alias, target in _mapping(router.get("model_group_alias")).items():
+    for alias, target in mapping(router.get("model_group_alias")).items():
         name = target.get("model") if isinstance(target, dict) else target
         if name in draft.models:
             draft.models[name].setdefault("aliases", []).append(str(alias))
@@ -208,7 +208,3 @@ def _is_near(base: str) -> bool:
 
 def _plain(value: Any) -> str | None:
     return value if isinstance(value, str) and not value.startswith(VARIABLE) else None
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

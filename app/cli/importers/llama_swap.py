@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from app.cli.importers import llama_server
-from app.cli.importers.draft import Draft, Key, Source, hashed
+from app.cli.importers.draft import Draft, Key, Source, hashed, mapping
 from cluster.config import ConfigError
 
 #: Macros that llama-swap fills in itself, and so does a model of `backend: server`.
@@ -52,11 +52,11 @@ def convert(source: Source) -> Draft:
     draft.pool["default_idle_timeout"] = max(0, _number(data.get("globalTTL")) or 0)
     if (timeout := _number(data.get("healthCheckTimeout"))) is not None:
         draft.pool["startup_timeout"] = timeout
-    macros = _mapping(data.get("macros"))
+    macros = mapping(data.get("macros"))
     for name, given in models.items():
-        _model(draft, str(name), _mapping(given), macros)
-    _groups(draft, _mapping(data.get("groups")))
-    _hooks(draft, _mapping(data.get("hooks")))
+        _model(draft, str(name), mapping(given), macros)
+    _groups(draft, mapping(data.get("groups")))
+    _hooks(draft, mapping(data.get("hooks")))
     if data.get("apiKeys"):
         draft.pool["api_keys"] = [_key(index, str(key)) for index, key in enumerate(data["apiKeys"], 1)]
         draft.note(("apiKeys",), "kept as digests; they are called key-1, key-2, …")
@@ -65,7 +65,7 @@ def convert(source: Source) -> Draft:
 
 def _model(draft: Draft, name: str, given: Mapping[str, Any], macros: Mapping[str, Any]) -> None:
     where: Key = ("models", name)
-    words = _words(str(given.get("cmd") or ""), {**macros, **_mapping(given.get("macros")), "MODEL_ID": name})
+    words = _words(str(given.get("cmd") or ""), {**macros, **mapping(given.get("macros")), "MODEL_ID": name})
     draft.drop(where, given, REASONS, MODEL)
     if llama_server.is_llama_server(words):
         keys = _of_llama_server(draft, where, words, given)
@@ -142,7 +142,7 @@ def _server(draft: Draft, where: Key, given: Mapping[str, Any]) -> None:
 
 def _groups(draft: Draft, groups: Mapping[str, Any]) -> None:
     for name, raw in groups.items():
-        group, where = _mapping(raw), ("groups", str(name))
+        group, where = mapping(raw), ("groups", str(name))
         members = [each for each in map(str, group.get("members") or ()) if each in draft.models]
         for member in members:
             if group.get("persistent"):
@@ -157,7 +157,7 @@ def _groups(draft: Draft, groups: Mapping[str, Any]) -> None:
 
 
 def _hooks(draft: Draft, hooks: Mapping[str, Any]) -> None:
-    startup = _mapping(hooks.get("on_startup"))
+    startup = mapping(hooks.get("on_startup"))
     for name in map(str, startup.get("preload") or ()):
         if name in draft.models:
             draft.models[name]["enabled"] = True
@@ -194,10 +194,6 @@ def _environment(given: Mapping[str, Any]) -> dict[str, str]:
 def _key(index: int, key: str) -> dict[str, str]:
     variable = re.fullmatch(r"\$\{env\.(\w+)\}", key)
     return {"name": f"key-{index}", "key": f"env:{variable[1]}" if variable else hashed(key)}
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _number(value: Any) -> float | int | None:
