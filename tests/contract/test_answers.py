@@ -13,9 +13,8 @@ from cluster.errors import ContextLengthExceeded
 from tests.contract.entry import Entry, Reference
 from tests.contract.pool import SLOTS, OneModel
 from tests.contract.said import finish_of, pieces_of, streamed_text, text_of
-from tests.unit.engines.drive import COMPLETIONS, ask
+from tests.unit.engines.drive import COMPLETIONS, SEA, ask
 
-SEA = "Write one sentence about the sea."
 TOPICS = ["the sea", "the moon", "bread", "music", "a dog", "rain", "chess", "gold"]
 USAGE = {"include_usage": True}
 

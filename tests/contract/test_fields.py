@@ -15,31 +15,7 @@ from cluster.errors import PoolError
 from tests.contract.entry import Entry
 from tests.contract.pool import OneModel
 from tests.contract.said import assert_refused, finish_of, pieces_of, streamed_text, text_of
-from tests.unit.engines.drive import COMPLETIONS, ask
-
-SEA = "Write one sentence about the sea."
-WEATHER: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string", "maxLength": 12}, "unit": {"enum": ["C", "F"]}},
-            "required": ["city", "unit"],
-            "additionalProperties": False,
-        },
-    },
-}
-PERSON: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 10},
-        "married": {"type": "boolean"},
-        "colours": {"type": "array", "items": {"enum": ["red", "blue"]}, "minItems": 1, "maxItems": 2},
-    },
-    "required": ["name", "married", "colours"],
-    "additionalProperties": False,
-}
+from tests.unit.engines.drive import COMPLETIONS, PERSON, SEA, WEATHER, ask
 
 
 async def test_a_stop_string_of_several_tokens_cuts_and_never_leaks(engine: OneModel):

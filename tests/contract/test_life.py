@@ -16,9 +16,8 @@ from cluster.errors import PoolError
 from tests.contract.entry import Entry
 from tests.contract.pool import MODEL, SLOTS, OneModel
 from tests.contract.said import pieces_of, text_of
-from tests.unit.engines.drive import ask
+from tests.unit.engines.drive import SEA, ask
 
-SEA = "Write one sentence about the sea."
 #: A slot is free this much after its client has left, in seconds.
 FREE_S = 1.0
 

@@ -27,11 +27,10 @@ from tests.contract.engine_vllm import SMALL, vllm
 from tests.contract.pool import NODE, REPLICA, Supervised
 from tests.contract.said import pieces_of, text_of
 from tests.hf_weights import VLLM_PYTHON, smollm2_folder
-from tests.unit.engines.drive import ask
+from tests.unit.engines.drive import SEA, ask
 from tests.unit.raylet import lives, wait_until
 
 ONLY = ("vllm",)
-SEA = "Write one sentence about the sea."
 #: A load takes some 15 seconds; by hand, 20 of them were run.
 LOADS = int(os.environ.get("SLOTPOOL_VLLM_LOADS", "2"))
 

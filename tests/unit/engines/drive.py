@@ -12,6 +12,31 @@ from deployments.engines.protocol import Call, Engine
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 
+#: A prompt, a tool and a form of an answer that many tests ask for.
+SEA = "Write one sentence about the sea."
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 12}, "unit": {"enum": ["C", "F"]}},
+            "required": ["city", "unit"],
+            "additionalProperties": False,
+        },
+    },
+}
+PERSON: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 10},
+        "married": {"type": "boolean"},
+        "colours": {"type": "array", "items": {"enum": ["red", "blue"]}, "minItems": 1, "maxItems": 2},
+    },
+    "required": ["name", "married", "colours"],
+    "additionalProperties": False,
+}
+
 
 def ask(text: str, **fields: Any) -> dict[str, Any]:
     """A greedy chat body of one user message."""

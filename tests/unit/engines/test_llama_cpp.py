@@ -31,31 +31,7 @@ from deployments.engines.llama_cpp.engine import LlamaCppEngine
 from deployments.engines.llama_cpp.loop import COMPUTE_NICE
 from deployments.engines.llama_cpp.sampling import Sampler
 from deployments.engines.protocol import Call
-from tests.unit.engines.drive import CHAT, COMPLETIONS, ask, body, events, stream_of, text
-
-SEA = "Write one sentence about the sea."
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string", "maxLength": 12}, "unit": {"enum": ["C", "F"]}},
-            "required": ["city", "unit"],
-            "additionalProperties": False,
-        },
-    },
-}
-PERSON = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 10},
-        "married": {"type": "boolean"},
-        "colours": {"type": "array", "items": {"enum": ["red", "blue"]}, "minItems": 1, "maxItems": 2},
-    },
-    "required": ["name", "married", "colours"],
-    "additionalProperties": False,
-}
+from tests.unit.engines.drive import CHAT, COMPLETIONS, SEA, WEATHER, ask, body, events, stream_of, text
 
 
 def loop_of(engine: LlamaCppEngine) -> Any:
