@@ -29,18 +29,21 @@ ComputeType = Literal[
 
 
 class FakeFaults(BaseModel):
-    """`engine_kwargs` of `backend: fake`. Times in seconds; `tokens` is the default length of an answer.
-
-    `wake_s` is what it takes to wake where the replica sleeps with its engine.
-    """
+    """`engine_kwargs` of `backend: fake`. Times in seconds."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    #: What a load takes.
     load_s: Annotated[float, Field(ge=0)] = 0.0
+    #: What it takes to wake where the replica sleeps with its engine.
     wake_s: Annotated[float, Field(ge=0)] = 0.0
+    #: What the first token takes.
     ttft_s: Annotated[float, Field(ge=0)] = 0.0
+    #: Tokens a second after it, for each stream.
     tokens_per_s: Annotated[float, Field(gt=0)] = 100.0
+    #: How long an answer is where the request does not say it.
     tokens: Annotated[int, Field(ge=1)] = 16
+    #: What goes wrong.
     fault: Literal[
         "none",
         "load_fails",
@@ -55,11 +58,13 @@ class FakeFaults(BaseModel):
 
 
 class LlamaCppKwargs(BaseModel):
-    """`engine_kwargs` of `backend: llama_cpp`. `n_threads` defaults to the engine's own choice, `n_batch` likewise."""
+    """`engine_kwargs` of `backend: llama_cpp`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    #: Threads that evaluate. Unset: the engine's own choice.
     n_threads: Annotated[int, Field(ge=1)] | None = None
+    #: Tokens of a prompt in one batch. Unset: the engine's own choice.
     n_batch: Annotated[int, Field(ge=32)] | None = None
 
 
@@ -69,6 +74,7 @@ class FakeModel(ModelConfig):
     sleeps = True
 
     backend: Literal["fake"] = "fake"
+    #: The engine's own arguments.
     engine_kwargs: FakeFaults = FakeFaults()
 
     @field_validator("engine_kwargs", mode="before")
@@ -86,28 +92,34 @@ class LoraAdapter(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    #: A GGUF file, named like `model_path`.
     path: Annotated[str, Field(min_length=1)]
+    #: The factor.
     scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
 
 
 class LlamaCppModel(ModelConfig):
-    """A GGUF file in llama.cpp. A key that is unset leaves the choice to the engine.
-
-    `gguf_lora` are adapters that every request of this model gets: one, or a list; a path alone is one at full scale.
-    `gguf_tensor_split` says how much of the layers and of the cache each of `num_gpus` devices takes, in proportion;
-    unset, llama.cpp goes by their free memory.
-    """
+    """A GGUF file in llama.cpp. A key that is unset leaves the choice to the engine."""
 
     remembers = True
 
     backend: Literal["llama_cpp", "gguf"] = "llama_cpp"
+    #: Tokens of context for each slot.
     gguf_n_ctx: Annotated[int, Field(ge=1)] | None = None
+    #: Flash attention.
     gguf_flash_attn: FlashAttention = "auto"
+    #: What the keys of the KV cache are kept as: `q8_0` is half of `f16`.
     gguf_type_k: CacheType | None = None
+    #: What the values of the KV cache are kept as.
     gguf_type_v: CacheType | None = None
+    #: Layers on the GPU; -1 = all.
     gguf_n_gpu_layers: int = -1
+    #: Adapters that every request of this model gets: one, or a list; a path alone is one at full scale.
     gguf_lora: tuple[LoraAdapter, ...] = ()
+    #: How much of the layers and of the cache each of `num_gpus` devices takes, in proportion. Unset: by their free
+    #: memory.
     gguf_tensor_split: tuple[Annotated[float, Field(ge=0, allow_inf_nan=False)], ...] = ()
+    #: The engine's own arguments.
     engine_kwargs: LlamaCppKwargs = LlamaCppKwargs()
 
     @field_validator("engine_kwargs", mode="before")
@@ -152,30 +164,28 @@ class LlamaCppModel(ModelConfig):
 
 
 class Ct2Kwargs(BaseModel):
-    """`engine_kwargs` of `backend: ctranslate2`. A key that is unset leaves the choice to the engine.
-
-    `n_ctx` is the context of one request in tokens. `inter_threads` batches run at a time, on a CPU with
-    `intra_threads` threads each.
-    """
+    """`engine_kwargs` of `backend: ctranslate2`. A key that is unset leaves the choice to the engine."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    #: The context of one request in tokens.
     n_ctx: Annotated[int, Field(ge=1)] | None = None
+    #: Batches that run at a time.
     inter_threads: Annotated[int, Field(ge=1)] | None = None
+    #: Threads of each batch on a CPU.
     intra_threads: Annotated[int, Field(ge=1)] | None = None
 
 
 class Ct2Model(ModelConfig):
-    """A folder that was converted for CTranslate2 (a generator model), with its `tokenizer.json` beside it.
-
-    `compute_type` is what it computes with, whatever its weights are stored as; `default` keeps their own.
-    """
+    """A folder that was converted for CTranslate2 (a generator model), with its `tokenizer.json` beside it."""
 
     sleeps = True
     in_folder = True
 
     backend: Literal["ctranslate2", "ct2"] = "ctranslate2"
+    #: What it computes with, whatever its weights are stored as; `default` keeps their own.
     compute_type: ComputeType = "default"
+    #: The engine's own arguments.
     engine_kwargs: Ct2Kwargs = Ct2Kwargs()
 
     @field_validator("engine_kwargs", mode="before")

@@ -32,27 +32,32 @@ class Budget(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    #: Requests.
     requests: Annotated[int, Field(ge=0)] | None = None
+    #: Tokens, of prompts and answers.
     tokens: Annotated[int, Field(ge=0)] | None = None
+    #: What the tokens cost.
     cost: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
 class ApiKey(BaseModel):
-    """One key. `name` is the principal of its requests.
-
-    `models` lists the ids, aliases and public names that it may use (none = all); `max_priority` is the best class
-    that its requests get, whatever they ask for. `max_concurrent` requests at a time, and `requests_per_minute`, hold
-    for each ingress; the `budget` for all of them together.
-    """
+    """One key. A text alone is its `key`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    #: The principal of its requests, in metrics and on the status page. Unset: made of the digest.
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.@:/ -]{1,64}$")]
+    #: `env:NAME`, `sha256:HEX`, or the key itself where the file is the pool's own.
     key: Annotated[str, Field(pattern=rf"^{_DIGEST.pattern}$", repr=False)]
+    #: Ids, aliases and public names that it may use; none = all.
     models: tuple[str, ...] = ()
+    #: The best class that its requests get, whatever they ask for.
     max_priority: Literal["high", "medium", "low"] = "high"
+    #: Requests at a time, for each ingress.
     max_concurrent: Annotated[int, Field(ge=1)] | None = None
+    #: Requests in a minute, for each ingress.
     requests_per_minute: Annotated[int, Field(ge=1)] | None = None
+    #: What it may be used for on one day, at all ingresses together.
     budget: Budget | None = None
 
     @property

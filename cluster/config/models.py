@@ -40,7 +40,9 @@ class Group(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    #: The models that name the same group belong together.
     name: Annotated[str, Field(min_length=1)]
+    #: Whether they keep apart or go to the same device.
     devices: Literal["separate", "shared"] = "separate"
 
 
@@ -49,41 +51,18 @@ class Price(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    #: Of the prompt.
     input: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    #: Of the answer.
     output: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
 
 
 class ModelConfig(BaseModel):
-    """One model, under its public id: the keys that every backend has. Times in seconds, memory in MiB.
+    """One model, under its public id: the keys that every backend has. Times in seconds, memory in MiB."""
 
-    It is the base of a union that is told apart by `backend`: validating a mapping as `ModelConfig` gives an instance
-    of the subclass of its backend, which has the keys of that engine too (`backends.py`). Both spellings of the replica
-    keys are read.
-
-    `cpu_offload_model` takes the requests that find `offload_queue_threshold` of them waiting here, `fallbacks` in
-    their order those that come while this model cannot serve at all (it fails to load, or is being unloaded). Both
-    name other models by id or alias.
-
-    `weight` makes the model a variant: models that share an alias are variants of that one public name, which is
-    then answered by each in proportion to its weight. An alias may be shared by models with a weight only.
-
-    `sleep_timeout` is how long a replica without a loaded engine stays, 0 = until its room is needed. `sleep_level` 1
-    keeps the process of an engine that loses its devices, with its weights in the host's memory, where that has room; 2
-    ends it. `auto` is whichever brings it back sooner, as learned. Engines that cannot sleep always end.
-
-    `prompt_format` is a chat template, by name or in Jinja, for a model that brings none or another one.
-    `enable_thinking` is what its template is told where a request says nothing of it.
-
-    `price` is what its tokens count for in a key's budget.
-
-    `format` is what kind of weights lie at `model_path` (`hf`, `awq`, `gguf`, …), where its name does not say so. A
-    request for a model in a format that its backend does not read is refused.
-
-    `type` is what the model is for, as `/v1/models` tells it.
-
-    `gpu` names the only devices that it may stand on: an index, a UUID, either after `node/`, or a list of them.
-    `python` is the interpreter of another environment, which runs the engine.
-    """
+    # The base of a union that is told apart by `backend`: validating a mapping as `ModelConfig` gives an instance of
+    # the subclass of its backend, which has the keys of that engine too (`backends.py`). Keys with an alias are read in
+    # both spellings. `cluster.generated` takes what a key means from the comment above it.
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
 
@@ -100,34 +79,66 @@ class ModelConfig(BaseModel):
     #: The subclass of each backend's name. Any, since in this class `type` is a key of the configuration.
     backends: ClassVar[dict[str, Any]] = {}
 
+    #: The engine that runs it.
     backend: str = DEFAULT_BACKEND
+    #: What the model is for, as `/v1/models` tells it.
     type: Literal["llm", "embedding", "rerank"] = "llm"
+    #: Its weights: a path, `hf:owner/repo/file.gguf`, `hf:owner/repo`, or `package:name/file.gguf`.
     model_path: str | None = None
+    #: What kind of weights lie there (`hf`, `awq`, `gguf`, …), where the name does not say so. A request for a model in
+    #: a format that its backend does not read is refused.
     weights_format: Annotated[str | None, Field(alias="format")] = None
+    #: Other names for it. One that several models share, each with a `weight`, is one public name with variants.
     aliases: tuple[str, ...] = ()
+    #: A chat template, by name or in Jinja, for a model that brings none or another one.
     prompt_format: str | None = None
+    #: What its template is told where a request says nothing of it.
     enable_thinking: bool | None = None
+    #: Load it at start.
     enabled: bool = False
+    #: `manual`: only an operator loads it, no request does.
     activation: Literal["on_demand", "manual"] = "on_demand"
+    #: It never makes room for another model.
     pinned: bool = False
+    #: Devices of one replica; fractions share one, 0 runs on the CPU.
     num_gpus: Annotated[float, Field(ge=0)] = 0
+    #: CPUs that Ray books for one replica.
     num_cpus: Annotated[float, Field(ge=0)] = 0
+    #: The only devices that it may stand on: an index, a UUID, either after `node/`, or a list of them.
     gpu: tuple[str, ...] = ()
+    #: The interpreter of another environment, which runs the engine.
     python: Annotated[str, Field(min_length=1)] | None = None
+    #: What a replica takes, in MiB. Unset: estimated from its files, then measured.
     memory_mib: Annotated[int, Field(ge=1)] | None = None
+    #: So many replicas are always loaded.
     min_replicas: Annotated[int, Field(ge=0, alias="replicas")] = 0
+    #: At most so many.
     max_replicas: Annotated[int, Field(ge=1, alias="replica_max")] = 1
+    #: Slots: sequences that one replica runs at a time.
     target_inflight: Annotated[int, Field(ge=1, le=256)] = 8
+    #: Requests that may wait for this model; the pool's `queue_max_size` holds, too.
     max_queued: Annotated[int, Field(ge=0)] | None = None
+    #: How long it stays loaded without a request; 0 = until its room is needed. Unset: `default_idle_timeout`.
     idle_timeout: Annotated[float, Field(ge=0)] | None = None
+    #: How long a replica without a loaded engine stays; 0 = until its room is needed.
     sleep_timeout: Annotated[float, Field(ge=0)] = 0
+    #: 1 keeps the process of an engine that loses its devices, with its weights in the host's memory, where that has
+    #: room; 2 ends it. `auto`: whichever brings it back sooner, as learned. Engines that cannot sleep always end.
     sleep_level: Literal["auto", 1, 2] = "auto"
+    #: The longest that its load may take. Unset: `startup_timeout`.
     load_timeout: Annotated[float, Field(gt=0)] | None = None
+    #: The longest that a request of it may take. Unset: `request_timeout_seconds`.
     request_timeout: Annotated[float, Field(gt=0)] | None = None
+    #: The model on a CPU that takes what comes while `offload_queue_threshold` requests wait here.
     cpu_offload_model: str | None = None
+    #: Models that take what comes while this one cannot serve at all (it fails to load, or is being unloaded), in
+    #: their order.
     fallbacks: tuple[str, ...] = ()
+    #: Makes it a variant of the alias that it shares with others: each answers in proportion to its weight.
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    #: Models that are placed with an eye on each other.
     group: Group | None = None
+    #: What its tokens count for in a key's budget.
     price: Price | None = None
 
     @classmethod
@@ -267,17 +278,18 @@ SCHEDULING_KEYS = (
 
 
 class ServerEntry(BaseModel):
-    """One external OpenAI-compatible server. `api_key_env` names the environment variable that holds its key.
-
-    `server_type` is what it runs (`lmstudio`, `ollama`, `vllm`, `llama_server`, …); an unknown type is taken to load
-    models just in time and never gets two models at once.
-    """
+    """One external OpenAI-compatible server."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    #: Where it answers, without `/v1`.
     url: Annotated[str, Field(pattern=r"^https?://[^/\s@]+(/\S*)?$")]
+    #: Requests that it is sent at a time.
     max_concurrent: Annotated[int, Field(ge=1, le=4096)] = 1
+    #: The environment variable that holds its key.
     api_key_env: str | None = None
+    #: What it runs: `lmstudio`, `ollama`, `vllm`, `llama_server`, … Every type but `vllm`, `sglang`, `tgi`,
+    #: `llama_server` and `slotpool` is taken to load models just in time, and never gets two models at once.
     server_type: str | None = None
 
     def spec(self) -> ServerSpec:

@@ -35,8 +35,11 @@ class MaxWait(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    #: The bound of class `high`, in seconds. Unset: 3 times what a swap takes, at least 5.
     high: Annotated[float, Field(gt=0)] | None = None
+    #: The bound of class `medium`. Unset: 8 times what a swap takes, at least 15.
     medium: Annotated[float, Field(gt=0)] | None = None
+    #: The bound of class `low`. Unset: 20 times what a swap takes, at least 40.
     low: Annotated[float, Field(gt=0)] | None = None
 
 
@@ -45,64 +48,83 @@ class Decoding(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    #: Beams of the search; only CTranslate2 has it.
     beam_size: Annotated[int, Field(ge=1, le=16)] = 1
+    #: How many of the likeliest tokens are drawn from.
     top_k: Annotated[int, Field(ge=1, le=200)] = 1
+    #: The share of probability that is drawn from.
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    #: 0 takes the likeliest token always.
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.1
+    #: Above 1 a token that was said before becomes less likely.
     repetition_penalty: Annotated[float, Field(ge=0, le=4)] = 1.0
+    #: The longest answer, in tokens.
     max_tokens: Annotated[int, Field(ge=1)] = 256
+    #: Texts that end the answer.
     stop: tuple[str, ...] = ()
 
 
 class PoolConfig(BaseModel):
-    """The whole pool: its models and the keys that hold for all of them.
-
-    `execution_mode: cpu` runs every model on CPUs, whatever its `num_gpus`; by default the pool is in gpu mode if any
-    model wants a GPU. `enable_cpu_offload` turns the rule of `offload_queue_threshold` on (requests beyond it go to
-    the model's `cpu_offload_model`, and are refused with 429 where there is none) or off; unset, it is on when the
-    configuration names a `cpu_offload_model` or a threshold. It holds in gpu mode, for models on GPUs.
-    `health_check_interval` is the time between two of Serve's health checks of a replica, in seconds.
-    `max_asleep` is how many replicas may be kept whose engine is not loaded: a swap then starts an engine, and no
-    replica. `auto` is what fits in a quarter of a node's memory; with 0, the default on a Ray that was there before,
-    a replica ends with its engine. `asleep_device_mib` is what an engine that sleeps (level 1) may hold on a device;
-    one that holds more ends instead.
-    `kv_store_mib` is how much of each node's memory holds the conversations that engines save when they are unloaded,
-    so that they go on after the next load; unset, a quarter of what is free then, and 0 = none are saved.
-    `kv_store_dir` is a folder on each node's disk to which they are copied, so that they survive a restart of the pool.
-    `max_keep_alive` (s) bounds the `keep_alive` of requests without an admin key. `model_roots` says where the files of
-    models that are registered at run time may lie: folders, `package:NAME`, `hf:OWNER` or `hf:OWNER/REPO`.
-    `sglang_max_running_requests` and `sglang_max_total_tokens` (0 = what fits) bound every server of `backend: sglang`.
-    `store` says where stored responses are kept, and `decoding` what the pool dialect generates with by default.
-    """
+    """The whole pool: its models and the keys that hold for all of them. Times in seconds."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    #: The pool's own models, by the id that clients use.
     models: dict[str, SerializeAsAny[ModelConfig]] = Field(default_factory=dict)
+    #: External OpenAI-compatible servers, whose slots the pool hands out like its own.
     servers: tuple[ServerEntry, ...] = ()
+    #: What a request gets that names no model, and one of the allocator's family whose model is not there.
     default_model: str | None = None
+    #: How many models may be loaded at the same time; 0 = as many as fit.
     capacity: Annotated[int, Field(ge=0)] = 0
+    #: The memory of each machine that models may take, in MiB; 0 = what is there.
     mem_budget_mb: Annotated[int, Field(ge=0)] = 0
+    #: Requests that may wait, all models together. Who comes then is refused.
     queue_max_size: Annotated[int, Field(ge=0)] = 100
+    #: The longest wait for a place that the pool strives for, by priority class.
     max_wait_s: MaxWait = MaxWait()
+    #: The longest that a request may take, queue and load included. The allocator's family has 30 where this is unset.
     request_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    #: The longest that a load may take; a model's `load_timeout` wins.
     startup_timeout: Annotated[float, Field(gt=0)] = 120.0
+    #: How long a model stays without a request; 0 = until its room is needed. A model's `idle_timeout` wins.
     default_idle_timeout: Annotated[float, Field(ge=0)] = 300.0
+    #: `cpu` runs every model on CPUs, whatever its `num_gpus`. Unset: `gpu` if any model wants a GPU.
     execution_mode: Literal["gpu", "cpu"] | None = None
+    #: Turns the rule of `offload_queue_threshold` on or off. Unset: on where a `cpu_offload_model` or a threshold is.
     enable_cpu_offload: bool | None = None
+    #: Requests beyond so many that wait for a model on a GPU go to its `cpu_offload_model`; without one: 429.
     offload_queue_threshold: Annotated[int, Field(ge=0)] = 3
+    #: The time between two of Serve's health checks of a replica.
     health_check_interval: Annotated[float, Field(gt=0)] = 10.0
+    #: Who may ask. Without any key the pool serves its own machine only.
     api_keys: tuple[ApiKey, ...] = ()
+    #: Keys for `/v1/admin` and `/admin`, and good for everything else.
     admin_keys: tuple[ApiKey, ...] = ()
+    #: Replicas that are kept while their engine is not loaded. `auto`: what fits in a quarter of a machine's memory,
+    #: the default in a Ray that `slotpool serve` started. With 0 a replica ends with its engine.
     max_asleep: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
+    #: What an engine that sleeps (level 1) may hold on a device, in MiB; one that holds more ends instead.
     asleep_device_mib: Annotated[int, Field(ge=0)] = 600
+    #: Each machine's memory for conversations that engines save when they are unloaded, in MiB. Unset: a quarter of
+    #: what is free then; 0 = nothing is saved.
     kv_store_mib: Annotated[int, Field(ge=0)] | None = None
+    #: A folder on each machine's disk to which they are copied, so that they survive a restart of the pool.
     kv_store_dir: str | None = None
+    #: The longest `keep_alive` of a request without an admin key.
     max_keep_alive: Annotated[float, Field(gt=0)] = 3600.0
+    #: Where the files of models that are registered at run time may lie: folders, `package:NAME`, `hf:OWNER` or
+    #: `hf:OWNER/REPO`.
     model_roots: tuple[str, ...] = ()
+    #: The largest body of a request, in MiB.
     max_body_mb: Annotated[float, Field(gt=0)] = 32.0
+    #: The most requests that a server of `backend: sglang` runs at a time.
     sglang_max_running_requests: Annotated[int, Field(ge=1)] = 3
+    #: The most tokens that a server of `backend: sglang` holds; 0 = what fits.
     sglang_max_total_tokens: Annotated[int, Field(ge=0)] = 0
+    #: Where stored responses and budgets are kept.
     store: StoreConfig = StoreConfig()
+    #: What the pool dialect of Responses generates with by default.
     decoding: Decoding = Decoding()
 
     _estimates: dict[str, int] = PrivateAttr(default_factory=dict)

@@ -28,15 +28,17 @@ Path = Annotated[str, Field(pattern=r"^/[^\s?#]*$")]
 class _LaunchKwargs(BaseModel):
     """What commands have in common.
 
-    `args` stand behind the command that the pool makes, `env` is laid over the environment of the pool's processes.
-    Both, and `command`, may hold `${PORT}`, `${MODEL_PATH}`, `${MODEL_ID}`, `${SLOTS}` and `${PYTHON}`; `$$` is a
-    dollar sign. No shell is involved. `ready_path` answers 200 once the server serves.
+    `command`, `args` and `env` may hold `${PORT}`, `${MODEL_PATH}`, `${MODEL_ID}`, `${SLOTS}` and `${PYTHON}`; `$$` is
+    a dollar sign. No shell is involved.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    #: Stand behind the command that the pool makes.
     args: tuple[str, ...] = ()
+    #: Laid over the environment of the pool's processes.
     env: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
+    #: Answers 200 once the server serves. Unset: `/health`.
     ready_path: Path | None = None
 
     @field_validator("args", mode="before")
@@ -56,13 +58,13 @@ class _LaunchKwargs(BaseModel):
 
 
 class ServerKwargs(_LaunchKwargs):
-    """`engine_kwargs` of `backend: server`: a `command`, or a `preset` that is one.
+    """`engine_kwargs` of `backend: server`: a `command`, or a `preset` that is one."""
 
-    A server that calls the model by another name than the pool does has it in `served_model`.
-    """
-
+    #: The command line, as a text or a list of words.
     command: tuple[str, ...] = ()
+    #: A command line that the pool knows.
     preset: Literal["vllm", "llama_server"] | None = None
+    #: What the server calls the model, where that is not its id.
     served_model: Annotated[str, Field(min_length=1)] | None = None
 
     @field_validator("command", mode="before")
@@ -112,6 +114,7 @@ class ServerModel(LaunchedModel):
     """A model in a server that a command starts, or one of the presets `vllm` and `llama_server`."""
 
     backend: Literal["server"] = "server"
+    #: The command, and what belongs to it.
     engine_kwargs: ServerKwargs
 
     @property
@@ -126,18 +129,17 @@ class ServerModel(LaunchedModel):
 
 
 class SglangModel(LaunchedModel):
-    """A model in SGLang's server, in whatever environment has it (`python`).
-
-    It runs no more than `sglang_max_running_requests` requests at a time, and holds no more than
-    `sglang_max_total_tokens` tokens (0 = what fits); the pool's keys of the same names are the bound on both.
-    """
+    """A model in SGLang's server, in whatever environment has it (`python`)."""
 
     sleeps = True
     in_folder = True
 
     backend: Literal["sglang"] = "sglang"
+    #: The most requests at a time; the pool's key of this name is a bound on it.
     sglang_max_running_requests: Annotated[int, Field(ge=1)] | None = None
+    #: The most tokens that it holds, 0 = what fits; the pool's key of this name is a bound on it.
     sglang_max_total_tokens: Annotated[int, Field(ge=0)] | None = None
+    #: The command, and what belongs to it.
     engine_kwargs: SglangKwargs = SglangKwargs()
 
     @field_validator("engine_kwargs", mode="before")
@@ -171,33 +173,37 @@ class RemoteBudget(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    #: Requests.
     requests: Annotated[int, Field(ge=0)] | None = None
+    #: What they cost.
     cost: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
 class RemoteModel(ModelConfig):
-    """A model behind a remote API that has its price. Only requests with `allow_remote: true` reach it.
-
-    `remote_base_url` is what stands before `/chat/completions`; without a path, `/v1` is meant. `remote_api_key_env`
-    names the variable that holds the key, `remote_model` what the API calls the model (by default as the pool does).
-    `remote_timeout_s` is how long it may be silent. A request is sent once, and `remote_max_retries` times more where
-    nothing of an answer came. `remote_thinking` is sent as `thinking: {type: …}`. `remote_health_check: config_only`:
-    nothing is asked of the API to see whether it is there. `remote_budget` holds for the model, `remote_budget_per_key`
-    for each key's use of it (of who asks without one: together); beyond either a request is refused with 402.
-    """
+    """A model behind a remote API that has its price. Only requests with `allow_remote: true` reach it."""
 
     is_remote = True
 
     backend: Literal["openai_compatible"] = "openai_compatible"
+    #: What the API speaks.
     remote_api_kind: Literal["chat_completions"] = "chat_completions"
+    #: What stands before `/chat/completions`; without a path, `/v1` is meant.
     remote_base_url: Annotated[str, Field(pattern=r"^https?://[^/\s@?#]+(/[^\s?#]*)?$")]
+    #: The environment variable that holds the key.
     remote_api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    #: What the API calls the model. Unset: as the pool does.
     remote_model: Annotated[str, Field(min_length=1)] | None = None
+    #: How long it may be silent, in seconds.
     remote_timeout_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0
+    #: `config_only`: nothing is asked of the API to see whether it is there.
     remote_health_check: Literal["config_only"] = "config_only"
+    #: A request is sent so many times more where nothing of an answer came.
     remote_max_retries: Annotated[int, Field(ge=0, le=10)] = 0
+    #: Sent as `thinking: {type: …}`.
     remote_thinking: Literal["enabled", "disabled"] | None = None
+    #: What may be used of the model on one day; beyond it a request is refused with 402.
     remote_budget: RemoteBudget | None = None
+    #: The same for each key's use of it (of who asks without one: together).
     remote_budget_per_key: RemoteBudget | None = None
 
     @property

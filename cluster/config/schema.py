@@ -1,20 +1,21 @@
-"""The configuration as a JSON schema, for editors: `python -m cluster.config.schema docs` writes the two files."""
+"""The configuration as a JSON schema, for editors. `python -m cluster.generated docs` writes the two files."""
 
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from cluster.config.meanings import meanings, parts
 from cluster.config.models import DEFAULT_BACKEND, ModelConfig
 from cluster.config.pool import PoolConfig
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 #: The files by their names: of a pool's own configuration, and of Serve's with the pool's in it.
 POOL, SERVE = "config.schema.json", "serve_config.schema.json"
+_TEXT = {"type": "string"}
 
 
 def schemas() -> dict[str, dict[str, Any]]:
@@ -24,6 +25,24 @@ def schemas() -> dict[str, dict[str, Any]]:
     _, made = models_json_schema([(kind, "validation") for kind in kinds])
     definitions = made["$defs"]
     definitions["ModelConfig"] = {"anyOf": [{"$ref": f"#/$defs/{backend.__name__}"} for backend in backends]}
+    # A single device, a group's name and an adapter's path stand for themselves; a line may be a text or its words.
+    for name in ("ServerKwargs", "SglangKwargs"):
+        for key in {"command", "args"} & set(definitions[name]["properties"]):
+            definitions[name]["properties"][key] = {"anyOf": [_TEXT, {"type": "array", "items": _TEXT}]}
+    adapter = {"anyOf": [_TEXT, {"$ref": "#/$defs/LoraAdapter"}]}
+    definitions["LlamaCppModel"]["properties"]["gguf_lora"] = {
+        "anyOf": [*adapter["anyOf"], {"type": "array", "items": adapter}]
+    }
+    for backend in backends:
+        properties = definitions[backend.__name__]["properties"]
+        properties["gpu"] = {
+            "anyOf": [{"type": ["integer", "string"]}, {"type": "array", "items": {"type": ["integer", "string"]}}]
+        }
+        properties["group"] = {"anyOf": [{"type": "string"}, properties["group"]]}
+    for kind in kinds:
+        for part in parts(kind):
+            if part is not ModelConfig:
+                _describe(part, definitions[part.__name__]["properties"])
     for backend in backends:
         entry = definitions[backend.__name__]
         for name, field in backend.model_fields.items():
@@ -31,15 +50,9 @@ def schemas() -> dict[str, dict[str, Any]]:
                 entry["properties"][name] = entry["properties"][field.alias]
         if ModelConfig.backends[DEFAULT_BACKEND] is not backend:
             entry["required"] = [*entry.get("required", ()), "backend"]
-    # A single device, and a group's name, stand for themselves; so does a key's text.
-    for backend in backends:
-        properties = definitions[backend.__name__]["properties"]
-        properties["gpu"] = {
-            "anyOf": [{"type": ["integer", "string"]}, {"type": "array", "items": {"type": ["integer", "string"]}}]
-        }
-        properties["group"] = {"anyOf": [{"type": "string"}, properties["group"]]}
-    # A key stands there as a digest only when the schema sees it; in a file it may be named or in clear.
+    # So does the text of a key, which is a digest, and has a name, only when the schema sees it.
     definitions["ApiKey"]["properties"]["key"].pop("pattern", None)
+    definitions["ApiKey"]["required"].remove("name")
     pool = definitions["PoolConfig"]
     for keys in ("api_keys", "admin_keys"):
         pool["properties"][keys]["items"] = {"anyOf": [{"type": "string"}, pool["properties"][keys]["items"]]}
@@ -56,6 +69,11 @@ def schemas() -> dict[str, dict[str, Any]]:
     return {POOL: pool_file, SERVE: serve_file}
 
 
+def _describe(part: type[BaseModel], properties: dict[str, Any]) -> None:
+    for name, meaning in meanings(part).items():
+        properties[part.model_fields[name].alias or name]["description"] = meaning
+
+
 def _config_path() -> dict[str, Any]:
     config = {"type": "string", "description": "The pool's configuration file"}
     return {"type": "object", "properties": {"config": config}, "required": ["config"], "additionalProperties": False}
@@ -64,8 +82,3 @@ def _config_path() -> dict[str, Any]:
 def text(schema: dict[str, Any]) -> str:
     """A file as it is written."""
     return json.dumps(schema, indent=1) + "\n"
-
-
-if __name__ == "__main__":
-    for name, schema in schemas().items():
-        Path(sys.argv[1], name).write_text(text(schema), encoding="utf-8")

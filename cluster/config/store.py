@@ -13,19 +13,18 @@ DAY_S = 86_400.0
 
 
 class StoreConfig(BaseModel):
-    """The pool's store. Without `url` it is a SQLite file in `folder`, which all ingress replicas of a machine share.
-
-    `url` is SQLAlchemy's, for a database that several machines reach: `postgresql+psycopg://user@host/name`, or
-    `env:NAME`, as it must be where there is a password in it: Ray shows the configuration to everybody who asks.
-    `folder` is `slotpool` in `$XDG_STATE_HOME` (`~/.local/state`) by default. `keep_s` is how long a response is kept,
-    `max_mb` how much of all of them together: the oldest go first.
-    """
+    """The pool's store. Without `url` it is a SQLite file, which all ingress replicas of a machine share."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    #: SQLAlchemy's, for a database that several machines reach: `postgresql+psycopg://user@host/name`. `env:NAME` where
+    #: there is a password in it: Ray shows the configuration to everybody who asks.
     url: str | None = None
+    #: Where the SQLite file lies. Unset: `slotpool` in `$XDG_STATE_HOME` (`~/.local/state`).
     folder: str | None = None
+    #: How long a response is kept, in seconds.
     keep_s: Annotated[float, Field(gt=0)] = 30 * DAY_S
+    #: How much of all of them together is kept, in MiB: the oldest go first.
     max_mb: Annotated[float, Field(gt=0)] = 1024.0
 
     @field_validator("url")

@@ -46,8 +46,6 @@ RESERVED: dict[str, str | None] = {
 class VllmModel(ModelConfig):
     """A Hugging Face folder in vLLM, or `hf:owner/repo`.
 
-    `engine_kwargs` are the arguments of `vllm serve`, with underscores (`max_model_len: 8192`). The pool knows only
-    those that it gives itself; the others are checked when the model is loaded, by the vLLM that loads it.
     `num_gpus` above 1 is tensor parallelism on one node.
     """
 
@@ -55,6 +53,8 @@ class VllmModel(ModelConfig):
     in_folder = True
 
     backend: Literal["vllm"] = "vllm"
+    #: Arguments of `vllm serve`, with underscores (`max_model_len: 8192`). The pool refuses those that it gives itself;
+    #: the others are checked when the model is loaded, by the vLLM that loads it.
     engine_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
 
     @field_validator("engine_kwargs", mode="before")
