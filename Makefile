@@ -26,7 +26,7 @@ BUILD_FLAGS = $(shell echo 'int x;' | $${CXX:-c++} $(NO_AMX) -x c++ -fsyntax-onl
 CMAKE_FLAGS = $$CMAKE_ARGS $(if $(CUDA),-DGGML_CUDA=on)
 LLAMA_BUILD = CFLAGS="$$CFLAGS $(BUILD_FLAGS)" CXXFLAGS="$$CXXFLAGS $(BUILD_FLAGS)" CMAKE_ARGS="$(CMAKE_FLAGS)"
 
-.PHONY: serve test check fuzz bench test-contract test-api test-ui vendor-ui test-cluster test-agents clean install compiler cuda-compiler
+.PHONY: serve test check docs fuzz bench test-contract test-api test-ui vendor-ui test-cluster test-agents clean install compiler cuda-compiler
 
 serve: $(VENV)/.installed $(if $(CUDA),$(VENV)/.cuda) $(ENGINES:%=.venv-%/.installed)
 	@exec $(BIN)/slotpool serve --port $(PORT) $(if $(CONFIG),--config $(CONFIG)) $(if $(GPUS),--gpus $(GPUS))
@@ -42,6 +42,10 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What is made from the code: the reference of the configuration, its schemas, the diagram of states.
+docs: $(VENV)/.installed
+	$(BIN)/python -m cluster.generated docs
 
 fuzz: $(VENV)/.installed-dev
 	SLOTPOOL_FUZZ=1 $(BIN)/pytest tests/stateful/test_fuzz.py --timeout=0 $(ARGS)
