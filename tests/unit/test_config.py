@@ -312,12 +312,14 @@ def test_the_environment_declares_gpus(monkeypatch):
 
 
 def test_the_readmes_examples_are_valid():
-    blocks = [part.split("```")[0] for part in Path("README.md").read_text().split("```yaml\n")[1:]]
+    """Those that it had moved to `docs/`; `test_docs.py` looks at every page."""
+    pages = ("README.md", "docs/models.md", "docs/keys.md")
+    blocks = [part.split("```")[0] for page in pages for part in Path(page).read_text().split("```yaml\n")[1:]]
     for block in blocks:
         config = load_config(yaml.safe_load(block), environ={"SLOTPOOL_KEY": "k"})
         assert config.spec().models or config.servers or config.api_keys
         jsonschema.validate(yaml.safe_load(block), schemas()[POOL])
-    assert len(blocks) == 4
+    assert len(blocks) == 5
 
 
 def test_conversations_are_saved_where_an_engine_can():

@@ -119,7 +119,7 @@ def test_the_command_line_listens_where_the_settings_say(settings: Path, monkeyp
 
 def test_the_published_schema_is_the_schema():
     for name, schema in schemas().items():
-        assert Path("docs", name).read_text() == text(schema), "python -m cluster.config.schema docs"
+        assert Path("docs", name).read_text() == text(schema), "make docs"
 
 
 def test_the_schema_takes_what_the_pool_takes_and_refuses_a_mistyped_key():
