@@ -1,6 +1,7 @@
 """Takes the picture of the status page in `docs/`: `python tests/ui/picture.py docs/status-page.png`.
 
-Chromium is needed. A pool of fake engines on two logical GPUs, and more clients than it has slots, until a model drains for another.
+Chromium is needed. A pool of fake engines on two logical GPUs, and more clients than it has slots, until a model drains
+for another.
 """
 
 from __future__ import annotations
