@@ -155,7 +155,7 @@ def _kind(value: Json, headings: Mapping[str, str]) -> str:
         inner = value.get("additionalProperties")
         return f"map to {_kind(inner, headings)}" if isinstance(inner, dict) and inner else "map"
     if isinstance(kind, list):
-        return " or ".join(NAMES.get(each, each) for each in kind)
+        return " or ".join(NAMES.get(str(each), str(each)) for each in kind)
     return NAMES.get(str(kind), "any value") + _bounds(value)
 
 
