@@ -17,6 +17,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouter
 
 from app.http import build_http
 from cluster import effects
+from cluster.applications import INGRESS
 from cluster.config import ConfigError, PoolConfig, load_config
 from cluster.config.names import deployments_collide
 from cluster.config.share import share_of
@@ -44,7 +45,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     source = str(Path(str(args["config"])).expanduser().resolve()) if "config" in args else None
     graph = [replicas(config, model) for model in config.models]
     ingress = serve.deployment(
-        name="ingress",
+        name=INGRESS,
         max_ongoing_requests=UNBOUNDED,
         max_replicas_per_node=1,
         health_check_period_s=1.0,

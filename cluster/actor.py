@@ -48,7 +48,7 @@ from cluster.ledger.events import (
 )
 from cluster.ledger.snapshot import Snapshot
 from cluster.ledger.specs import NodeSpec
-from cluster.mailbox import RECOVERY_S, Mailbox
+from cluster.mailbox import Mailbox
 from cluster.metrics import Outcome, refused
 from cluster.operator_calls import Ended, refuse_overrides, refuse_unload
 from cluster.orders import Address, AsleepState, EngineState, Order
@@ -70,6 +70,7 @@ class LedgerActor(Mailbox):
             loop.create_task(watches.watch_deaths(self._attached.actors, self._on_actor_dead)),
             loop.create_task(ray_metrics.keep_telling(lambda: prometheus.families(self._counts, self._snapshot()))),
             loop.create_task(watches.watch_nodes(self._use, self._nodes_changed)),
+            loop.create_task(self._find_replicas()),
         }
 
     # --- the request path ---------------------------------------------------------------------------------------
@@ -208,8 +209,7 @@ class LedgerActor(Mailbox):
         """Announce an ingress with its configuration, its leases and its waiting requests. Parks like a replica's."""
         self._attached.add_holder(state)
         self._meet(state.configuration)
-        if self._ledger.is_recovering:
-            self._ledger.recover_until(max(self._born_at + RECOVERY_S, time.monotonic()))
+        self._close_window()
         for lease in state.leases:
             self._post(
                 LeaseReannounced(

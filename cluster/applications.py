@@ -14,6 +14,8 @@ from cluster.config.version import Configuration
 #: The application that `serve_config.yaml` deploys, and what the names of the others begin with.
 GRAPH = "slotpool"
 PREFIX = "slotpool-model-"
+#: The one deployment of the graph that is no model.
+INGRESS = "ingress"
 
 
 def application_of(configuration: Configuration, model: str) -> str:

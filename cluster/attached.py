@@ -53,6 +53,10 @@ class Attached:
         if gone is not None:
             await gone.wait()
 
+    @property
+    def has_holders(self) -> bool:
+        return bool(self._holder_of_actor)
+
     def has_holder(self, state: HolderState) -> bool:
         return state.actor_id in self._holder_of_actor
 

@@ -28,7 +28,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.applications import GRAPH
+from cluster.applications import GRAPH, INGRESS, PREFIX
 from cluster.config.names import deployment_name as deployment_name
 from cluster.config.share import LEFT_GPUS
 from cluster.config.store import KvStoreConfig
@@ -49,6 +49,8 @@ NODE_ANSWER_S = 10.0
 DEATHS_PERIOD_S = 1.0
 
 _HEAD = "node:__internal_head__"
+#: What Serve puts before the application, the deployment and the id in the name of a replica's actor.
+_REPLICA = "SERVE_REPLICA::"
 #: What the names of the placement groups begin with that reserve the devices of a node; its id follows.
 _RESERVATION = "slotpool-devices-"
 
@@ -307,6 +309,19 @@ async def _dead_actors_by_polling() -> AsyncIterator[str]:
             if is_dead:
                 told.add(actor_id)
         await asyncio.sleep(DEATHS_PERIOD_S)
+
+
+async def living_replicas() -> set[str]:
+    """The ids of all replicas of models whose processes run, announced or not."""
+    actors = await asyncio.to_thread(ray._private.state.actors, actor_state_name="ALIVE")
+    replicas = set()
+    for actor in actors.values():
+        application, _, rest = actor["Name"].removeprefix(_REPLICA).partition("#")
+        deployment, _, replica = rest.partition("#")
+        is_ours = application == GRAPH or application.startswith(PREFIX)
+        if is_ours and replica and deployment != INGRESS:
+            replicas.add(replica)
+    return replicas
 
 
 async def is_dead(actor_id: str) -> bool:

@@ -56,8 +56,11 @@ logger = logging.getLogger("slotpool.ledger")
 #: ingresses notice the death of its former life within milliseconds and come back within the actor's restart.
 RECOVERY_S = 2.0
 #: A new life begins with the configuration that its actor was first made with, which may be weeks old. So it goes on
-#: listening until an ingress has announced the one it has, but no longer than this, in seconds.
+#: listening until an ingress has announced the one it has, and until every replica that runs has said what it holds:
+#: one that came later would find its devices given to another. But no longer than this, in seconds.
 RECOVERY_LIMIT_S = 15.0
+#: How often a new life looks whether a replica that is missing has died, in seconds.
+LOOK_S = 0.5
 
 #: Events that are progress by themselves, whatever the ledger decides about them.
 _PROGRESS = (
@@ -101,6 +104,7 @@ class Mailbox:
         self._desired_version = 0
         self._changed = Signal()
         self._recovering = self._ledger.is_recovering
+        self._misses_replicas = self._recovering
         self._due: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._servers: Any = None
@@ -189,6 +193,28 @@ class Mailbox:
     async def _recovered(self) -> None:
         """Wait until this life of the ledger knows what the former one left."""
         await self._changed.until(lambda: not self._ledger.is_recovering)
+
+    async def _find_replicas(self) -> None:
+        """Wait for the replicas that a former life has left, as long as this one still listens."""
+        if not self._misses_replicas:
+            return
+        try:
+            while self._ledger.is_recovering:
+                missing = await effects.living_replicas() - self._attached.replicas.keys()
+                if not missing:
+                    break
+                logger.info("waiting for replicas to announce themselves: %s", ", ".join(sorted(missing)))
+                await asyncio.sleep(LOOK_S)
+        except Exception:
+            logger.exception("could not see which replicas run; those that come late may find their devices taken")
+        self._misses_replicas = False
+        self._close_window()
+        self._post(Ticked())
+
+    def _close_window(self) -> None:
+        """End the recovery, when there is nobody left to be heard."""
+        if self._attached.has_holders and not self._misses_replicas:
+            self._ledger.recover_until(max(self._born_at + RECOVERY_S, time.monotonic()))
 
     # --- configuration ------------------------------------------------------------------------------------------
 

@@ -240,6 +240,29 @@ class LedgerMachine(RuleBasedStateMachine):
         self.out.unasked = True
         self.out.announce(model)
 
+    @precondition(lambda self: self.out.stays)
+    @rule(pause=st.sampled_from(SHORT))
+    def others_come_while_an_engine_sleeps(self, pause: float) -> None:
+        """A falls asleep, B takes devices, and A is asked for while another device than its own is free."""
+        out = self.out
+        self.lead("A", ReplicaState.READY, "h1")
+        for sent in [each for each in out.leased() if not each.answered]:
+            out.release(sent)
+        out.pass_time(MODELS["A"].idle_timeout_s)
+        for seen in out.alive("A"):
+            if seen.falls_asleep and not seen.is_told:
+                out.act(seen, Cause.SLEPT)
+        beds = {(each.node, *each.sleeps_on) for each in out.alive("A") if each.sleeps_on}
+        for _ in range(2):
+            out.send("B", 1)
+        out.serve_does_its_work()
+        for sent in [each for each in out.leased() if each.model == "B"]:
+            seen = out.seen[sent.grant.replica] if sent.grant else None
+            if seen is not None and (seen.node, *seen.devices) not in beds:
+                out.release(sent)
+        out.pass_time(pause)
+        out.send("A", 1)
+
     # --- along the transition table -----------------------------------------------------------------------------
 
     @rule(

@@ -91,11 +91,11 @@ async def test_many_at_once_from_several_processes_lose_nothing(tmp_path: Path):
 
 
 async def test_the_event_loop_goes_on_while_the_store_works(store: Store, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("app.store._find", lambda *_: time.sleep(0.3))
+    monkeypatch.setattr("app.store._find", lambda *_: time.sleep(2.0))
     waiting = asyncio.create_task(store.find("a", "me"))
     started = time.monotonic()
     await asyncio.sleep(0.01)
-    assert time.monotonic() - started < 0.2
+    assert time.monotonic() - started < 1.5
     await waiting
 
 

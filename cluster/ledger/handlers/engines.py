@@ -112,6 +112,10 @@ def engine_died(pool: Pool, event: EngineDied, now: float) -> None:
 def engine_unloaded(pool: Pool, event: EngineUnloaded, now: float) -> None:
     """The engine has ended as ordered, instead of falling asleep, or asleep: what it took is free."""
     replica = pool.replicas.get(event.replica)
+    if replica is not None and replica.adopted and replica.state in (READY, DRAINING):
+        # A former life of the ledger gave the order, and it reached the replica after it had announced its engine.
+        engine_died(pool, EngineDied(event.replica, "an order of the ledger's former life ended it"), now)
+        return
     if replica is None or not (replica.state is UNLOADING or replica.engine_sleeps):
         log.info("end of the engine of replica %s ignored: unknown, or not ordered", event.replica)
         return

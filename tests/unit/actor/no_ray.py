@@ -39,9 +39,10 @@ class Cluster:
         self.dead: asyncio.Queue[str] = asyncio.Queue()
         self.ended_lives = 0
         self.killed: list[str] = []
+        self.living: set[str] = set()
         self.lives: list[LedgerActor] = []
         self.parked: set[asyncio.Future[Any]] = set()
-        for name in ("dead_actors", "is_dead", "end_process", "kill_replica"):
+        for name in ("dead_actors", "is_dead", "end_process", "kill_replica", "living_replicas"):
             monkeypatch.setattr(effects, name, getattr(self, f"_{name}"))
         monkeypatch.setattr(effects, "was_restarted", lambda: self.restarted)
         monkeypatch.setattr(effects, "Machines", lambda: self)
@@ -95,6 +96,9 @@ class Cluster:
 
     async def _is_dead(self, actor_id: str) -> bool:
         return False
+
+    async def _living_replicas(self) -> set[str]:
+        return self.living
 
     def _end_process(self) -> None:
         self.ended_lives += 1

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from cluster import actor as actor_module
+from cluster import effects
 from cluster import mailbox as mailbox_module
 from cluster.config.version import with_model, without_model
 from cluster.ledger.events import LoadRefused
@@ -79,7 +79,7 @@ async def test_a_removed_model_drains_and_what_is_desired_follows(cluster: Clust
 async def test_a_new_life_decides_nothing_before_an_ingress_has_told_it_the_newest(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(actor_module, "RECOVERY_S", 0.0)
+    monkeypatch.setattr(mailbox_module, "RECOVERY_S", 0.0)
     newest = with_model(CONFIG, "mine", {"backend": "fake", "min_replicas": 1})
     actor = await cluster.life(CONFIG, restarted=True)
     assert await actor.desired(-1, timeout_s=0.05) == (0, {})
@@ -101,6 +101,39 @@ async def test_replicas_of_what_was_changed_at_run_time_are_not_judged_by_the_fi
     _, desired = await actor.desired(0, timeout_s=10.0)
     assert desired["a"] == 1
     assert actor._ledger.snapshot().replicas[0].state == "READY"
+
+
+async def test_a_new_life_decides_nothing_before_every_replica_that_runs_has_said_what_it_holds(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+):
+    """Else the devices of one that is late are another's by the time it comes."""
+    monkeypatch.setattr(mailbox_module, "RECOVERY_S", 0.0)
+    monkeypatch.setattr(mailbox_module, "LOOK_S", 0.01)
+    models = {name: {"num_gpus": 2} for name in ("a", "b")}
+    cluster.living = {"late", "dies"}
+    actor = await cluster.life(configuration(models), restarted=True)
+    cluster.park(actor.attach_holder(holder(configuration(models))))
+    cluster.park(actor.load("b", 1))
+    assert await actor.desired(-1, timeout_s=0.1) == (0, {})
+    cluster.park(actor.attach_replica(started("a", "late", engine=engine())))
+    assert await actor.desired(-1, timeout_s=0.1) == (0, {})
+    cluster.living = {"late"}
+    await actor.desired(0, timeout_s=5.0)
+    states = {row.model: row.state for row in actor._ledger.snapshot().replicas}
+    assert states == {"a": "STOPPING"}, "its place is not another's yet"
+
+
+async def test_a_new_life_that_cannot_see_which_replicas_run_waits_for_none(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+):
+    async def unseen() -> set[str]:
+        raise RuntimeError("no answer")
+
+    monkeypatch.setattr(mailbox_module, "RECOVERY_S", 0.0)
+    monkeypatch.setattr(effects, "living_replicas", unseen)
+    actor = await cluster.life(CONFIG, restarted=True)
+    cluster.park(actor.attach_holder(holder(CONFIG)))
+    assert (await actor.desired(0, timeout_s=5.0))[0]
 
 
 async def test_a_new_life_without_any_ingress_waits_no_longer_than_its_bound(

@@ -263,6 +263,18 @@ def test_what_nobody_ordered_of_an_engine_is_ignored() -> None:
     assert desk.state("u") == "READY"
 
 
+def test_an_end_that_a_former_life_ordered_is_the_end_of_what_was_announced() -> None:
+    """The replica announced its engine to the new life, and only then did the old order reach it."""
+    desk = Desk(model("a"), recovering_until=1.0)
+    desk.tell(ReplicaStarted("a", "u", "n", loading=True), ReplicaReady("u"))
+    desk.at(1.0)
+    desk.arrive("r1", "a")
+    desk.loads.clear()
+    desk.tell(EngineUnloaded("u"))
+    assert desk.state("u") == "LOADING"
+    assert [each.replica for each in desk.loads] == ["u"]
+
+
 def test_word_of_an_engine_that_died_before_its_replica_came_is_dropped() -> None:
     desk = Desk(model("a"))
     desk.arrive("r1", "a")
