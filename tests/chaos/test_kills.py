@@ -19,6 +19,8 @@ MODELS = {
     "calm": {**fake(tokens_per_s=20, tokens=100), "target_inflight": 8, "min_replicas": 1},
     "to_drain": {**fake(tokens_per_s=20, tokens=100), "target_inflight": 8, "min_replicas": 1},
     "ordered": fake(load_s=2, tokens=5),
+    "late": {**fake(tokens=5), "num_gpus": 1},
+    "rival": {**fake(tokens=5), "num_gpus": 1},
 }
 
 
@@ -47,6 +49,18 @@ async def read(pool: Pool, model: str, started: asyncio.Event, tokens: int = 100
         except openai.APIError as error:
             text += f"<{error.message}>"
     return text
+
+
+def process_of(actor: Any) -> int:
+    """The process in which an actor runs."""
+    import ray
+
+    def pid_of(_: Any) -> int:
+        import os
+
+        return os.getpid()
+
+    return int(ray.get(actor.__ray_call__.remote(pid_of)))
 
 
 def replica_of(snapshot: dict[str, Any], model: str) -> dict[str, Any]:
@@ -134,15 +148,10 @@ async def test_a_ledger_that_is_stopped_costs_a_request_its_own_time_and_nobody_
 
     from cluster import effects
 
-    def pid_of(actor: Any) -> int:
-        import os
-
-        return os.getpid()
-
     begun = asyncio.Event()
     stream = asyncio.create_task(read(pool, "calm", begun))
     await begun.wait()
-    pid = await effects.find_ledger().__ray_call__.remote(pid_of)
+    pid = await asyncio.to_thread(process_of, effects.find_ledger())
     os.kill(pid, signal.SIGSTOP)
     try:
         body = {"model": "to_drain", "messages": [{"role": "user", "content": "x"}], "timeout_s": 2}
@@ -157,6 +166,35 @@ async def test_a_ledger_that_is_stopped_costs_a_request_its_own_time_and_nobody_
     assert await read(pool, "to_drain", asyncio.Event(), 5) == words("to_drain", 5)
     assert await stream == words("calm", 100)
     await asyncio.to_thread(pool.wait, lambda ledger: ledger["leases"] == 0 and ledger["queued"] == 0)
+
+
+async def test_a_replica_that_is_late_keeps_its_device_when_the_ledger_dies(pool: Pool):
+    """The new life gives nothing away before it knows what everybody has."""
+    import ray
+
+    from cluster import effects
+
+    assert await read(pool, "late", asyncio.Event(), 5) == words("late", 5)
+    before = await asyncio.to_thread(pool.ledger)
+    replica = replica_of(before, "late")["replica"]
+    actor = ray.get_actor(f"SERVE_REPLICA::slotpool#late#{replica}", namespace="serve")
+    pid = await asyncio.to_thread(process_of, actor)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            ray.kill(effects.find_ledger(), no_restart=False)
+        rival = asyncio.create_task(read(pool, "rival", asyncio.Event(), 5))
+        await asyncio.to_thread(pool.wait, lambda ledger: ledger["epoch"] != before["epoch"])
+        # Longer than a new life listens when nobody is missing.
+        await asyncio.sleep(4)
+        meanwhile = await asyncio.to_thread(pool.ledger)
+        assert meanwhile["recovering"]
+        assert not loaded(meanwhile, "rival")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    after = await asyncio.to_thread(pool.wait, lambda ledger: not ledger["recovering"])
+    assert "late" in {row["model"] for row in after["replicas"] if row["replica"] == replica}
+    assert await rival == words("rival", 5)
 
 
 async def test_an_operators_load_survives_the_ledger(pool: Pool):

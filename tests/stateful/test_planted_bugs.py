@@ -136,7 +136,7 @@ def pinned_models_are_victims(patch: pytest.MonkeyPatch) -> None:
 def devices_are_overcommitted(patch: pytest.MonkeyPatch) -> None:
     """A model is placed where there is no room for it."""
 
-    def wrong(self: Node, shape: Shape, hosts: Any) -> Place | None:
+    def wrong(self: Node, shape: Shape, hosts: Any, booked: Any = None) -> Place | None:
         return Place(self.name, tuple(range(min(shape.devices, len(self.gpu)))), shape)
 
     patch.setattr(Node, "fit", wrong)
