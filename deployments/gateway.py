@@ -31,6 +31,7 @@ from deployments.engines.protocol import Call, Reply
 from deployments.leased_call import LeasedCall, ServeWay, Way
 from deployments.limits import Limits
 from deployments.link import Leased, Links
+from deployments.request_log import RequestLog
 from deployments.run_info import RunInfo
 from deployments.sse import DONE, comment, error_event, is_comment
 
@@ -60,6 +61,8 @@ class Gateway:
         self.config: PoolConfig = configuration.pool
         self.limits = Limits()
         self.limits.follow(self.config)
+        self.request_log = RequestLog()
+        self.request_log.follow(self.config)
         self._holder = uuid.uuid4().hex
         self.ledger = LedgerClient(configuration, self._holder)
         self.on_configuration: list[Callable[[Configuration], None]] = []
@@ -77,6 +80,7 @@ class Gateway:
     def _configured(self, configuration: Configuration) -> None:
         self.config = configuration.pool
         self.limits.follow(self.config)
+        self.request_log.follow(self.config)
         for each in self.on_configuration:
             each(configuration)
 
@@ -91,12 +95,17 @@ class Gateway:
         """
         info = info or RunInfo()
         call = Call(request.path, body, request.trace, priority=request.priority)
-        return self._limited(request, info, self._stream(request, call, info))
+        return self._around(request, call, info, self._stream(request, call, info))
 
-    def _limited(
-        self, request: Request, info: RunInfo, chunks: AsyncGenerator[bytes, None]
+    def _around(
+        self, request: Request, call: Call, info: RunInfo, chunks: AsyncGenerator[bytes, None]
     ) -> AsyncGenerator[bytes, None]:
-        return self.limits.around(request, info, chunks) if self.limits.apply_to(request) else chunks
+        """The same chunks within the limits that hold for them, and with a line in the log of requests."""
+        if self.limits.apply_to(request):
+            chunks = self.limits.around(request, info, chunks)
+        if self.request_log.is_on:
+            chunks = self.request_log.around(request, info, chunks, is_stream=call.stream)
+        return chunks
 
     async def _stream(self, request: Request, call: Call, info: RunInfo) -> AsyncGenerator[bytes, None]:
         streams = call.stream
@@ -140,7 +149,7 @@ class Gateway:
         Raises a `PoolError` for anything that goes wrong before the first byte; the chunks raise what does later.
         """
         info = RunInfo()
-        chunks = self._limited(request, info, self._raw(request, call, info))
+        chunks = self._around(request, call, info, self._raw(request, call, info))
         try:
             first = await anext(chunks, b"")
         except BaseException:

@@ -126,6 +126,8 @@ class PoolConfig(BaseModel):
     store: StoreConfig = StoreConfig()
     #: What the pool dialect of Responses generates with by default.
     decoding: Decoding = Decoding()
+    #: A file on each machine, or `stderr`, that gets one line of JSON for each request that has ended. Unset: none.
+    request_log: str | None = None
 
     _estimates: dict[str, int] = PrivateAttr(default_factory=dict)
 
@@ -154,6 +156,13 @@ class PoolConfig(BaseModel):
         if folder is not None and not folder.startswith(("/", "~")):
             raise ValueError("must be an absolute path: the processes that use it have other working directories")
         return folder
+
+    @field_validator("request_log")
+    @classmethod
+    def _log_is_absolute(cls, target: str | None) -> str | None:
+        if target is not None and target != "stderr" and not target.startswith(("/", "~")):
+            raise ValueError("must be stderr, or the absolute path of a file")
+        return target
 
     @model_validator(mode="after")
     def _servers_are_unique(self) -> PoolConfig:

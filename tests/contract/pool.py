@@ -24,6 +24,7 @@ from deployments.host_memory import tree_mib
 from deployments.limits import Limits
 from deployments.link import Links
 from deployments.nursery import SOCKET_NAME
+from deployments.request_log import RequestLog
 from deployments.requests import parse_request
 from deployments.schemas import CHAT
 from deployments.supervisor import Place, Supervisor
@@ -111,6 +112,7 @@ class ContractGateway(Gateway):
         self.config = config
         self.ledger: Any = ledger
         self.limits = Limits()
+        self.request_log = RequestLog()
         self._links = Links(NODE)
         self._upstreams = None
 

@@ -20,6 +20,7 @@ from deployments.engines.protocol import Call
 from deployments.gateway import Gateway
 from deployments.leased_call import LeasedCall
 from deployments.limits import Limits
+from deployments.request_log import RequestLog
 from deployments.run_info import RunInfo
 from deployments.sse import DONE
 
@@ -36,6 +37,7 @@ class Scripted(Gateway):
         remote = {"backend": "openai_compatible", "remote_base_url": "https://api.example.com"}
         self.config = load_config({"models": {"m": {"backend": "fake"}, "far": remote}}, environ={})
         self.limits = Limits()
+        self.request_log = RequestLog()
 
     async def _attempt(
         self, request: Request, body: dict[str, Any], info: RunInfo, **_: Any
@@ -100,6 +102,7 @@ class Granted(Gateway):
     def __init__(self, wait_s: float) -> None:
         self.config = load_config({"models": {"m": {"backend": "fake"}}}, environ={})
         self.limits = Limits()
+        self.request_log = RequestLog()
         self.asked: list[Request] = []
         self.left_s = 0.0
         self.ended: list[Outcome | None] = []

@@ -46,7 +46,7 @@ REASONS = {
     "environment_variables": "not carried over: set them where the pool is started",
     "drop_params": "not needed: what steers a hosted service is left out and named, always",
     "set_verbose": "not carried over: service.log_level of a settings file",
-    "json_logs": "not carried over: service.log_level of a settings file",
+    "json_logs": "not carried over: request_log writes a line of JSON for each request",
     "database_url": "not carried over: `store` is where the pool keeps what must last",
     "routing_strategy": "not needed: the ledger says who goes where",
     "cache": "not carried over: answers are not cached, their prompts are",
