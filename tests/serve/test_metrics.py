@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import shutil
-import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.pool import Pool, fake, free_port, running_pool
+from tests.pool import Pool, fake, running_pool
+from tests.prometheus import is_installed, prometheus, query, until
 
 MODELS = {"counted": {**fake(tokens_per_s=200, tokens=5), "target_inflight": 4}}
 REQUESTS = 3
@@ -27,45 +23,6 @@ def pool(port: int) -> Iterator[Pool]:
             pool.openai().chat.completions.create(model="counted", messages=[{"role": "user", "content": "x"}])
         yield pool
         pool.check()
-
-
-@contextlib.contextmanager
-def prometheus(target: str, folder: Path) -> Iterator[httpx.Client]:
-    """A Prometheus that scrapes one target every second, and a client of its API."""
-    port = free_port()
-    config = folder / "prometheus.yml"
-    config.write_text(
-        "global: {scrape_interval: 1s}\n"
-        f"scrape_configs: [{{job_name: slotpool, static_configs: [{{targets: ['{target}']}}]}}]\n"
-    )
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [
-                "prometheus",
-                f"--config.file={config}",
-                f"--storage.tsdb.path={folder / 'data'}",
-                f"--web.listen-address=127.0.0.1:{port}",
-            ],
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}/api/v1", timeout=30) as client:
-            yield client
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def until(look: Callable[[], Any], timeout_s: float = 60.0) -> Any:
-    """What `look` finds once that is something; an API that is not up yet has nothing."""
-    deadline = time.monotonic() + timeout_s
-    while True:
-        with contextlib.suppress(httpx.HTTPError):
-            if found := look():
-                return found
-        assert time.monotonic() < deadline, "Prometheus has not seen it in time"
-        time.sleep(0.1)
 
 
 def counted(pool: Pool) -> float:
@@ -92,7 +49,7 @@ def test_the_text_is_what_prometheus_expects(pool: Pool):
 
 
 def test_prometheus_scrapes_the_pool(pool: Pool, tmp_path: Path):
-    if shutil.which("prometheus") is None:
+    if not is_installed():
         print("prometheus is not installed: its client's parser has read the text, and that is all")
         until(lambda: counted(pool) == REQUESTS)
         return
@@ -104,8 +61,7 @@ def test_prometheus_scrapes_the_pool(pool: Pool, tmp_path: Path):
             return [each["health"] for each in targets] == ["up"]
 
         def value() -> bool:
-            query = {"query": 'sum(slotpool_requests_total{model="counted",status="200"})'}
-            found = api.get("/query", params=query).raise_for_status().json()["data"]["result"]
+            found = query(api, 'sum(slotpool_requests_total{model="counted",status="200"})')
             return [float(each["value"][1]) for each in found] == [REQUESTS]
 
         until(is_up)
