@@ -51,7 +51,7 @@ def test_an_image_is_made_of_what_is_here(name: str):
 def test_an_image_runs_the_pool_as_nobody_special(name: str):
     last: dict[str, str] = dict(instructions(name))
     check_command(shlex.join(json.loads(last["CMD"])))
-    assert last["USER"] == "slotpool"
+    assert last["USER"] == "10001", "a number, so that Kubernetes can tell that it is not root"
     assert last["EXPOSE"] == "8000"
 
 
