@@ -16,18 +16,19 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.pool import Pool, fake, running_pool
+from tests.pool import Pool, fake, running_pool, smollm2
 from tests.prometheus import is_installed, prometheus, query, until
 from tests.unit.manifests.files import MANIFESTS
 from tests.unit.manifests.queries import ALERTS, alerts, panel_queries, without_bounds
 
-#: Two that take turns on the only device, and one for each thing that goes wrong.
+#: Two that take turns on the only device, one for each thing that goes wrong, and one that knows what memory it takes.
 MODELS = {
     "coder": {**fake(tokens_per_s=500, tokens=5, load_s=0.05), "num_gpus": 1, "memory_mib": 64},
     "writer": {**fake(tokens_per_s=500, tokens=5, load_s=0.05), "num_gpus": 1, "memory_mib": 64},
     "broken": fake(fault="load_fails"),
     "mortal": fake(fault="dies_after", tokens=4),
     "crowded": {**fake(ttft_s=0.5, tokens=2), "target_inflight": 1, "max_queued": 1},
+    "real": smollm2(num_gpus=0, target_inflight=1),
 }
 #: What each alert looks at, whatever it is.
 RULES = {rule["alert"]: without_bounds(rule["expr"]) for rule in alerts()}
@@ -44,13 +45,13 @@ def ask(pool: Pool, model: str) -> None:
     """One streamed request, whatever becomes of it."""
     with contextlib.suppress(openai.APIError):
         messages = [{"role": "user", "content": "a b c"}]
-        for _ in pool.openai().chat.completions.create(model=model, messages=messages, stream=True):
+        for _ in pool.openai().chat.completions.create(model=model, messages=messages, stream=True, max_tokens=4):
             pass
 
 
 def use(pool: Pool) -> None:
     """A round in which everything happens."""
-    for model in ("coder", "writer", "broken", "mortal"):
+    for model in ("coder", "writer", "broken", "mortal", "real"):
         ask(pool, model)
     with ThreadPoolExecutor(4) as crowd:
         list(crowd.map(ask, [pool] * 4, ["crowded"] * 4))
@@ -65,7 +66,7 @@ def ended(pool: Pool) -> tuple[str, int]:
 
 def test_every_query_finds_something(pool: Pool, tmp_path: Path):
     use(pool)
-    until(lambda: ended(pool)[1] == 8)
+    until(lambda: ended(pool)[1] == 9)
     if not is_installed():
         text, _ = ended(pool)
         asked = {
@@ -76,10 +77,10 @@ def test_every_query_finds_something(pool: Pool, tmp_path: Path):
         assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked} <= known
         return
     with prometheus(pool.url.removeprefix("http://"), tmp_path, MANIFESTS / ALERTS) as api:
-        until(lambda: query(api, "sum(slotpool_requests_total) == 8"))
+        until(lambda: query(api, "sum(slotpool_requests_total) == 9"))
         # A rate needs something that has changed since it was seen first.
         use(pool)
-        until(lambda: query(api, "sum(slotpool_requests_total) == 16"))
+        until(lambda: query(api, "sum(slotpool_requests_total) == 18"))
         found = {name: query(api, expression) for name, expression in (RULES | panel_queries()).items()}
         assert [name for name, result in found.items() if not result] == []
         numbers = {name: [float(each["value"][1]) for each in result] for name, result in found.items()}

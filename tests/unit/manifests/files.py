@@ -43,6 +43,8 @@ def check_application(document: dict[str, Any], config: str) -> None:
     assert application["import_path"] == f"{build.__module__}:{build.__name__}"
     assert (application["name"], application["route_prefix"]) == ("slotpool", "/")
     assert application["args"] == {"config": config}
+    ingress = build({"models": {}})._bound_deployment.name
+    assert {each["name"] for each in application.get("deployments", ())} <= {ingress}
 
 
 def check_command(line: str, *, is_named_only: bool = False) -> None:

@@ -131,7 +131,10 @@ def test_the_pool_is_one_that_the_pool_can_read(by_name: dict[tuple[str, str], A
     assert not more
     assert pool.api_keys
     assert pool.admin_keys, "whoever may send requests may not load and unload"
-    check_application(yaml.safe_load(spec["serveConfigV2"]), config=f"/etc/slotpool/{name}")
+    serve = yaml.safe_load(spec["serveConfigV2"])
+    check_application(serve, config=f"/etc/slotpool/{name}")
+    (deployment,) = serve["applications"][0]["deployments"]
+    assert deployment["num_replicas"] <= spec["rayClusterConfig"]["workerGroupSpecs"][0]["minReplicas"]
     assert spec["rayClusterDeletionDelaySeconds"] >= pool.longest_request_s() + GRACE_S, "a stream would be cut"
 
 
