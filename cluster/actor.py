@@ -388,7 +388,7 @@ class LedgerActor(Mailbox):
 
     def _use(self) -> watches.Use:
         pool = self._config.current.pool
-        return watches.Use(pool.mem_budget_mb, pool.kv_store, pool.max_asleep != 0, bool(self._attached.actors()))
+        return watches.Use(pool.mem_budget_mb, pool.kv_store, pool.max_asleep != 0, self._attached.has_pool())
 
     def _nodes_changed(self, nodes: dict[str, NodeSpec]) -> None:
         self._post(NodesChanged(nodes))

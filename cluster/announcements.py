@@ -39,7 +39,8 @@ class HolderState(NamedTuple):
     """One ingress: the configuration it has, and all the leases it holds and the requests that wait for one.
 
     What the ledger has in its books for this holder and stands in neither is released. `sent` is the number of the
-    holder's last message with arrivals: a state that a later message has overtaken says nothing about those.
+    holder's last message with arrivals: a state that a later message has overtaken says nothing about those. A guest
+    (`is_guest`) is no part of the pool but of another job, which uses it for as long as it is there.
     """
 
     holder: str
@@ -48,3 +49,4 @@ class HolderState(NamedTuple):
     leases: tuple[Grant, ...] = ()
     waiting: tuple[str, ...] = ()
     sent: int = 0
+    is_guest: bool = False

@@ -29,6 +29,7 @@ class Attached:
         self.progress: dict[str, float] = {}
         self._replica_of_actor: dict[str, str] = {}
         self._holder_of_actor: dict[str, str] = {}
+        self._guests: set[str] = set()
         self._gone: dict[str, asyncio.Event] = {}
         self._sent: dict[str, int] = {}
         self._restarts: dict[str, asyncio.TimerHandle] = {}
@@ -38,6 +39,10 @@ class Attached:
         """The ids of all actors that are attached."""
         return [*self._replica_of_actor, *self._holder_of_actor]
 
+    def has_pool(self) -> bool:
+        """Whether anything of the pool itself is attached; jobs that only use it are not."""
+        return bool(self._replica_of_actor) or not self._holder_of_actor.keys() <= self._guests
+
     def add_replica(self, state: ReplicaState) -> None:
         self.replicas[state.replica] = state
         self._replica_of_actor[state.actor_id] = state.replica
@@ -45,6 +50,8 @@ class Attached:
 
     def add_holder(self, state: HolderState) -> None:
         self._holder_of_actor[state.actor_id] = state.holder
+        if state.is_guest:
+            self._guests.add(state.actor_id)
         self._gone.setdefault(state.actor_id, asyncio.Event())
 
     async def until_gone(self, actor_id: str) -> None:
@@ -68,6 +75,7 @@ class Attached:
             self.replicas.pop(replica, None)
             self.orders.forget(replica)
         holder = self._holder_of_actor.pop(actor_id, None)
+        self._guests.discard(actor_id)
         if holder is not None:
             self._sent.pop(holder, None)
         gone = self._gone.pop(actor_id, None)

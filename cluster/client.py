@@ -47,7 +47,8 @@ class _Arrival(NamedTuple):
 class LedgerClient(LedgerCalls):
     """Speaks to the ledger actor from one event loop. Making one blocks for a moment.
 
-    With a `configuration` it makes the ledger where there is none, and with a `holder` id it takes leases.
+    With a `configuration` it makes the ledger where there is none, and with a `holder` id it takes leases. A holder
+    that makes none is a guest: it has the configuration from the ledger (`newest_configuration`).
     """
 
     def __init__(self, configuration: Configuration | None = None, holder: str = "") -> None:
@@ -217,7 +218,8 @@ class LedgerClient(LedgerCalls):
         def state() -> HolderState:
             assert self.configuration is not None, "a holder has a configuration"
             held, waiting = tuple(self._held.values()), tuple(self._waiting)
-            return HolderState(self._holder, actor_id, self.configuration, held, waiting, self._sent)
+            is_guest = not self._makes_ledger
+            return HolderState(self._holder, actor_id, self.configuration, held, waiting, self._sent, is_guest)
 
         async def say_alive() -> None:
             while True:

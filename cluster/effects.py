@@ -79,6 +79,18 @@ def find_ledger() -> Any:
     return ray.get_actor(LEDGER_NAME, namespace=NAMESPACE)
 
 
+def start_beside(actor_class: type[Any]) -> Any:
+    """The handle of an actor on this process's node, if it has room, which ends with this process.
+
+    Raises `ValueError` without a connection to Ray. Blocks for a moment; the actor starts in its own time.
+    """
+    if not ray.is_initialized():
+        raise ValueError("this process has no connection to Ray: ray.init() makes it")
+    here = NodeAffinitySchedulingStrategy(node_id=ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"num_cpus": 0, "max_concurrency": 10_000, "scheduling_strategy": here}
+    return ray.remote(actor_class).options(**options).remote()
+
+
 def answer_of(called: Any) -> asyncio.Future[Any]:
     """The answer of a remote call, as a future of this event loop."""
     return asyncio.wrap_future(called.future())

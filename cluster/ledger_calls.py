@@ -41,6 +41,7 @@ class LedgerCalls:
 
     def __init__(self, configuration: Configuration | None = None) -> None:
         self.configuration = configuration
+        self._makes_ledger = configuration is not None
         self._actor: Any = _find(configuration)
         self._on_configuration: Callable[[Configuration], None] | None = None
 
@@ -65,7 +66,7 @@ class LedgerCalls:
             await asyncio.sleep(pause_s)
             try:
                 # A detached actor can be gone for good, when somebody killed it with no_restart.
-                self._actor = await asyncio.to_thread(_find, self.configuration)
+                self._actor = await asyncio.to_thread(_find, self.configuration if self._makes_ledger else None)
             except Exception as error:
                 logger.warning("there is no ledger: %s", error)
 

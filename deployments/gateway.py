@@ -54,17 +54,21 @@ CLIENT_LEFT = 499
 
 
 class Gateway:
-    """The requests of one ingress process. `handles` maps every model id to its deployment's handle."""
+    """The requests of one process. `handles` maps every model id to its deployment's handle.
 
-    def __init__(self, configuration: Configuration, handles: Mapping[str, Any]) -> None:
+    An ingress makes the ledger where there is none; who only uses the pool gives the client that found it.
+    """
+
+    def __init__(
+        self, configuration: Configuration, handles: Mapping[str, Any], ledger: LedgerClient | None = None
+    ) -> None:
         raise_file_limit()
         self.config: PoolConfig = configuration.pool
         self.limits = Limits()
         self.limits.follow(self.config)
         self.request_log = RequestLog()
         self.request_log.follow(self.config)
-        self._holder = uuid.uuid4().hex
-        self.ledger = LedgerClient(configuration, self._holder)
+        self.ledger = ledger or LedgerClient(configuration, uuid.uuid4().hex)
         self.on_configuration: list[Callable[[Configuration], None]] = []
         self._handles = handles
         self._pinned: dict[str, Any] = {}
@@ -187,6 +191,19 @@ class Gateway:
         wait_s = PATIENCE_S if request.is_patient else request.timeout_s
         self.ledger.release(await self.ledger.acquire(request._replace(id=uuid.uuid4().hex, timeout_s=wait_s)))
 
+    async def on_lease(self, request: Request, call: Call, lease: Grant, left_s: float) -> AsyncGenerator[bytes, None]:
+        """The engine's answer to a call on a lease that the caller keeps. Raises the `PoolError` that it ends with.
+
+        Nothing is tried again, since the lease is for one replica.
+        """
+        run = LeasedCall(left_s, lambda status: None, lambda: self._suspect(lease))
+        try:
+            async with contextlib.aclosing(self._run(request, call, lease, RunInfo(), run, left_s)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        finally:
+            run.end(None)
+
     async def _attempt(
         self, request: Request, call: Call, info: RunInfo, *, is_last: bool
     ) -> AsyncGenerator[bytes, None]:
@@ -235,12 +252,13 @@ class Gateway:
             ended = None if status is None else outcome(request, lease, run, status, arrived, is_stream=call.stream)
             self.ledger.release(lease, ended)
 
-        def suspect() -> None:
-            if self.config.server(lease.replica) is None:
-                self.ledger.tell("replica_suspected", lease.replica)
-
-        run = LeasedCall(left_s, release, suspect)
+        run = LeasedCall(left_s, release, lambda: self._suspect(lease))
         return run
+
+    def _suspect(self, lease: Grant) -> None:
+        """The engine of a lease has let its deadline pass without a word."""
+        if self.config.server(lease.replica) is None:
+            self.ledger.tell("replica_suspected", lease.replica)
 
     async def _run(
         self, request: Request, call: Call, lease: Grant, info: RunInfo, run: LeasedCall, left_s: float

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any, NamedTuple
 
-from cluster import errors
 from cluster.config import PoolConfig
 from cluster.config.version import Configuration
-from cluster.request import Request
+from deployments import python_calls
 from deployments.applications import Applications
 from deployments.gateway import Gateway
 from deployments.handles import Handles
 from deployments.public_port import reuse_public_port
-from deployments.requests import CHAT, parse_request
+from deployments.requests import CHAT
 from deployments.runtime_models import RuntimeModels
 
 
@@ -36,6 +33,8 @@ class Building(NamedTuple):
 
 class Ingress:
     """`serve.get_app_handle("slotpool")` is a handle of this class; `chat` and `chat_stream` are for other Ray jobs.
+
+    Those that want types, leases, and their slots back when they die have `deployments.pool_handle`.
 
     `models` are the graph's deployments, bound here so that Serve makes them, and never touched (see `Handles`).
     """
@@ -62,29 +61,14 @@ class Ingress:
 
         `body` is a `/v1/chat/completions` body. Raises the `PoolError` that HTTP would have answered.
         """
-        request, checked = self._parse({**body, "stream": False})
-        async with contextlib.aclosing(self._gateway.stream(request, checked)) as chunks:
-            return json.loads(b"".join([chunk async for chunk in chunks]))  # type: ignore[no-any-return]
+        return await python_calls.whole(self._gateway, CHAT, body)
 
     async def chat_stream(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
         """Run one chat and yield OpenAI `chat.completion.chunk` objects; call it with `options(stream=True)`.
 
         Raises the `PoolError` that HTTP would have answered, also for a failure in mid-stream.
         """
-        request, checked = self._parse({**body, "stream": True})
-        async with contextlib.aclosing(self._gateway.stream(request, checked)) as chunks:
+        async with contextlib.aclosing(python_calls.streamed(self._gateway, CHAT, body)) as chunks:
             async for chunk in chunks:
-                for event in chunk.split(b"\n\n"):
-                    if event.startswith(b"data: {"):
-                        yield _chunk(event[6:])
-
-    def _parse(self, body: dict[str, Any]) -> tuple[Request, dict[str, Any]]:
-        return parse_request(self._gateway.config, CHAT, body, request_id=uuid.uuid4().hex)
-
-
-def _chunk(data: bytes) -> dict[str, Any]:
-    chunk: dict[str, Any] = json.loads(data)
-    if "error" in chunk:
-        error = chunk["error"]
-        raise errors.BackendUnavailable(error["message"], code=error["code"])
-    return chunk
+                for event in python_calls.events_of(chunk):
+                    yield event

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from cluster import errors
+from cluster import effects, errors
+from cluster.client import LedgerClient
 from cluster.config.version import with_model
 from cluster.orders import Load
 from cluster.request import Request
@@ -234,3 +235,35 @@ async def test_an_operators_load_is_asked_for_again_in_the_next_life(side: Side)
     order = await side.cluster.serve(side.actor, "a", "u")
     assert order.overrides == keys
     assert await asyncio.wait_for(loading, 5) == 1
+
+
+# --- guests ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_guest_finds_the_ledger_and_never_makes_one(side: Side, monkeypatch: pytest.MonkeyPatch):
+    """A job that uses the pool may outlive it: what it takes to make a ledger is the pool's."""
+    await side.begin()
+    monkeypatch.setattr(effects, "get_or_create_ledger", lambda *_: pytest.fail("a guest makes a ledger"))
+    guest = LedgerClient(holder="guest")
+    side.clients.append(guest)
+    assert (await guest.newest_configuration()).version == CONFIG.version
+    side.cluster.park(guest.attach_holder("job"))
+    guest.release(await guest.acquire(request("r")))
+    await side.until(0, 0)
+    await side.restart()
+    await side.until_holds(lambda: side.actor._attached.actors() == ["job"])
+
+
+async def test_a_pool_whose_only_user_is_a_guest_keeps_no_devices(side: Side):
+    await side.begin(serves=False)
+    guest = LedgerClient(holder="guest")
+    side.clients.append(guest)
+    await guest.newest_configuration()
+    side.cluster.park(guest.attach_holder("job"))
+    await side.until_holds(lambda: side.actor._attached.actors() == ["job"])
+    assert not side.actor._use().lives
+    await side.cluster.serve(side.actor, "a", "u")
+    assert side.actor._use().lives
+    side.cluster.dead.put_nowait("job")
+    await side.until_holds(lambda: "job" not in side.actor._attached.actors())
+    assert side.actor._use().lives
