@@ -77,7 +77,7 @@ def test_every_make_target_exists(page: Path):
     targets, variables = make()
     wrong = []
     for line in code(page):
-        for words in re.findall(r"(?:^|[^\w-])make((?: [A-Z_]+=\S*| [.a-z][\w./-]*)+)", line.partition("#")[0]):
+        for words in re.findall(r"(?:^|[^\w-])make((?: [A-Z_]+=[^\s,]*| [.a-z][\w./-]*)+)", line.partition("#")[0]):
             for word in words.split():
                 name, is_set, _ = word.partition("=")
                 if name not in (variables if is_set else targets):
