@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.errors import BackendUnavailable
+from deployments.engines.chat.generation import Delta, Generation, Job
 from deployments.engines.ctranslate2.prepare import Ct2Vocabulary, Decoding
-from deployments.engines.llama_cpp.generation import Delta, Generation, Job
 
 logger = logging.getLogger("slotpool.ctranslate2")
 
@@ -33,7 +33,7 @@ SPREAD = 16
 
 
 @dataclass(slots=True, eq=False)
-class Ct2Job(Job):
+class Ct2Job(Job[Generation]):
     """All sequences of one call, and how they are decoded."""
 
     decoding: Decoding = field(default_factory=Decoding)
@@ -62,7 +62,7 @@ class Batches:
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(GATHER_S, self._dispatch)
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: Ct2Job) -> None:
         """Its sequences end at their next token. Harmless when it has ended."""
         job.cancelled = True
         job.pending.clear()

@@ -15,16 +15,16 @@ from typing import Any
 from cluster import gpus
 from cluster.config import Ct2Model
 from cluster.errors import BackendUnavailable, ModelUnavailable
+from deployments.engines.chat.answer import Answer, decoded
+from deployments.engines.chat.generation import Generation, Mailbox
+from deployments.engines.chat.prepare import Prepared
 from deployments.engines.chat.template import ChatTemplate, choose_template
+from deployments.engines.chat.tokens import tokens_body
 from deployments.engines.chat.utf8 import TextAssembler
 from deployments.engines.ctranslate2.batches import Batches, Ct2Job
 from deployments.engines.ctranslate2.folder import ModelFolder
 from deployments.engines.ctranslate2.prepare import Ct2Preparer, Ct2Vocabulary, Decoding
-from deployments.engines.llama_cpp.answer import Answer, decoded
-from deployments.engines.llama_cpp.embeddings import tokens_body
-from deployments.engines.llama_cpp.generation import Generation, Mailbox
-from deployments.engines.llama_cpp.load_meter import LoadMeter
-from deployments.engines.llama_cpp.prepare import Prepared
+from deployments.engines.load_meter import LoadMeter
 from deployments.engines.protocol import EVENT_STREAM, JSON, Call, EngineInfo, Kept, Progress, Reply, once
 from deployments.schemas import DETOKENIZE, EMBEDDINGS, PATHS, TOKENIZE
 

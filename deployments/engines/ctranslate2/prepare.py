@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import InvalidRequest, UnsupportedParameter
+from deployments.engines.chat.prepare import Preparer
 from deployments.engines.chat.request import GenerationOptions, Sampling
 from deployments.engines.chat.template import ChatTemplate
 from deployments.engines.chat.tools import ToolPlan
-from deployments.engines.llama_cpp.prepare import Preparer
 
 MAX_BEAMS = 16
 

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from deployments.engines.llama_cpp.generation import Generation
 from deployments.engines.llama_cpp.library import load_library
 from deployments.engines.llama_cpp.loop import DecodeLoop
 from deployments.engines.llama_cpp.prefix import Slot
 from deployments.engines.llama_cpp.runtime import Runtime, RuntimeOptions
+from deployments.engines.llama_cpp.sequence import LlamaGeneration
 from deployments.engines.protocol import Saving
 from deployments.kv_store.entry import FINGERPRINT_BYTES
 from deployments.kv_store.folder import NoRoom, Saved
@@ -51,7 +51,7 @@ class Conversations:
         self._threads = ThreadPoolExecutor(2, "kv-store")
         self._is_stuck = False
 
-    async def recall(self, generations: Sequence[Generation], loop: DecodeLoop) -> None:
+    async def recall(self, generations: Sequence[LlamaGeneration], loop: DecodeLoop) -> None:
         """Give the generations what was saved of their prompts, where the slots do not hold it anyway.
 
         Of several with one prompt the first gets it, and lends it to the others.

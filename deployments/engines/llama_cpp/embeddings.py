@@ -1,4 +1,4 @@
-"""Embeddings and tokens: what a prompt is to the model, without an answer to it.
+"""Embeddings: what a prompt is to the model, without an answer to it.
 
 A prompt's embedding is the mean of its tokens' hidden states behind the last layer, of length one: what llama-server
 gives with `--pooling mean`.
@@ -10,15 +10,13 @@ import base64
 import json
 import time
 from collections.abc import AsyncGenerator, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from deployments.engines.llama_cpp.generation import Generation, Mailbox
-from deployments.engines.llama_cpp.prepare import Prepared, Preparer
+from deployments.engines.chat.generation import Generation, Mailbox
+from deployments.engines.chat.prepare import Prepared
 from deployments.engines.protocol import Call, Report
-from deployments.schemas import TOKENIZE
 
 
 class EmbeddingAnswer:
@@ -76,16 +74,3 @@ def _normalised(vector: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 def _encoded(vector: npt.NDArray[np.float32]) -> str:
     """Little-endian floats in base64, as OpenAI's client reads them."""
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()
-
-
-def tokens_body(preparer: Preparer, call: Call) -> bytes:
-    """The answer to `/tokenize` or `/detokenize`, with the members of llama-server's and of vLLM's. Blocks."""
-    body = call.json
-    if call.path != TOKENIZE:
-        text = preparer.text(body["tokens"])
-        return json.dumps({"content": text, "prompt": text}).encode()
-    tokens = preparer.tokens(body)
-    shown: list[Any] = list(tokens)
-    if body.get("with_pieces"):
-        shown = [{"id": token, "piece": preparer.piece(token)} for token in tokens]
-    return json.dumps({"tokens": shown, "count": len(tokens), "max_model_len": preparer.context_length}).encode()

@@ -1,8 +1,8 @@
 """The llama.cpp engine: many requests at once on one GGUF model, through llama-cpp-python's low-level interface.
 
-A request passes three stages: `Preparer` checks it and makes tokens of it, `DecodeLoop` generates in its own thread,
-and an `Answer` renders what arrives as OpenAI bytes. This module only joins them; it owns the model's life and knows
-nothing of leases. Structured output, tools and stop strings come from `deployments.engines.chat`.
+A request passes three stages: `LlamaPreparer` checks it and makes tokens of it, `DecodeLoop` generates in its own
+thread, and an `Answer` renders what arrives as OpenAI bytes. This module only joins them; it owns the model's life and
+knows nothing of leases. Structured output, tools and stop strings come from `deployments.engines.chat`.
 
 Greedy answers on a CPU with flash attention do not depend on what else runs, up to 256 tokens of context: the kernels
 give bit-identical scores for a sequence, whatever shares its batch, as long as no prompt is evaluated in pieces of 64
@@ -20,19 +20,22 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from cluster.errors import BackendUnavailable, ModelUnavailable
+from deployments.engines.chat.answer import Answer, decoded
+from deployments.engines.chat.generation import Mailbox
+from deployments.engines.chat.prepare import Prepared
 from deployments.engines.chat.template import ChatTemplate, choose_template
+from deployments.engines.chat.tokens import tokens_body
 from deployments.engines.chat.utf8 import TextAssembler
-from deployments.engines.llama_cpp.answer import Answer, decoded
 from deployments.engines.llama_cpp.conversations import Conversations
-from deployments.engines.llama_cpp.embeddings import EmbeddingAnswer, tokens_body
-from deployments.engines.llama_cpp.generation import Generation, Job, Mailbox
+from deployments.engines.llama_cpp.embeddings import EmbeddingAnswer
 from deployments.engines.llama_cpp.library import load_library
-from deployments.engines.llama_cpp.load_meter import LoadMeter
 from deployments.engines.llama_cpp.loop import DecodeLoop
 from deployments.engines.llama_cpp.memory import DEFAULT_BATCH
-from deployments.engines.llama_cpp.prepare import Prepared, Preparer
+from deployments.engines.llama_cpp.prepare import LlamaPreparer
 from deployments.engines.llama_cpp.runtime import FLASH_ATTENTION, KV_TYPES, Runtime, RuntimeOptions
 from deployments.engines.llama_cpp.sampling import Grammar
+from deployments.engines.llama_cpp.sequence import LlamaGeneration, LlamaJob
+from deployments.engines.load_meter import LoadMeter
 from deployments.engines.protocol import EVENT_STREAM, JSON, Call, EngineInfo, Progress, Reply, Saving, once
 from deployments.kv_store.places import Places
 from deployments.kv_store.store import KvStore
@@ -112,7 +115,7 @@ class LlamaCppEngine:
         self._runtime: Runtime | None = None
         self._memory_mib: int | None = None
         self._loop: DecodeLoop | None = None
-        self._preparer: Preparer | None = None
+        self._preparer: LlamaPreparer | None = None
         self._preparing: set[asyncio.Future[Any]] = set()
         self._store: KvStore | None = None
         self._conversations: Conversations | None = None
@@ -137,7 +140,7 @@ class LlamaCppEngine:
         self._runtime = runtime
         self._memory_mib = memory_mib
         self._conversations = conversations
-        self._preparer = Preparer(runtime, template, enable_thinking=self._enable_thinking)
+        self._preparer = LlamaPreparer(runtime, template, enable_thinking=self._enable_thinking)
         self._loop = DecodeLoop(runtime, self._options.slots, chunk)
         self._loop.start()
 
@@ -154,7 +157,7 @@ class LlamaCppEngine:
         if call.path in (TOKENIZE, DETOKENIZE):
             return await self._tokens(call)
         answer = EmbeddingAnswer(call, self._model_id) if call.path == EMBEDDINGS else Answer(call, self._model_id)
-        job = Job(Mailbox(loop.wake), max(1, call.slots))
+        job = LlamaJob(Mailbox(loop.wake), max(1, call.slots))
         prepared = await self._prepare(call, job)
         if self._conversations is not None:
             await self._conversations.recall(list(job.pending), loop)
@@ -193,7 +196,7 @@ class LlamaCppEngine:
         work.add_done_callback(self._preparing.discard)
         return Reply(200, dict(JSON), once(await asyncio.shield(work)))
 
-    async def _prepare(self, call: Call, job: Job) -> Prepared:
+    async def _prepare(self, call: Call, job: LlamaJob) -> Prepared:
         """Check the call and give the job its sequences."""
         runtime, preparer = self._runtime, self._preparer
         if runtime is None or preparer is None:
@@ -255,15 +258,15 @@ def _close_loaded(loading: asyncio.Future[Loaded]) -> None:
         loading.result().runtime.close()
 
 
-def _generations(prepared: Prepared, runtime: Runtime, job: Job) -> list[Generation]:
+def _generations(prepared: Prepared, runtime: Runtime, job: LlamaJob) -> list[LlamaGeneration]:
     """One generation for each choice of each prompt, in the order of their indexes."""
     options = prepared.options
     grammar = None if prepared.grammar is None else Grammar(runtime, prepared.grammar)
-    generations: list[Generation] = []
+    generations: list[LlamaGeneration] = []
     for prompt, limit in zip(prepared.prompts, prepared.limits, strict=True):
         for copy in range(options.n):
             generations.append(
-                Generation(
+                LlamaGeneration(
                     index=len(generations),
                     job=job,
                     prompt=prompt,

@@ -18,11 +18,12 @@ from collections import deque
 from collections.abc import Sequence
 
 from cluster.errors import BackendUnavailable, PoolError
+from deployments.engines.chat.generation import Delta, Mailbox
 from deployments.engines.chat.logprobs import TokenLogprob
-from deployments.engines.llama_cpp.generation import Delta, Generation, Job, Mailbox
 from deployments.engines.llama_cpp.prefix import Prefixes, Slot, common_prefix
 from deployments.engines.llama_cpp.runtime import Logits, Runtime
 from deployments.engines.llama_cpp.sampling import NO_TOKEN, Sampler, top_logprobs
+from deployments.engines.llama_cpp.sequence import LlamaGeneration, LlamaJob
 from deployments.engines.llama_cpp.team import Team
 
 log = logging.getLogger(__name__)
@@ -41,9 +42,9 @@ class DecodeLoop:
         self._slots = [Slot(number) for number in range(slots)]
         self._prefill_chunk = prefill_chunk
         self._condition = threading.Condition()
-        self._arrived: deque[Job] = deque()
+        self._arrived: deque[LlamaJob] = deque()
         self._stopping = False
-        self._waiting: deque[Generation] = deque()
+        self._waiting: deque[LlamaGeneration] = deque()
         #: Slots in the order in which their prompts were admitted, the oldest first.
         self._prefilling: list[Slot] = []
         self._deltas: list[tuple[Mailbox, Delta]] = []
@@ -59,7 +60,7 @@ class DecodeLoop:
     def stopping(self) -> bool:
         return self._stopping
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: LlamaJob) -> None:
         """Queue the sequences of a call. Raises `BackendUnavailable` when the engine is stopping."""
         with self._condition:
             if self._stopping:
@@ -67,7 +68,7 @@ class DecodeLoop:
             self._arrived.append(job)
             self._condition.notify()
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: LlamaJob) -> None:
         """Free the job's slots before the next step. Harmless when it has ended."""
         job.cancelled = True
         self.wake()
@@ -183,7 +184,7 @@ class DecodeLoop:
     # --- admission and prefix reuse
 
     def _admit(self) -> None:
-        postponed: deque[Generation] = deque()
+        postponed: deque[LlamaGeneration] = deque()
         idle = [slot for slot in self._slots if slot.generation is None]
         while self._waiting and idle:
             generation = self._waiting.popleft()
@@ -195,7 +196,7 @@ class DecodeLoop:
                 self._occupy(slot, generation)
         self._waiting.extendleft(reversed(postponed))
 
-    def _must_wait(self, slot: Slot, generation: Generation) -> bool:
+    def _must_wait(self, slot: Slot, generation: LlamaGeneration) -> bool:
         """Whether the next step finds the prompt's beginning in a slot, or is the first that can restore it."""
         if generation.saved is not None and self._runtime.has_pending_copies:
             # The cells that a copy is still to read must not be written to before.
@@ -207,7 +208,7 @@ class DecodeLoop:
         prompts = [slot.generation.prompt for slot in self._prefilling if slot.generation is not None]
         return any(common_prefix(other, generation.prompt) - reach >= self._prefixes.gain for other in prompts)
 
-    def _start(self, generation: Generation) -> bool:
+    def _start(self, generation: LlamaGeneration) -> bool:
         """Make the sampler, which is many times the size of the rest. False where that is refused."""
         if generation.embeds:
             return True
@@ -219,7 +220,7 @@ class DecodeLoop:
             return False
         return True
 
-    def _occupy(self, slot: Slot, generation: Generation) -> None:
+    def _occupy(self, slot: Slot, generation: LlamaGeneration) -> None:
         """Give the slot to a generation, with as much of its prompt as is held anywhere."""
         self._prefixes.fill(slot, generation)
         slot.generation, slot.next_token = generation, None
@@ -284,7 +285,7 @@ class DecodeLoop:
             return
         self._take_token(slot, generation, self._runtime.logits(row.stop - 1))
 
-    def _take_token(self, slot: Slot, generation: Generation, logits: Logits) -> None:
+    def _take_token(self, slot: Slot, generation: LlamaGeneration, logits: Logits) -> None:
         assert generation.sampler is not None
         token = generation.sampler.choose(logits)
         if generation.produced == 0:
@@ -307,7 +308,7 @@ class DecodeLoop:
             if text:
                 self._say(generation, Delta(generation.index, text))
 
-    def _note_prompt_logprobs(self, slot: Slot, generation: Generation, row: range) -> None:
+    def _note_prompt_logprobs(self, slot: Slot, generation: LlamaGeneration, row: range) -> None:
         """Row i scores the token after it; the first token of a prompt has no score."""
         first = len(slot.cached) - len(row)
         for offset, index in enumerate(row):
@@ -316,11 +317,11 @@ class DecodeLoop:
                 token = generation.prompt[following]
                 self._note_logprobs(generation, self._runtime.logits(index), token)
 
-    def _note_hidden(self, generation: Generation, row: range) -> None:
+    def _note_hidden(self, generation: LlamaGeneration, row: range) -> None:
         total = self._runtime.embeddings(row).sum(axis=0)
         generation.hidden = total if generation.hidden is None else generation.hidden + total
 
-    def _note_logprobs(self, generation: Generation, logits: Logits, token: int) -> None:
+    def _note_logprobs(self, generation: LlamaGeneration, logits: Logits, token: int) -> None:
         logprob, top = top_logprobs(logits, token, generation.top_logprobs or 0)
         piece = self._runtime.piece
         named = tuple((piece(other, special=True), value) for other, value in top)
@@ -328,7 +329,7 @@ class DecodeLoop:
 
     # --- endings
 
-    def _finish(self, slot: Slot, generation: Generation, text: str, finish: str) -> None:
+    def _finish(self, slot: Slot, generation: LlamaGeneration, text: str, finish: str) -> None:
         generation.ended_at = time.perf_counter()
         self._say(generation, Delta(generation.index, text, finish=finish, stop=generation.assembler.stopped_by))
         self._release(slot)
@@ -354,7 +355,7 @@ class DecodeLoop:
         slot.generation, slot.next_token, slot.used_at = None, None, time.perf_counter()
         self._end(generation)
 
-    def _end(self, generation: Generation) -> None:
+    def _end(self, generation: LlamaGeneration) -> None:
         """Free what the sequence held, and let the next one of its job wait for a slot."""
         if generation.sampler is not None:
             generation.sampler.close()
@@ -365,7 +366,7 @@ class DecodeLoop:
 
     # --- hand-over
 
-    def _say(self, generation: Generation, delta: Delta) -> None:
+    def _say(self, generation: LlamaGeneration, delta: Delta) -> None:
         delta.logprobs, generation.pending_logprobs = generation.pending_logprobs, []
         generation.said += 1
         self._deltas.append((generation.job.mailbox, delta))

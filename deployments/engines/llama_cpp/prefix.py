@@ -10,8 +10,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from deployments.engines.llama_cpp.generation import Generation
 from deployments.engines.llama_cpp.runtime import Runtime
+from deployments.engines.llama_cpp.sequence import LlamaGeneration
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Slot:
 
     number: int
     cached: list[int] = field(default_factory=list)
-    generation: Generation | None = None
+    generation: LlamaGeneration | None = None
     next_token: int | None = None
     used_at: float = 0.0
 
@@ -41,7 +41,7 @@ class Prefixes:
         """How much of a prompt some slot holds now. From another thread it is a hint: the next step may change it."""
         return max(common_prefix(slot.cached, prompt) for slot in self._slots)
 
-    def choose(self, idle: Sequence[Slot], generation: Generation) -> Slot:
+    def choose(self, idle: Sequence[Slot], generation: LlamaGeneration) -> Slot:
         """The idle slot whose cache is worth most to the prompt; to one that is restored, the one worth least.
 
         The longest common prefix wins; among equals the one unused for longest.
@@ -52,12 +52,12 @@ class Prefixes:
             return min(idle, key=lambda slot: slot.used_at)
         return best
 
-    def reach(self, slot: Slot, generation: Generation) -> int:
+    def reach(self, slot: Slot, generation: LlamaGeneration) -> int:
         """How many tokens of the prompt would not be evaluated in this slot, what others hold left aside."""
         saved = 0 if generation.saved is None else generation.saved.common
         return max(saved, common_prefix(slot.cached, generation.prompt))
 
-    def fill(self, slot: Slot, generation: Generation) -> None:
+    def fill(self, slot: Slot, generation: LlamaGeneration) -> None:
         """Have the slot hold as much of the prompt as can be had, and nothing else."""
         prompt = generation.prompt
         own = common_prefix(slot.cached, prompt)
@@ -80,11 +80,11 @@ class Prefixes:
         if is_restored:
             generation.restored = keep
 
-    def _is_better(self, generation: Generation, held: int) -> bool:
+    def _is_better(self, generation: LlamaGeneration, held: int) -> bool:
         """Whether a saved conversation has enough that the slots have not."""
         return generation.saved is not None and generation.saved.common - held >= self.gain
 
-    def _restore(self, slot: Slot, generation: Generation) -> bool:
+    def _restore(self, slot: Slot, generation: LlamaGeneration) -> bool:
         saved = generation.saved
         assert saved is not None
         slot.cached = []

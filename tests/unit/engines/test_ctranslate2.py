@@ -14,12 +14,12 @@ import pytest
 
 from cluster.config import ModelConfig
 from cluster.errors import BackendUnavailable, ModelUnavailable
+from deployments.engines.chat.generation import Delta, Generation, Mailbox
 from deployments.engines.chat.request import Sampling
 from deployments.engines.chat.utf8 import TextAssembler
 from deployments.engines.ctranslate2.batches import SPREAD, Batches, Ct2Job
 from deployments.engines.ctranslate2.folder import DEFAULT_CONTEXT, ModelFolder
 from deployments.engines.ctranslate2.prepare import Ct2Vocabulary, Decoding
-from deployments.engines.llama_cpp.generation import Delta, Generation, Mailbox
 from deployments.engines.registry import estimate_mib
 
 pytest.importorskip("tokenizers")

@@ -24,7 +24,7 @@ from cluster.errors import (
     PoolError,
     UnsupportedParameter,
 )
-from deployments.engines.llama_cpp import generation as generation_module
+from deployments.engines.chat import generation as generation_module
 from deployments.engines.llama_cpp import loop as loop_module
 from deployments.engines.llama_cpp import team
 from deployments.engines.llama_cpp.engine import LlamaCppEngine

@@ -9,7 +9,7 @@ import pytest
 from cluster.errors import InvalidRequest, UnsupportedParameter
 from deployments.engines.chat.template import NAMED_FORMATS, ChatTemplate
 from deployments.engines.ctranslate2.prepare import Ct2Preparer, Decoding
-from deployments.engines.llama_cpp.prepare import Preparer
+from deployments.engines.llama_cpp.prepare import LlamaPreparer
 from deployments.engines.protocol import Call
 from tests.unit.engines.drive import CHAT, COMPLETIONS, ask
 
@@ -35,7 +35,7 @@ class Characters:
 THINKS = ChatTemplate("{{ messages[0].content }} {{ 'yes' if enable_thinking else 'no' }}{{ tail }}")
 
 
-def prompt(preparer: Preparer, body: dict[str, Any], path: str = CHAT) -> str:
+def prompt(preparer: LlamaPreparer, body: dict[str, Any], path: str = CHAT) -> str:
     return "".join(map(chr, preparer.prepare(Call(path, body, "r")).prompts[0]))
 
 
@@ -54,14 +54,14 @@ def prompt(preparer: Preparer, body: dict[str, Any], path: str = CHAT) -> str:
 def test_a_model_thinks_as_configured_unless_the_request_says_so(
     configured: bool | None, fields: dict[str, Any], expected: str
 ) -> None:
-    assert prompt(Preparer(Characters(), THINKS, enable_thinking=configured), ask("Hi", **fields)) == expected
+    assert prompt(LlamaPreparer(Characters(), THINKS, enable_thinking=configured), ask("Hi", **fields)) == expected
 
 
 def test_control_tokens_are_shown_where_a_call_or_a_thought_may_be_written_with_them() -> None:
     tool = {"type": "function", "function": {"name": "f"}}
 
     def special(template: ChatTemplate, **fields: Any) -> bool:
-        return Preparer(Characters(), template).prepare(Call(CHAT, ask("Hi", **fields), "r")).special
+        return LlamaPreparer(Characters(), template).prepare(Call(CHAT, ask("Hi", **fields), "r")).special
 
     assert not special(THINKS)
     assert special(THINKS, tools=[tool])
@@ -70,8 +70,8 @@ def test_control_tokens_are_shown_where_a_call_or_a_thought_may_be_written_with_
 
 def test_what_a_template_has_opened_is_thought() -> None:
     opened = ChatTemplate("{{ messages[0].content }}<think>\n")
-    assert Preparer(Characters(), opened).prepare(Call(CHAT, ask("Hi"), "r")).thinks
-    assert not Preparer(Characters(), THINKS).prepare(Call(CHAT, ask("Hi"), "r")).thinks
+    assert LlamaPreparer(Characters(), opened).prepare(Call(CHAT, ask("Hi"), "r")).thinks
+    assert not LlamaPreparer(Characters(), THINKS).prepare(Call(CHAT, ask("Hi"), "r")).thinks
 
 
 @pytest.mark.parametrize(

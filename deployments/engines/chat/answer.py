@@ -1,4 +1,4 @@
-"""Renders what the decode loop sends for one call: as a stream of SSE chunks, or collected into one body.
+"""Renders what a decoder sends for one call: as a stream of SSE chunks, or collected into one body.
 
 It owns nothing but the text of its own request. Deltas of one sequence that are pending together become one chunk.
 """
@@ -9,13 +9,13 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
+from deployments.engines.chat.generation import Delta, Generation, Mailbox
 from deployments.engines.chat.logprobs import TokenLogprob
 from deployments.engines.chat.metrics import metrics_object
+from deployments.engines.chat.prepare import Prepared
 from deployments.engines.chat.thinking import ThinkingSplitter, Thought
 from deployments.engines.chat.tools import ToolDelta, ToolParser
 from deployments.engines.chat.wire import ChatWriter, Choice, CompletionWriter, usage_object
-from deployments.engines.llama_cpp.generation import Delta, Generation, Mailbox
-from deployments.engines.llama_cpp.prepare import Prepared
 from deployments.engines.protocol import Call, Report
 from deployments.sse import DONE
 
@@ -185,7 +185,7 @@ class Answer:
         return self._prepared.echoes[generation.index // self._prepared.options.n]
 
     def _echo_logprobs(self, generation: Generation) -> list[TokenLogprob]:
-        """The prompt's first token, which nothing predicted; the loop reports the others."""
+        """The prompt's first token, which nothing predicted; the decoder reports the others."""
         return [TokenLogprob(generation.first_piece, None)] if generation.prompt_logprobs else []
 
     def _echo_chunk(self, generation: Generation) -> bytes:
@@ -195,7 +195,7 @@ class Answer:
     # --- the end
 
     def update_report(self) -> None:
-        """Bring the report up to date. The decode thread may still be at work: then the figures are a moment's."""
+        """Bring the report up to date. Whatever decodes may still be at work: then the figures are a moment's."""
         report, generations = self.report, self._generations
         entered, prepared = self._entered_at, self._prepared_at
         report.prompt_tokens = self._prepared.prompt_tokens

@@ -1,4 +1,7 @@
-"""What passes between a request on the event loop and the decode thread: the work going in, the text coming out."""
+"""What passes between a request on the event loop and what makes its tokens: the work going in, the text coming out.
+
+An engine that keeps more of a sequence adds it in a class of its own. Nothing here knows of an engine's library.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +18,11 @@ from cluster.errors import PoolError
 from deployments.engines.chat.logprobs import TokenLogprob
 from deployments.engines.chat.request import Sampling
 from deployments.engines.chat.utf8 import TextAssembler
-from deployments.engines.llama_cpp.sampling import Grammar, Sampler
-from deployments.kv_store.folder import Saved
 
 #: A sequence with more deltas than this unread pauses until its reader has caught up.
 MAX_UNREAD = 256
+
+G = TypeVar("G", bound="Generation")
 
 
 @dataclass(slots=True)
@@ -84,59 +88,44 @@ class Mailbox:
 
 
 @dataclass(slots=True, eq=False)
-class Job:
+class Job(Generic[G]):
     """All sequences of one call. `pending` are those that have not started; at most `width` run at a time."""
 
     mailbox: Mailbox
     width: int
-    pending: deque[Generation] = field(default_factory=deque)
+    pending: deque[G] = field(default_factory=deque)
     cancelled: bool = False
 
 
 @dataclass(slots=True, eq=False)
 class Generation:
-    """One sequence to generate, and how far it is. After `submit` only the decode thread changes it."""
+    """One sequence to generate, and how far it is. After `submit` only the thread that decodes changes it."""
 
     index: int
-    job: Job
+    job: Job[Any]
     prompt: list[int]
     #: Tokens it may make, from the request and from what is left of the context.
     limit: int
     sampling: Sampling
     assembler: TextAssembler
-    grammar: Grammar | None = None
     top_logprobs: int | None = None
     #: Report the log-probabilities of the prompt's own tokens too (`echo` with `logprobs`).
     prompt_logprobs: bool = False
-    #: Nothing is generated: the prompt's hidden states are what is wanted.
-    embeds: bool = False
     ignore_eos: bool = False
     #: Render control tokens as text: a tool call may be written with them.
     special: bool = False
     #: The text of the prompt's first token, for `prompt_logprobs`.
     first_piece: bytes = b""
 
-    #: Made when the sequence starts, and closed when it ends.
-    sampler: Sampler | None = None
     #: How many deltas were sent to the mailbox.
     said: int = 0
     #: Tokens of the prompt that needed no evaluation; those that a saved conversation gave, None if none was sought.
     reused: int = 0
     restored: int | None = None
-    #: What was found of the prompt among the saved conversations, until the sequence has a slot.
-    saved: Saved | None = None
-    evaluated: int = 0
     produced: int = 0
     started_at: float = 0.0
     first_token_at: float = 0.0
     ended_at: float = 0.0
-    pending_logprobs: list[TokenLogprob] = field(default_factory=list)
-    hidden: npt.NDArray[np.float32] | None = None
-
-    @property
-    def needs_all_outputs(self) -> bool:
-        """Whether every token of the prompt must be evaluated, and have its output."""
-        return self.prompt_logprobs or self.embeds
 
     @property
     def is_behind(self) -> bool:
