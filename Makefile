@@ -10,9 +10,11 @@ CONFIG ?=
 CUDA   ?=
 NVCC   ?= nvcc
 ARGS   ?=
-# Engines that live in environments of their own, to be installed with the pool: `make serve ENGINES=vllm`.
+# Engines to be installed with the pool: `make serve ENGINES="vllm ctranslate2"`. vLLM lives in an environment of its own,
+# the others in the pool's.
 ENGINES ?=
 VLLM   := .venv-vllm
+STAMPS  = $(foreach each,$(ENGINES),$(if $(filter vllm,$(each)),$(VLLM)/.installed,$(VENV)/.installed-$(each)))
 # These run a second time in a pool whose replicas end with their engines, as on a cluster that was there before.
 ENDING := tests/serve/test_admin.py tests/serve/test_many_swaps.py
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
@@ -28,7 +30,7 @@ LLAMA_BUILD = CFLAGS="$$CFLAGS $(BUILD_FLAGS)" CXXFLAGS="$$CXXFLAGS $(BUILD_FLAG
 
 .PHONY: serve test check docs fuzz bench test-contract test-api test-ui vendor-ui test-cluster test-agents clean install compiler cuda-compiler
 
-serve: $(VENV)/.installed $(if $(CUDA),$(VENV)/.cuda) $(ENGINES:%=.venv-%/.installed)
+serve: $(VENV)/.installed $(if $(CUDA),$(VENV)/.cuda) $(STAMPS)
 	@exec $(BIN)/slotpool serve --port $(PORT) $(if $(CONFIG),--config $(CONFIG)) $(if $(GPUS),--gpus $(GPUS))
 
 # The pure ledger is proven line by line and branch by branch before anything else runs.
@@ -105,6 +107,11 @@ $(VLLM)/.installed: .ci/constraints-vllm.txt
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install -c $< $(VLLM_PACKAGE) msgpack gguf accelerate
 	test $(VLLM_PACKAGE) = vllm || $(VLLM)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
+	@touch $@
+
+# ExLlamaV3 brings PyTorch with CUDA (some GB), and compiles its kernels when it is first imported (with `nvcc`).
+$(VENV)/.installed-ctranslate2 $(VENV)/.installed-exllamav3: $(VENV)/.installed-%: $(VENV)/.installed
+	$(PIP) install -c .ci/constraints.txt -e '.[$*]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -10,6 +10,7 @@ from cluster.config.backends import (
     LlamaCppKwargs,
     LlamaCppModel,
 )
+from cluster.config.exllama import ExllamaKwargs, ExllamaModel
 from cluster.config.files import ConfigError, read_yaml
 from cluster.config.keys import ANONYMOUS, ApiKey, Caller, find_key
 from cluster.config.load import load_config, service_of
@@ -28,6 +29,8 @@ __all__ = [
     "Configuration",
     "Ct2Kwargs",
     "Ct2Model",
+    "ExllamaKwargs",
+    "ExllamaModel",
     "FakeFaults",
     "FakeModel",
     "FlashAttention",

@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar, get_args
 
 from cluster.config import (
     Ct2Model,
+    ExllamaModel,
     FakeModel,
     LaunchedModel,
     LlamaCppModel,
@@ -139,6 +140,12 @@ def _build_ctranslate2(model_id: str, model: Ct2Model, path: str) -> Engine:
     return Ct2Engine(model_id, model, path)
 
 
+def _build_exllamav3(model_id: str, model: ExllamaModel, path: str) -> Engine:
+    from deployments.engines.exllamav3.engine import ExllamaEngine
+
+    return ExllamaEngine(model_id, model, path)
+
+
 def _build_vllm(model_id: str, model: VllmModel, path: str) -> Engine:
     from deployments.engines.vllm.engine import VllmEngine
 
@@ -157,6 +164,12 @@ def _estimate_llama_cpp(model: LlamaCppModel, path: Path) -> int | None:
 
 def _estimate_ctranslate2(model: Ct2Model, path: Path) -> int | None:
     from deployments.engines.ctranslate2 import memory
+
+    return memory.estimate_mib(model, path)
+
+
+def _estimate_exllamav3(model: ExllamaModel, path: Path) -> int | None:
+    from deployments.engines.exllamav3 import memory
 
     return memory.estimate_mib(model, path)
 
@@ -181,6 +194,13 @@ BACKENDS: tuple[Backend[Any], ...] = (
         offers=vllm_routes.offered,
     ),
     Backend(Ct2Model, _build_ctranslate2, _estimate_ctranslate2, PATHS - {EMBEDDINGS}),
+    Backend(
+        ExllamaModel,
+        _build_exllamav3,
+        _estimate_exllamav3,
+        PATHS - {EMBEDDINGS},
+        unused=frozenset({"beam_size"}),
+    ),
     Backend(FakeModel, _build_fake, _estimate_nothing, PATHS, raw=True, unused=frozenset({"beam_size"})),
 )
 _BY_CONFIG = {backend.config: backend for backend in BACKENDS}

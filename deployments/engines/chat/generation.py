@@ -6,6 +6,7 @@ An engine that keeps more of a sequence adds it in a class of its own. Nothing h
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from deployments.engines.chat.utf8 import TextAssembler
 MAX_UNREAD = 256
 
 G = TypeVar("G", bound="Generation")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -131,3 +134,17 @@ class Generation:
     def is_behind(self) -> bool:
         """Whether its reader has to catch up before it goes on."""
         return self.job.mailbox.is_behind(self.index, self.said)
+
+
+def deliver(deltas: list[tuple[Mailbox, Delta]]) -> None:
+    """Hand over what a step of a thread has to say, with one call to each event loop."""
+    for loop in {mailbox.loop for mailbox, _ in deltas}:
+        try:
+            loop.call_soon_threadsafe(_put_all, [pair for pair in deltas if pair[0].loop is loop])
+        except RuntimeError:
+            logger.warning("the event loop of a request has gone; its tokens are dropped")
+
+
+def _put_all(deltas: list[tuple[Mailbox, Delta]]) -> None:
+    for mailbox, delta in deltas:
+        mailbox.put(delta)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,3 +57,15 @@ def _entry(piece: bytes, logprob: float | None) -> dict[str, Any]:
 
 def _text(piece: bytes) -> str:
     return piece.decode("utf-8", "replace")
+
+
+def top_logprobs(logits: npt.NDArray[np.float32], token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
+    """The log-probability of `token` and the `count` likeliest tokens, under the model's scores at temperature 1."""
+    peak = float(logits.max())
+    total = peak + math.log(float(np.exp(logits - peak, dtype=np.float32).sum(dtype=np.float64)))
+    best: list[tuple[int, float]] = []
+    if count:
+        likeliest = np.argpartition(logits, -count)[-count:]
+        likeliest = likeliest[np.argsort(-logits[likeliest], kind="stable")]
+        best = [(int(index), float(logits[index]) - total) for index in likeliest]
+    return float(logits[token]) - total, best

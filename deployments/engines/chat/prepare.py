@@ -214,3 +214,11 @@ def _is_explicit(body: Mapping[str, Any]) -> bool:
     """Whether the client counts on all the tokens that it asks for; else they are a bound, and what fits will do."""
     asked = body.get("max_completion_tokens") is not None or body.get("max_tokens") is not None
     return asked and not body.get("clamp_max_tokens")
+
+
+def check_one_format(grammar: str | None, options: GenerationOptions, plan: ToolPlan) -> None:
+    """Raise `InvalidRequest` where a request holds its answer to more than one format."""
+    if sum((options.response_format.kind != "text", plan.mode == "forced", grammar is not None)) > 1:
+        raise InvalidRequest(
+            "response_format, a forced tool_choice and grammar exclude each other", param="response_format"
+        )

@@ -22,7 +22,7 @@ from deployments.engines.chat.template import ChatTemplate, choose_template
 from deployments.engines.chat.tokens import tokens_body
 from deployments.engines.chat.utf8 import TextAssembler
 from deployments.engines.ctranslate2.batches import Batches, Ct2Job
-from deployments.engines.ctranslate2.folder import ModelFolder
+from deployments.engines.ctranslate2.folder import Ct2Folder
 from deployments.engines.ctranslate2.prepare import Ct2Preparer, Ct2Vocabulary, Decoding
 from deployments.engines.load_meter import LoadMeter
 from deployments.engines.protocol import EVENT_STREAM, JSON, Call, EngineInfo, Kept, Progress, Reply, once
@@ -52,8 +52,7 @@ class Ct2Engine:
             raise ModelUnavailable(f"CTranslate2 cannot load {self._path.name}: {self._said(error)}") from None
         slots = self._model.target_inflight
         workers = self._model.engine_kwargs.inter_threads or slots
-        assert self._preparer is not None, "it was made by the load"
-        vocabulary = self._preparer.vocabulary
+        vocabulary = self._vocabulary
         self._batches = Batches(self._generator, vocabulary, self._ends(vocabulary), workers)
         progress(1.0)
 
@@ -98,7 +97,7 @@ class Ct2Engine:
         import ctranslate2
 
         model, options = self._model, self._model.engine_kwargs
-        folder = ModelFolder(self._path)
+        folder = Ct2Folder(self._path)
         on_gpu = model.num_gpus > 0
         meter = LoadMeter(on_gpu=on_gpu)
         self._generator = ctranslate2.Generator(
@@ -112,6 +111,7 @@ class Ct2Engine:
         tokenizer = folder.tokenizer
         n_ctx = options.n_ctx or folder.context_length
         vocabulary = Ct2Vocabulary(tokenizer, folder.bos, n_ctx)
+        self._vocabulary = vocabulary
         self._folder, self._weights_mib = folder, folder.weights_mib
         source = choose_template(model.prompt_format, folder.chat_template)
         marks = {"bos_token": folder.bos, "eos_token": (folder.ends or [""])[0]}

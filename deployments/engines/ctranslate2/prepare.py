@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.errors import InvalidRequest, UnsupportedParameter
-from deployments.engines.chat.prepare import Preparer
+from deployments.engines.chat.hf_prepare import HfPreparer
+from deployments.engines.chat.hf_vocabulary import HfVocabulary
 from deployments.engines.chat.request import GenerationOptions, Sampling
-from deployments.engines.chat.template import ChatTemplate
 from deployments.engines.chat.tools import ToolPlan
 
 MAX_BEAMS = 16
@@ -40,56 +40,16 @@ class Decoding:
         return cls(1, sampling.top_k, sampling.top_p, sampling.temperature, penalty, options.ignore_eos)
 
 
-class Ct2Vocabulary:
-    """The model's tokens. Thread-safe."""
-
-    embedding_size = 0
-
-    def __init__(self, tokenizer: Any, bos: str, n_ctx: int) -> None:
-        self.tokenizer, self.n_ctx = tokenizer, n_ctx
-        self.vocab_size = int(tokenizer.get_vocab_size())
-        self._bos = bos
-
-    def bos_text(self) -> str:
-        return self._bos
-
-    def start_token(self) -> int:
-        return self.id_of(self._bos) or 0
-
-    def id_of(self, token: str) -> int | None:
-        """The id of a token by its text."""
-        found: int | None = self.tokenizer.token_to_id(token)
-        return found
-
-    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special).ids
-        return ids
+class Ct2Vocabulary(HfVocabulary):
+    """The model's tokens, by the names under which CTranslate2 takes them."""
 
     def names(self, tokens: list[int]) -> list[str]:
-        """The tokens as CTranslate2 takes them: by their names."""
+        """The tokens by their names."""
         return [self.tokenizer.id_to_token(token) for token in tokens]
 
-    def text(self, tokens: list[int]) -> str:
-        """What some tokens say."""
-        said: str = self.tokenizer.decode(tokens, skip_special_tokens=False)
-        return said
 
-    def piece(self, token: int, *, special: bool = False) -> bytes:
-        return self.text([token]).encode()
-
-
-class Ct2Preparer(Preparer):
+class Ct2Preparer(HfPreparer):
     """Prepares calls for one loaded model."""
-
-    def __init__(
-        self, vocabulary: Ct2Vocabulary, template: ChatTemplate | None, *, enable_thinking: bool | None = None
-    ) -> None:
-        super().__init__(vocabulary, template, enable_thinking=enable_thinking)
-        self.vocabulary = vocabulary
-
-    def _text(self, tokens: list[int]) -> str:
-        # A token by itself may be a part of a character.
-        return self.vocabulary.text(tokens)
 
     def _grammar(self, body: Mapping[str, Any], options: GenerationOptions, plan: ToolPlan) -> None:
         """No grammar: whatever would need one, or other scores than the library can make, is refused."""

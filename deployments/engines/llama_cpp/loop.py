@@ -18,11 +18,11 @@ from collections import deque
 from collections.abc import Sequence
 
 from cluster.errors import BackendUnavailable, PoolError
-from deployments.engines.chat.generation import Delta, Mailbox
-from deployments.engines.chat.logprobs import TokenLogprob
+from deployments.engines.chat.generation import Delta, Mailbox, deliver
+from deployments.engines.chat.logprobs import TokenLogprob, top_logprobs
 from deployments.engines.llama_cpp.prefix import Prefixes, Slot, common_prefix
 from deployments.engines.llama_cpp.runtime import Logits, Runtime
-from deployments.engines.llama_cpp.sampling import NO_TOKEN, Sampler, top_logprobs
+from deployments.engines.llama_cpp.sampling import NO_TOKEN, Sampler
 from deployments.engines.llama_cpp.sequence import LlamaGeneration, LlamaJob
 from deployments.engines.llama_cpp.team import Team
 
@@ -372,16 +372,6 @@ class DecodeLoop:
         self._deltas.append((generation.job.mailbox, delta))
 
     def _deliver(self) -> None:
-        if not self._deltas:
-            return
         deltas, self._deltas = self._deltas, []
-        for loop in {mailbox.loop for mailbox, _ in deltas}:
-            try:
-                loop.call_soon_threadsafe(_put_all, [pair for pair in deltas if pair[0].loop is loop])
-            except RuntimeError:
-                log.warning("the event loop of a request has gone; its tokens are dropped")
-
-
-def _put_all(deltas: list[tuple[Mailbox, Delta]]) -> None:
-    for mailbox, delta in deltas:
-        mailbox.put(delta)
+        if deltas:
+            deliver(deltas)

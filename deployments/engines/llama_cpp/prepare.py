@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cluster.errors import InvalidRequest
-from deployments.engines.chat.prepare import Preparer
+from deployments.engines.chat.prepare import Preparer, check_one_format
 from deployments.engines.chat.request import GenerationOptions
 from deployments.engines.chat.tools import CLOSE, OPEN, ToolPlan
 from deployments.engines.llama_cpp.library import schema_to_grammar
@@ -19,10 +19,7 @@ class LlamaPreparer(Preparer):
     def _grammar(self, body: Mapping[str, Any], options: GenerationOptions, plan: ToolPlan) -> str | None:
         form = options.response_format
         own: str | None = body.get("grammar")
-        if sum((form.kind != "text", plan.mode == "forced", own is not None)) > 1:
-            raise InvalidRequest(
-                "response_format, a forced tool_choice and grammar exclude each other", param="response_format"
-            )
+        check_one_format(own, options, plan)
         if own is not None:
             return own
         if plan.mode == "forced":

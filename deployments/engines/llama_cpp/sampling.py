@@ -153,16 +153,3 @@ class Sampler:
 
 
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-
-
-def top_logprobs(logits: Logits, token: int, count: int) -> tuple[float, list[tuple[int, float]]]:
-    """The log-probability of `token` and the `count` likeliest tokens, under the model's scores at temperature 1."""
-    peak = float(logits.max())
-    total = peak + math.log(float(np.exp(logits - peak, dtype=np.float32).sum(dtype=np.float64)))
-    best: list[tuple[int, float]] = []
-    if count:
-        # The pointer covers padded vocabularies too, so more than `count` tokens always exist.
-        likeliest = np.argpartition(logits, -count)[-count:]
-        likeliest = likeliest[np.argsort(-logits[likeliest], kind="stable")]
-        best = [(int(index), float(logits[index]) - total) for index in likeliest]
-    return float(logits[token]) - total, best

@@ -15,10 +15,11 @@ import pytest
 from cluster.config import ModelConfig
 from cluster.errors import BackendUnavailable, ModelUnavailable
 from deployments.engines.chat.generation import Delta, Generation, Mailbox
+from deployments.engines.chat.hf_folder import DEFAULT_CONTEXT
 from deployments.engines.chat.request import Sampling
 from deployments.engines.chat.utf8 import TextAssembler
 from deployments.engines.ctranslate2.batches import SPREAD, Batches, Ct2Job
-from deployments.engines.ctranslate2.folder import DEFAULT_CONTEXT, ModelFolder
+from deployments.engines.ctranslate2.folder import Ct2Folder
 from deployments.engines.ctranslate2.prepare import Ct2Vocabulary, Decoding
 from deployments.engines.registry import estimate_mib
 
@@ -200,7 +201,7 @@ def folder(path: Path, **files: Any) -> Path:
 @pytest.mark.parametrize("missing", ["model.bin", "config.json", "tokenizer.json"])
 def test_a_folder_that_was_not_converted_is_refused(tmp_path: Path, missing: str) -> None:
     with pytest.raises(ModelUnavailable, match=missing) as refused:
-        ModelFolder(folder(tmp_path, **{missing: None}))
+        Ct2Folder(folder(tmp_path, **{missing: None}))
     assert str(tmp_path.parent) not in refused.value.message
 
 
@@ -211,7 +212,7 @@ def test_a_folder_says_how_its_model_is_spoken_to(tmp_path: Path) -> None:
         "model_max_length": 2048,
         "chat_template": [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}],
     }
-    found = ModelFolder(
+    found = Ct2Folder(
         folder(
             tmp_path,
             **{
@@ -228,12 +229,12 @@ def test_a_folder_says_how_its_model_is_spoken_to(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_says_nothing_has_defaults(tmp_path: Path) -> None:
-    found = ModelFolder(folder(tmp_path, **{"tokenizer_config.json": {"model_max_length": 10**30}}))
+    found = Ct2Folder(folder(tmp_path, **{"tokenizer_config.json": {"model_max_length": 10**30}}))
     assert (found.bos, found.ends, found.end_ids, found.chat_template) == ("", [], [], None)
     assert found.context_length == DEFAULT_CONTEXT
     folder(tmp_path, **{"tokenizer_config.json": "{"})
     with pytest.raises(ModelUnavailable, match=r"tokenizer_config\.json"):
-        ModelFolder(tmp_path)
+        Ct2Folder(tmp_path)
 
 
 def test_the_estimate_is_the_files_size_and_what_comes_on_top(tmp_path: Path) -> None:
