@@ -92,6 +92,9 @@ def _check_model(pool: Pool, model: Model) -> None:
     for state in ReplicaState:
         count = sum(1 for _ in model.in_state(state))
         assert model.counts[state] == count, f"{name}: {model.counts[state]} counted in {state.name}, {count} are"
+    rising = sum(each.is_rising for each in model.replicas)
+    counted, are = (model.rising, model.serving, model.draining), (rising, rising + model.counts[READY])
+    assert counted == (*are, model.counts[DRAINING]), f"{name}: {counted} are counted wrongly"
     free = sum(len(replica.free) for replica in model.in_state(READY))
     leases = [lease for replica in model.replicas for lease in replica.leases]
     leased = sum(len(lease.slots) for lease in leases)

@@ -322,6 +322,7 @@ class Pool:
         replica.is_placed = placed
         replica.row = None
         model.placed += 1 if placed else -1
+        model.recount()
         if placed:
             model.quiet_from = -INFINITY
         if model.placed:
@@ -370,6 +371,7 @@ class Pool:
         model.counts[before] -= before is not COLD
         model.counts[after] += after is not COLD
         replica.state = after
+        model.recount()
         replica.since = now
         replica.row = model.uses = None
         if (before >= DRAINING) != (after >= DRAINING):

@@ -28,34 +28,50 @@ class Waiting(Protocol):
 W = TypeVar("W", bound=Waiting)
 
 
+class Line(deque[W]):
+    """The waiters of one class, with what is looked at together with them.
+
+    `rank` is that of its head, `latest` the latest deadline so far, `waiting` how many of them still wait.
+    """
+
+    __slots__ = ("latest", "rank", "waiting")
+
+    def __init__(self) -> None:
+        self.rank = INFINITY
+        self.waiting = 0
+        self.latest = -INFINITY
+
+
 class WaitQueue(Generic[W]):
     """The waiters of one model, by class; first come, first served within a class.
 
     Ageing needs no clock: a waiter of class p counts as having arrived `(p - 1) * ageing_s` later than it did, so the
     order of two waiters never changes once both stand in line, and the ranks of three heads are all that must be
-    compared. They are kept beside the lines, so that to find the best touches one waiter and not three. When the head
-    of a class has left, the next one is looked at when the best is asked for, and not before: in a pool with very many
-    waiters whatever is touched comes from far away.
+    compared. The lines keep them, so that to find the best touches one waiter and not three. When the head of a class
+    has left, the next one is looked at when the best is asked for, and not before: in a pool with very many waiters
+    whatever is touched comes from far away.
 
     Nor do deadlines need an entry per request. Those who came with equal patience give up in the order in which they
     came, so the head of a class is the first of them; `hasty` has the others, who will give up before one who came
     earlier.
     """
 
-    __slots__ = ("count", "counts", "hasty", "latest", "lines", "open", "ranks", "serial", "since_sum")
+    __slots__ = ("count", "hasty", "lines", "open", "serial", "since_sum")
 
     def __init__(self) -> None:
-        self.lines: list[deque[W]] = [deque(), deque(), deque()]
-        self.ranks = [INFINITY, INFINITY, INFINITY]
-        self.counts = [0, 0, 0]
+        self.lines: tuple[Line[W], Line[W], Line[W]] = (Line(), Line(), Line())
         self.count = 0
         self.since_sum = 0.0
-        # the class whose head has left, and whose next one was not looked at yet
-        self.open: int | None = None
-        # the latest deadline of each class so far, and a heap of those who came later and give up earlier
-        self.latest = [-INFINITY, -INFINITY, -INFINITY]
+        # the line whose head has left, and whose next one was not looked at yet
+        self.open: Line[W] | None = None
+        # those who give up earlier than somebody who came before them in their class
         self.hasty: list[tuple[float, int, W]] = []
         self.serial = 0
+
+    @property
+    def counts(self) -> list[int]:
+        """How many wait of each class."""
+        return [line.waiting for line in self.lines]
 
     def __len__(self) -> int:
         return self.count
@@ -68,36 +84,37 @@ class WaitQueue(Generic[W]):
         index = waiter.priority - 1
         waiter.rank = rank = now + ageing_s * index if index else now
         line = self.lines[index]
-        if not self.counts[index]:
+        if not line.waiting:
             # All that may still stand there has left.
             line.clear()
-            self.ranks[index] = rank
-            self.latest[index] = -INFINITY
-            if self.open == index:
+            line.rank = rank
+            line.latest = -INFINITY
+            if self.open is line:
                 self.open = None
         line.append(waiter)
         deadline = waiter.deadline
-        if deadline >= self.latest[index]:
-            self.latest[index] = deadline
+        if deadline >= line.latest:
+            line.latest = deadline
         else:
             self.serial += 1
             heapq.heappush(self.hasty, (deadline, self.serial, waiter))
-        self.counts[index] += 1
+        line.waiting += 1
         self.count += 1
         self.since_sum += now
 
     def leave(self, waiter: W) -> None:
         """Take out one that is marked as waiting no longer."""
-        index = waiter.priority - 1
-        line = self.lines[index]
-        self.counts[index] = left = self.counts[index] - 1
+        line = self.lines[waiter.priority - 1]
+        line.waiting = left = line.waiting - 1
         if line[0] is waiter:
             line.popleft()
-            if self.open is not None and self.open != index:
+            if self.open is not None and self.open is not line:
                 self._look_at_next(self.open)
-            self.open = index
+            self.open = line
         elif len(line) > 64 + 2 * left:
-            self.lines[index] = deque(each for each in line if each.waits)
+            kept = [each for each in line if each.waits]
+            line.clear()
+            line.extend(kept)
         if len(self.hasty) > 64 + 2 * self.count:
             self.hasty = [entry for entry in self.hasty if entry[2].waits]
             heapq.heapify(self.hasty)
@@ -111,10 +128,9 @@ class WaitQueue(Generic[W]):
             return None
         if self.open is not None:
             self._look_at_next(self.open)
-        high, medium, low = self.ranks
-        if high <= medium:
-            return self.lines[0][0] if high <= low else self.lines[2][0]
-        return self.lines[1][0] if medium <= low else self.lines[2][0]
+        high, medium, low = self.lines
+        first = high if high.rank <= medium.rank else medium
+        return first[0] if first.rank <= low.rank else low[0]
 
     def heads(self) -> Iterator[W]:
         """The longest waiting of each class that has any."""
@@ -122,12 +138,11 @@ class WaitQueue(Generic[W]):
             self._look_at_next(self.open)
         return (line[0] for line in self.lines if line)
 
-    def _look_at_next(self, index: int) -> None:
+    def _look_at_next(self, line: Line[W]) -> None:
         """Find the head of a class again. Drops the marked that stand before it."""
-        line = self.lines[index]
         while line and not line[0].waits:
             line.popleft()
-        self.ranks[index] = line[0].rank if line else INFINITY
+        line.rank = line[0].rank if line else INFINITY
         self.open = None
 
     def soonest(self) -> W | None:

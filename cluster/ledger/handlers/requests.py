@@ -172,7 +172,7 @@ def _admit(pool: Pool, model: Model, event: RequestArrived, now: float) -> None:
     pool.enqueue(waiter, now)
     # One of a higher class goes before a wide one that waits before free slots.
     leads = model.free and model.queue.head() is waiter
-    if leads or model.counts[DRAINING] or model.pending_rank is not None or model.serving < model.spec.max_replicas:
+    if leads or model.draining or model.pending_rank is not None or model.serving < model.spec.max_replicas:
         pool.touched[model] = None
 
 
