@@ -9,19 +9,23 @@ from __future__ import annotations
 from cluster.ledger.books.placement import Node
 from cluster.ledger.books.pool import Pool
 from cluster.ledger.books.records import Replica
+from cluster.ledger.books.shapes import named_devices
 from cluster.ledger.states import Cause
 
 
 def replan(pool: Pool, started: Replica, now: float, *, is_new: bool) -> None:
     """Plan anew what was to start where a process has turned up, if that leaves no room for it: here or elsewhere.
 
-    The process itself, if it `is_new` and has no engine, goes before all plans to the devices that Ray has booked.
+    The process itself, if it `is_new` and has no engine, goes before all plans to the devices that Ray has booked: but
+    not before one that is bound to them and to no others, as long as it can stand where it was planned. That one has no
+    other way, and if it were withdrawn the two might come and go for ever.
     """
     node = pool.book.node(started.place.node)
     crowded = [each for each in node.replicas if each.uid is None and _is_crowded(node, each, started)]
     for replica in crowded:
         pool.book.credit(replica)
-    if is_new and started.is_placed:
+    gives_way = any(_has_no_other(node, each, started.place.booked) for each in crowded) and node.is_honest(started)
+    if is_new and started.is_placed and not gives_way:
         pool.book.settle_devices(started)
     for replica in crowded:
         shape = replica.place.shape
@@ -32,6 +36,12 @@ def replan(pool: Pool, started: Replica, now: float, *, is_new: bool) -> None:
         if place is None:
             # Serve hears of it only if there is no room for it anywhere: all that changes is what is expected.
             pool.move(replica, Cause.GONE, now, "no_room")
+
+
+def _has_no_other(node: Node, replica: Replica, booked: tuple[int, ...]) -> bool:
+    """A start is bound to devices of this node that are all booked for a process."""
+    shape = replica.place.shape
+    return bool(shape.only) and len(set(named_devices(node.spec, shape.only)) - set(booked)) < shape.devices
 
 
 def _is_crowded(node: Node, replica: Replica, started: Replica) -> bool:

@@ -210,3 +210,16 @@ def test_where_replicas_stay_rays_books_are_no_matter() -> None:
     ends = PoolSpec(models=desk.spec.models, nodes=desk.spec.nodes)
     desk.tell(ConfigChanged(ends))
     assert node.ray.are_asked
+
+
+def test_what_ray_puts_elsewhere_stays_as_planned_where_a_start_has_no_other_device() -> None:
+    """The two came and went for ever: the one was started anew as soon as the other had made it leave."""
+    desk = Desk(model("bound", devices=("0",)), model("small", num_gpus=0.5), gpus=2)
+    desk.arrive("r1", "bound")
+    desk.arrive("r2", "small")
+    assert desk.tell(ReplicaStarted("small", "s", "n", booked=(0,))) == []
+    assert desk.devices("s") == (1,)
+    assert desk.tell(ReplicaStarted("bound", "b", "n", booked=(1,))) == []
+    assert desk.devices("b") == (0,)
+    assert desk.tell(ReplicaReady("s"), ReplicaReady("b")) == ["grant r2 s", "grant r1 b"]
+    assert {each.replica: each.devices for each in desk.loads} == {"s": (1,), "b": (0,)}
