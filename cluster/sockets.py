@@ -1,7 +1,8 @@
 """Connections between the pool's processes: a Unix socket on one machine, TCP with a token between two.
 
 A Unix socket is believed only in a folder of our own and with our own user at the other end. A TCP connection opens
-with a frame that holds the token of the address.
+with a frame that holds the token of the address. A machine that is gone sends no end of its connections, so they are
+probed while they are silent.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ TOKEN_LIMITS = {TOKEN: 256}
 TOKEN_S = 5.0
 #: A process accepts a connection within this time, in seconds, or is taken to be away.
 CONNECT_S = 5.0
+#: A TCP connection is probed once it was silent for so long, this many times and this far apart, in seconds. Nobody
+#: waits longer for a machine that has lost its power or its network.
+SILENT_S, PROBES, PROBE_S = 5, 5, 2
 
 
 def free_port() -> int:
@@ -36,12 +40,36 @@ async def connect(address: Address, node: str, limits: Limits) -> Connection:
     loop = asyncio.get_running_loop()
     async with asyncio.timeout(CONNECT_S):
         if address.node != node:
-            _, connection = await loop.create_connection(lambda: Connection(limits), address.host, address.port)
+            _, connection = await loop.create_connection(lambda: Connection(limits), sock=await _connected(address))
             connection.write(frame(TOKEN, address.token.encode()))
             return connection
         check_private(Path(address.unix).parent)
         _, connection = await loop.create_unix_connection(lambda: Connection(limits, own_user_only=True), address.unix)
         return connection
+
+
+async def _connected(address: Address) -> socket.socket:
+    connected = _tcp_socket(address.host)
+    # Of what is sent nobody waits for an answer either. Not at the other end: a client that reads slowly is no fault.
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, (SILENT_S + PROBES * PROBE_S) * 1000)
+    try:
+        await asyncio.get_running_loop().sock_connect(connected, (address.host, address.port))
+    except BaseException:
+        connected.close()
+        raise
+    return connected
+
+
+def _tcp_socket(host: str) -> socket.socket:
+    """A socket for an address, whose connections (also those that it accepts) are probed while they are silent."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    made.setblocking(False)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    options = {"TCP_KEEPIDLE": SILENT_S, "TCP_KEEPINTVL": PROBE_S, "TCP_KEEPCNT": PROBES, "TCP_NODELAY": 1}
+    for name, value in options.items():
+        made.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return made
 
 
 class Listener:
@@ -66,9 +94,10 @@ class Listener:
             return self._limits if hmac.compare_digest(said, token.encode()) else None
 
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: self._accept(gate), host, 0, backlog=BACKLOG)
-        self._servers.append(server)
-        return int(server.sockets[0].getsockname()[1])
+        listening = _tcp_socket(host)
+        listening.bind((host, 0))
+        self._servers.append(await loop.create_server(lambda: self._accept(gate), sock=listening, backlog=BACKLOG))
+        return int(listening.getsockname()[1])
 
     def stop(self) -> None:
         """Accept nothing more; what is connected stays so."""

@@ -22,6 +22,7 @@ from deployments import link
 from deployments.engines.protocol import Call, Reply, Report
 from deployments.link import Answer, Leased, LinkCall, Links
 from deployments.link_server import LinkServer
+from tests.sockets import tcp
 
 CHAT = "/v1/chat/completions"
 
@@ -215,6 +216,14 @@ async def test_a_thousand_calls_at_once(tmp_path: Path):
 
         assert await asyncio.gather(*(one() for _ in range(1000))) == [[b"a"]] * 1000
         assert len(source.asked) == 1000
+
+
+async def test_both_ends_probe_a_tcp_connection_that_is_silent(tmp_path: Path):
+    """Of a machine that is gone nothing else is heard. 02 is the kernel's timer for that."""
+    async with serving(tmp_path, tcp=True) as (address, links, _):
+        await read(await links.call(address, leased(call(chunks=["x"]))))
+        timers = [each.timer for each in tcp() if not each.listens and address.port in (each.port, each.other)]
+        assert timers == ["02", "02"]
 
 
 async def test_nobody_listens(tmp_path: Path):
