@@ -109,8 +109,10 @@ class RequestLog:
 
 
 def _handler(target: str) -> logging.Handler:
-    """Standard error of this process, or a file, which may be moved away at any time (logrotate)."""
+    """Standard error of this process, or a file, which may be moved away at any time (logrotate); makes its folder."""
     if target == "stderr":
         # Not `sys.stderr`: Serve turns that into a log of its own.
         return logging.StreamHandler(sys.__stderr__)
-    return WatchedFileHandler(Path(target).expanduser(), encoding="utf-8")
+    file = Path(target).expanduser()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return WatchedFileHandler(file, encoding="utf-8")

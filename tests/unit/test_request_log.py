@@ -48,7 +48,7 @@ class Logged:
 
 @pytest.fixture
 def logged(tmp_path: Path) -> Logged:
-    return Logged(tmp_path / "requests.log")
+    return Logged(tmp_path / "its" / "folder" / "requests.log")
 
 
 async def test_a_line_says_who_asked_for_what_and_where_the_time_went(logged: Logged):
@@ -134,7 +134,8 @@ async def test_a_file_that_was_moved_away_is_made_anew(logged: Logged):
 async def test_the_log_follows_the_configuration(logged: Logged, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     logged.log.follow(load_config({}, environ={}))
     assert not logged.log.is_on
-    logged.log.follow(load_config({"request_log": str(tmp_path / "no" / "such" / "folder")}, environ={}))
+    (tmp_path / "file").touch()
+    logged.log.follow(load_config({"request_log": str(tmp_path / "file" / "log")}, environ={}))
     assert not logged.log.is_on
     assert "requests are not logged" in caplog.text
     logged.log.follow(load_config({"request_log": "stderr"}, environ={}))
