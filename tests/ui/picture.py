@@ -17,6 +17,7 @@ import httpx
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from tests.pool import Pool, fake, local_serve, running_pool
@@ -77,6 +78,8 @@ def take(pool: Pool, target: Path) -> None:
         page.wait_for_timeout(300)
         page.screenshot(path=target)
         browser.close()
+    # A page has few colours: a third of the size.
+    Image.open(target).convert("RGB").quantize(128).save(target, optimize=True)
 
 
 def shows_a_drain(ledger: dict[str, Any]) -> bool:
