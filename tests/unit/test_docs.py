@@ -51,6 +51,11 @@ def test_every_link_leads_somewhere(page: Path):
     assert wrong == []
 
 
+def test_the_readme_is_short():
+    assert text_of(PAGES[0]).count("\n") <= 150
+    assert (DOCS / "status-page.png").stat().st_size < 200_000
+
+
 def test_every_page_is_reached_from_the_readme():
     seen, ahead = set(), [PAGES[0]]
     while ahead:
