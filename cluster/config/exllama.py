@@ -15,36 +15,40 @@ CacheBits = Annotated[int, Field(ge=2, le=8)]
 
 
 class ExllamaKwargs(BaseModel):
-    """`engine_kwargs` of `backend: exllamav3`. A key that is unset leaves the choice to the engine.
-
-    `n_ctx` is the context of one request in tokens. `max_chunk_size` is how many tokens of a prompt are evaluated at
-    once. `tensor_parallel` splits each layer over the devices; else some layers are on each.
-    """
+    """`engine_kwargs` of `backend: exllamav3`. A key that is unset leaves the choice to the engine."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    #: The context of one request in tokens.
     n_ctx: Annotated[int, Field(ge=1)] | None = None
+    #: Tokens of a prompt that are evaluated at once, a multiple of 256.
     max_chunk_size: Annotated[int, Field(ge=PAGE, multiple_of=PAGE)] | None = None
+    #: Split each layer over the devices; else some layers are on each.
     tensor_parallel: bool = False
 
 
 class ExllamaModel(ModelConfig):
     """A folder of ExLlamaV3's format (EXL3), or one of plain Hugging Face weights. It needs an NVIDIA GPU.
 
-    `exllama_cache_size` is how many tokens the cache has for all requests together. It is kept in 16 bits, or in as
-    many as `exllama_cache_quant` says (`8`, or `8,4` for keys and values), or `exllama_cache_k_bits` and
-    `exllama_cache_v_bits`. With `exllama_max_rq_tokens` a request reserves room in it for that many tokens at a time,
-    and not for all that it may make.
+    Its cache is kept in 16 bits, or in as many as `exllama_cache_quant` says, or `exllama_cache_k_bits` and
+    `exllama_cache_v_bits` do.
     """
 
     in_folder = True
 
     backend: Literal["exllamav3"] = "exllamav3"
+    #: Tokens that the cache has for all requests together, a multiple of 256; unset, the model's own context, at
+    #: most 16384.
     exllama_cache_size: Annotated[int, Field(ge=PAGE, multiple_of=PAGE)] | None = None
+    #: Bits of a number in the cache: `8`, or `8,4` for keys and values.
     exllama_cache_quant: Literal["8", "8,4"] | None = None
+    #: Bits of a key's number in the cache.
     exllama_cache_k_bits: CacheBits | None = None
+    #: Bits of a value's number in the cache.
     exllama_cache_v_bits: CacheBits | None = None
+    #: A request reserves room in the cache for so many tokens at a time; unset, for all that it may make.
     exllama_max_rq_tokens: Annotated[int, Field(ge=1)] | None = None
+    #: The engine's own arguments.
     engine_kwargs: ExllamaKwargs = ExllamaKwargs()
 
     @field_validator("engine_kwargs", mode="before")
