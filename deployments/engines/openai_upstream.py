@@ -31,6 +31,8 @@ CONNECT_S = 5.0
 #: For so long a connection is kept for the next request, in seconds: servers close theirs after 5 (uvicorn, llama.cpp)
 #: or later, and one that is closed in the moment of its next use could not be told from a server that died.
 KEPT_S = 4.0
+#: So many kept connections at most may turn out to be closed before a new one is made.
+STALE = 4
 #: Between two attempts at least, in seconds; it doubles.
 RETRY_S = 0.5
 #: Headers that are about one connection, and not passed on with a raw answer.
@@ -167,7 +169,7 @@ class Upstreams:
         reading = Answer(call, report, renamed=target.model is not None)
         try:
             async with asyncio.timeout_at(deadline):
-                answer = await self._client.send(request, stream=True)
+                answer = await self._send(request, is_retried=blame.is_retried)
             try:
                 async with asyncio.timeout_at(deadline):
                     await _check_head(blame, call, answer)
@@ -195,6 +197,28 @@ class Upstreams:
             raise blame.silent() from None
         except httpx.TransportError:
             raise blame.lost() from None
+
+    async def _send(self, request: httpx.Request, *, is_retried: bool) -> httpx.Response:
+        """The head of the answer to a request.
+
+        A kept connection may have been closed by its server in this very moment: llama.cpp's closes each of them behind
+        a stream, and says nothing of it. That is no death of a server, and the request goes out on another one, if it
+        may be sent again.
+        """
+        for _ in range(STALE):
+            is_new = False
+
+            async def trace(event: str, _info: Any) -> None:
+                nonlocal is_new
+                is_new = is_new or event.startswith("connection.connect")
+
+            request.extensions["trace"] = trace
+            try:
+                return await self._client.send(request, stream=True)
+            except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
+                if is_new or not is_retried:
+                    raise
+        return await self._client.send(request, stream=True)
 
 
 def _without_bound(call: Call) -> Call | None:

@@ -83,6 +83,53 @@ async def test_events_leave_as_they_come(upstream):
     assert all(chunk.endswith(b"\n\n") for chunk in chunks)
 
 
+@contextlib.asynccontextmanager
+async def closing_server() -> AsyncIterator[tuple[str, list[int]]]:
+    """A server that closes a connection behind the first answer on it, which the next request there meets. Its URL, and
+    how many requests each connection has brought."""
+    seen: list[int] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        number = len(seen)
+        seen.append(0)
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError), contextlib.closing(writer):
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).lower()
+                await reader.readexactly(int(head.partition(b"content-length:")[2].split(b"\r\n")[0]))
+                seen[number] += 1
+                if seen[number] > 1:
+                    return
+                body = b'{"choices": []}'
+                sizes = b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
+                writer.write(b"HTTP/1.1 200 OK\r\n" + sizes + body)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", seen
+
+
+@pytest.mark.parametrize("is_retried", [True, False])
+async def test_a_kept_connection_that_was_closed_is_no_lost_server(is_retried: bool):
+    """Where a request may be sent again, that is: a remote API gets it once."""
+    upstreams = Upstreams(is_local=True)
+    async with closing_server() as (url, seen):
+        target = Target(url, Blame("the server", is_retried=is_retried))
+
+        async def asked() -> list[bytes]:
+            async with contextlib.aclosing((await upstreams.call(target, call())).chunks) as chunks:
+                return [chunk async for chunk in chunks]
+
+        assert await asked()
+        if is_retried:
+            assert await asked()
+            assert seen == [2, 1]
+        else:
+            with pytest.raises(PoolError) as lost:
+                await asked()
+            assert (lost.value.code, seen) == ("upstream_connection_error", [2])
+        await upstreams.close()
+
+
 @pytest.mark.parametrize(("kind", "field"), [("ollama", "keep_alive"), ("lmstudio", "ttl")])
 async def test_a_server_is_told_to_keep_its_model(upstream, kind, field):
     await read(upstream, call(), server_type=kind)
