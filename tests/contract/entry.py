@@ -43,8 +43,10 @@ class Entry:
     engine itself can tell. `cannot` holds the fields of a request that the engine refuses (`response_format`,
     `logprobs`, `seed`, `tool_choice`, `stop`, …), and `writes` is False for one that has no language model: what it
     says cannot be steered. One that `relays` is a server of another kind, and is asked as it is: what it `cannot` do it
-    refuses or ignores in its own way. `start` runs the pool that answers. `is_there` tells whether what the engine
-    needs outside of this environment is installed.
+    refuses or ignores in its own way, and it looks every `looks_s` seconds whether a client has left. So many tokens as
+    `batch` are evaluated whoever leaves; 0 is for an engine that can stop soon enough on any machine. One that
+    `is_external` is not loaded and unloaded by the pool, either. `start` runs the pool that answers. `is_there` tells
+    whether what the engine needs outside of this environment is installed. One that is `on_gpu` runs there only.
     """
 
     name: str
@@ -55,6 +57,10 @@ class Entry:
     cannot: frozenset[str] = frozenset()
     writes: bool = True
     relays: bool = False
+    is_external: bool = False
+    on_gpu: bool = False
+    looks_s: float = 0.0
+    batch: int = 0
     start: Callable[[Entry, Path], AbstractAsyncContextManager[OneModel]] = field(default=supervised)
     is_there: Callable[[], bool] = lambda: True
 
@@ -62,3 +68,8 @@ class Entry:
         """End a test of something that a server behind the pool does not do in OpenAI's way."""
         if self.relays and what in self.cannot:
             pytest.skip(f"{what} is this server's own affair")
+
+    def skip_if_external(self) -> None:
+        """End a test of a life that only the pool's own engines have."""
+        if self.is_external:
+            pytest.skip("the pool neither loads nor unloads it")

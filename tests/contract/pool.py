@@ -20,7 +20,7 @@ from cluster.orders import EngineState, Load, Order, Sleep, Unload, Wake
 from cluster.request import Request
 from cluster.waiting import Signal
 from deployments.gateway import Gateway
-from deployments.host_memory import tree_mib
+from deployments.host_memory import tree_mib, tree_of
 from deployments.limits import Limits
 from deployments.link import Links
 from deployments.nursery import SOCKET_NAME
@@ -52,7 +52,7 @@ class Ledger:
         self._free = set(range(slots))
         self._orders: asyncio.Queue[Order] = asyncio.Queue()
         self._changed = Signal()
-        self.always_ready = False
+        self._has_server = self._lost_server = False
 
     def give(self, order: Order) -> None:
         if isinstance(order, Load):
@@ -77,7 +77,20 @@ class Ledger:
                 self.give(self.load_order)
             case "engine_unloaded" | "engine_asleep":
                 self.engine = None
+            case "server_lost":
+                self._has_server, self._lost_server = False, True
         self._changed.fire()
+
+    def find_server(self) -> None:
+        """The replica is an external server, and it serves."""
+        self._has_server = True
+        self._changed.fire()
+
+    async def lost_server(self) -> None:
+        """Wait until that server was lost."""
+        while not await self._changed.until(lambda: self._lost_server, LOAD_S):
+            pass
+        self._lost_server = False
 
     async def hears(self, event: str) -> None:
         """Wait until the supervisor tells this, once more than before the call."""
@@ -86,7 +99,7 @@ class Ledger:
 
     async def acquire(self, request: Request) -> Grant:
         def is_decided() -> bool:
-            return self.failed is not None or bool((self.engine or self.always_ready) and self._free)
+            return self.failed is not None or bool((self.engine or self._has_server) and self._free)
 
         assert await self._changed.until(is_decided, LOAD_S), self.told
         if self.failed is not None:
@@ -115,6 +128,12 @@ class ContractGateway(Gateway):
         self.request_log = RequestLog()
         self._links = Links(NODE)
         self._upstreams = None
+
+    async def close(self) -> None:
+        """End its connections."""
+        self._links.close()
+        if self._upstreams is not None:
+            await self._upstreams.close()
 
 
 class OneModel:
@@ -183,6 +202,14 @@ class OneModel:
         """The memory of all processes that were started for the model, in MiB."""
         raise NotImplementedError
 
+    def processes(self) -> set[int]:
+        """All of them, and some of the test's own."""
+        raise NotImplementedError
+
+    def descriptors(self) -> int:
+        """The open files of the processes that stay when the model is unloaded."""
+        raise NotImplementedError
+
 
 class Supervised(OneModel):
     """The model on an engine process of its own."""
@@ -247,12 +274,22 @@ class Supervised(OneModel):
         os.kill(self.pid, signal.SIGKILL)
 
     def held_mib(self) -> int:
+        return sum(map(tree_mib, self._roots()))
+
+    def processes(self) -> set[int]:
+        return {pid for root in self._roots() for pid in tree_of(root)}
+
+    def descriptors(self) -> int:
+        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in (os.getpid(), *self._nursery()))
+
+    def _roots(self) -> list[int]:
         # Another environment's engine is a child of this process, the others are the nursery's.
         tasks = Path(f"/proc/{os.getpid()}/task").iterdir()
-        own = [int(pid) for task in tasks for pid in (task / "children").read_text().split()]
-        # Where all engines are another environment's, nobody has started a nursery.
-        nursery = [nursery_pid(self.home)] if (self.home.folder / SOCKET_NAME).exists() else []
-        return sum(map(tree_mib, [*nursery, *own]))
+        return [*self._nursery(), *(int(pid) for task in tasks for pid in (task / "children").read_text().split())]
+
+    def _nursery(self) -> list[int]:
+        # Where all engines are another environment's, nobody has started one.
+        return [nursery_pid(self.home)] if (self.home.folder / SOCKET_NAME).exists() else []
 
     def _order(self, model: ModelConfig) -> Load:
         config = model.model_dump(mode="json", by_alias=False)

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,6 @@ from tests.unit.engines.drive import SEA, ask
 from tests.unit.raylet import lives, wait_until
 
 ONLY = ("vllm",)
-#: A load takes some 15 seconds; by hand, 20 of them were run.
-LOADS = int(os.environ.get("SLOTPOOL_VLLM_LOADS", "2"))
 
 
 def processes(engine: Supervised) -> list[int]:
@@ -131,36 +128,6 @@ async def test_its_core_is_missed_when_it_dies(engine: Supervised):
     wait_until(lambda: not any(map(lives, [parent, *children])))
     assert engine.ledger.told.count("engine_died") >= deaths
     assert text_of(await engine.body(ask(SEA, max_tokens=4))), "and there is another"
-
-
-async def test_loads_leave_nothing(engine: Supervised, capsys: pytest.CaptureFixture[str]):
-    """Loaded and unloaded again and again in one replica: memory is back each time, and nothing else is left."""
-    await engine.unload()
-    before = (engine.held_mib(), descriptors(), shared_memory())
-    for number in range(LOADS):
-        began = time.monotonic()
-        await engine.load()
-        loaded_s = time.monotonic() - began
-        started = processes(engine)
-        assert text_of(await engine.body(ask(SEA, max_tokens=4)))
-        held = engine.held_mib()
-        await engine.unload()
-        assert not any(map(lives, started))
-        left = (engine.held_mib(), descriptors(), shared_memory())
-        with capsys.disabled():
-            print(f"\n{number}: loaded in {loaded_s:.1f} s, {held} MiB of {len(started)} processes; left {left}")
-        assert left[0] - before[0] < 20
-        assert left[1] <= before[1] + 1
-        assert left[2] <= before[2]
-    assert len(list(engine.home.folder.glob("vllm-*"))) <= 1
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-def shared_memory() -> int:
-    return len(os.listdir("/dev/shm"))
 
 
 @pytest.mark.parametrize(
