@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cluster.ledger.events import ConfigChanged, ServerManifest, ServerSuspected
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 LIMIT = 10_000
 #: How many entries one call brings at most.
 BATCH = 1000
-#: Leases and queues of a model get one entry each in so many seconds, however busy it is.
+#: Leases and queues of a model get one entry each in so many seconds, however busy it is. In a pool of very many models
+#: a look at all of them takes milliseconds: then it is taken more rarely, so that it is this part of the time at most.
 COUNTS_PERIOD_S = 0.1
+COUNTS_SHARE = 0.05
 #: Clients choose their requests' ids, and the names of models that are not there; so many characters of one are kept.
 LONGEST_TRACE = 128
 LONGEST_MODEL = 256
@@ -142,6 +144,7 @@ class Watch:
         self._followers = 0
         self._followed_until = 0.0
         self._review_due = False
+        self._review_s = 0.0
         self._ended = 0
         self._untold = [0, 0, 0]
 
@@ -153,7 +156,12 @@ class Watch:
                 self.log.add("config")
             for each in transitions:
                 self._changed(each)
-            self.review()
+            if kind in _TO_REVIEW:
+                self.review()
+            else:
+                # What happens to one model changes no other, except for those who wait, and they are looked at soon.
+                self._review({each.model for each in transitions})
+                self._review_soon()
         elif self._followers or time.monotonic() < self._followed_until:
             self._review_soon()
 
@@ -207,7 +215,14 @@ class Watch:
 
     def review(self) -> None:
         """Write what differs from what was last told of models, queues, leases and servers."""
-        before, now = self._briefs, self._ledger.briefs()
+        began = time.monotonic()
+        self._review(None)
+        self._review_servers()
+        self._review_s = time.monotonic() - began
+
+    def _review(self, models: Set[str] | None) -> None:
+        """Of these models, or of all."""
+        before, now = self._briefs, self._ledger.briefs(models)
         for name, brief in now.items():
             old = before.get(name, NOTHING)
             if brief == old and name in before:
@@ -221,10 +236,10 @@ class Watch:
             waits = _waiting(brief)
             if waits != _waiting(old):
                 self.log.add("queue", name, **waits)
-        for name in before.keys() - now.keys():
+        for name in (before.keys() if models is None else models & before.keys()) - now.keys():
             self.log.add("model", name, **_standing(NOTHING), removed=True)
-        self._briefs = now
-        self._review_servers()
+            del before[name]
+        self._briefs |= now
 
     def _review_servers(self) -> None:
         before, now = self._servers, {row.url: row for row in self._ledger.servers()}
@@ -268,7 +283,8 @@ class Watch:
     def _review_soon(self) -> None:
         if not self._review_due:
             self._review_due = True
-            asyncio.get_running_loop().call_later(COUNTS_PERIOD_S, self._review_now)
+            pause_s = max(COUNTS_PERIOD_S, self._review_s / COUNTS_SHARE)
+            asyncio.get_running_loop().call_later(pause_s, self._review_now)
 
     def _review_now(self) -> None:
         self._review_due = False

@@ -18,7 +18,7 @@ tree, with `placing`, `promises`, `eviction`, `victims`, `autoscale`, `policy`, 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from cluster.ledger import snapshot, tree
@@ -256,9 +256,9 @@ class Ledger:
         """Whether there is a model, or a public name of several, called so."""
         return model in self._pool.models or model in self._pool.spec.variants
 
-    def briefs(self) -> dict[str, snapshot.Brief]:
-        """What changes from request to request, of every model. A pass over all models, cheaper than a snapshot."""
-        return snapshot.briefs(self._pool)
+    def briefs(self, models: Iterable[str] | None = None) -> dict[str, snapshot.Brief]:
+        """What changes from request to request, of these models if they are there; or of all, in a pass over them."""
+        return snapshot.briefs(self._pool, models)
 
     def servers(self) -> tuple[snapshot.ServerRow, ...]:
         """The external servers as they stand."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -220,10 +221,11 @@ class Brief(NamedTuple):
     uses: tuple[Use, ...] = ()
 
 
-def briefs(pool: Pool) -> dict[str, Brief]:
-    """What changes from request to request, of every model."""
+def briefs(pool: Pool, names: Iterable[str] | None = None) -> dict[str, Brief]:
+    """What changes from request to request, of these models that are there, or of all."""
     on_servers = Counter(lease.model for lease in pool.servers.leases.values())
-    return {name: _brief(pool, model, on_servers[name]) for name, model in pool.models.items()}
+    models = pool.models if names is None else {name: pool.models[name] for name in names if name in pool.models}
+    return {name: _brief(pool, model, on_servers[name]) for name, model in models.items()}
 
 
 def _brief(pool: Pool, model: Model, on_servers: int) -> Brief:
