@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from cluster.ledger.events import ConfigChanged, EngineUnloaded, NodesChanged, ReplicaStarted
+from cluster.ledger.events import ConfigChanged, EngineUnloaded, NodesChanged, ReplicaReady, ReplicaStarted
 from cluster.ledger.specs import NodeSpec
 from tests.unit.ledger.desk import Desk, model
 
@@ -94,3 +94,14 @@ def test_a_model_on_a_node_that_left_is_loaded_on_another() -> None:
     assert desk.arrive("a1", "A") == ["desire A 2"]
     desk.tell(ReplicaStarted("A", "A#2", "m", 2.0))
     assert desk.boot("A", "A#2", "m") == ["grant a1 A#2"]
+
+
+def test_what_only_loads_anew_needs_no_other_process() -> None:
+    """A former life had it load by the configuration of that time; its waiter is served where it is."""
+    desk = Desk(model("A"), gpus=1, max_asleep=None, recovering_until=1.0)
+    desk.tell(ReplicaStarted("A", "A#1", "n", 1.0, loading=True, devices=(0,)))
+    desk.arrive("r1", "A")
+    desk.at(1.0)
+    assert desk.tell(ReplicaReady("A#1", revision="old")) == ["quiesce A#1", "unload A#1"]
+    assert desk.tell(EngineUnloaded("A#1")) == []
+    assert [each.replica for each in desk.loads] == ["A#1"]
