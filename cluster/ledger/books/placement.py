@@ -324,11 +324,13 @@ class Book:
         for node in nodes:
             if shape.gpu and node.widest < shape.per_device:
                 continue
+            left = sum(node.gpu), node.cpu
+            # To ask for a place costs ten times as much as to see that it would not be the best.
+            if best is not None and left >= best[:2]:
+                continue
             place = node.fit(shape, hosts)
             if place is not None:
-                left = (sum(node.gpu), node.cpu, place)
-                if best is None or left[:2] < best[:2]:
-                    best = left
+                best = (*left, place)
         if best is None:
             if among is None:
                 self._full[shape] = self.version
