@@ -214,5 +214,5 @@ def test_every_figure_of_the_readme_was_measured():
         said, link = re.fullmatch(r"\| .+ \| (.+) \(\[[^]]+\]\(([^)]+)\)\) \|", row).groups()  # type: ignore[union-attr]
         path, _, fragment = link.partition("#")
         measured = section(ROOT / path, fragment)
-        for figure in re.findall(r"\d+(?:\.\d+)?(?: (?:ms|MiB)\b)?", said):
+        for figure in re.findall(r"\d(?:[\d,]*\d)?(?:\.\d+)?(?: (?:ms|MiB)\b)?", said):
             assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d.]*\d)", measured), f"{figure} of {row}"
