@@ -147,6 +147,8 @@ class Outside:
         self.sent: dict[str, Sent] = {}
         self.seen: dict[str, Seen] = {}
         self.desired: dict[str, int] = dict.fromkeys(MODELS, 0)
+        # how many of a model Serve was to stop when it was last told how many there should be
+        self.to_stop: dict[str, int] = {}
         self.dead: set[str] = set()
         self.unasked = False
         self.unloaded: set[str] = set()
@@ -229,10 +231,13 @@ class Outside:
         if command.replicas > before:
             moving = (STOPPING,) if self.stays else (DRAINING, STOPPING, ASLEEP)
             leaving = [each for each in alive if each.state in moving and each not in outdated]
-            # On several nodes Serve might stop another in the stead of one that nobody asked for: then that one counts.
-            is_there = self.unasked and command.replicas <= len(alive) - len(leaving)
+            # On several nodes Serve might stop another in the stead of one that nobody asked for: then that one counts,
+            # and both are taken to leave, though Serve stops no more than it was asked to.
+            leave = min(len(leaving), self.to_stop.get(model, 0))
+            is_there = self.unasked and command.replicas <= len(alive) - leave
             assert is_there or not leaving, f"{command} rises beside {leaving}"
         self.desired[model] = command.replicas
+        self.to_stop[model] = max(0, len(alive) - command.replicas)
         # Serve stops those that come first by its own rules, whatever their engines do.
         order = self.in_order_of_stops(alive)
         stopped = order[: max(0, len(alive) - command.replicas)]
