@@ -23,8 +23,8 @@ BUILT_IN = {
         "aliases": ["default"],
         "enabled": True,
         "num_gpus": 0,
-        "target_inflight": 16,
-        "gguf_n_ctx": 4096,
+        "target_inflight": 8,
+        "gguf_n_ctx": 2048,
         "idle_timeout": 0,
     }
 }
