@@ -12,7 +12,6 @@ import contextlib
 import gc
 import logging
 import os
-import signal
 import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,10 +23,10 @@ from cluster.errors import BackendUnavailable, InvalidRequest, ModelUnavailable,
 from deployments.engines import asgi
 from deployments.engines.protocol import EVENT_STREAM, JSON, Call, EngineInfo, Kept, Progress, Reply, Report
 from deployments.engines.vllm import arguments, wire
-from deployments.engines.vllm.leftovers import left_over, own_folder, remove
+from deployments.engines.vllm.leftovers import end_tree, left_over, own_folder, remove
 from deployments.engines.vllm.memory import memory_mib
 from deployments.engines.vllm.routes import routes_of
-from deployments.host_memory import tree_device_mib, tree_mib, tree_of
+from deployments.host_memory import tree_device_mib, tree_mib
 
 logger = logging.getLogger("slotpool.engine")
 
@@ -56,11 +55,12 @@ class VllmEngine:
         try:
             given = await self._in_thread(self._start)
             await self._make_application(given)
-        except ModelUnavailable:
-            raise
         except ModuleNotFoundError as error:
             raise ModelUnavailable(f"vLLM is not installed where its engine runs ({error.name})") from None
         except Exception as error:
+            await end_tree(os.getpid())
+            if isinstance(error, ModelUnavailable):
+                raise
             logger.exception("vLLM did not load %s", self._id)
             raise ModelUnavailable(f"vLLM: {arguments.reason_of(error, self._path)}") from None
         self._memory_mib = await asyncio.to_thread(memory_mib, self._model, self._path)
@@ -114,10 +114,7 @@ class VllmEngine:
 
         Nothing runs any more, and to be asked takes them seconds.
         """
-        own = os.getpid()
-        for pid in [each for each in tree_of(own) if each != own]:
-            with contextlib.suppress(OSError):
-                os.kill(pid, signal.SIGKILL)
+        await end_tree(os.getpid())
         remove(self._left_over)
 
     async def unload(self) -> None:
