@@ -92,10 +92,15 @@ class Ledger:
             pass
         self._lost_server = False
 
-    async def hears(self, event: str) -> None:
-        """Wait until the supervisor tells this, once more than before the call."""
-        before = self.told.count(event)
-        assert await self._changed.until(lambda: self.told.count(event) > before, LOAD_S), f"{event}: {self.told}"
+    async def hears(self, *events: str) -> str:
+        """Wait until the supervisor tells one of these, after the call; which."""
+        before = len(self.told)
+
+        def told() -> str | None:
+            return next((each for each in self.told[before:] if each in events), None)
+
+        assert await self._changed.until(lambda: told() is not None, LOAD_S), f"{events}: {self.told}"
+        return told() or ""
 
     async def acquire(self, request: Request) -> Grant:
         def is_decided() -> bool:
@@ -186,8 +191,8 @@ class OneModel:
         """Drain and unload the model; what runs may end."""
         raise NotImplementedError
 
-    async def sleep_and_wake(self) -> None:
-        """Put the engine to sleep with its weights in the host's memory, and wake it again."""
+    async def sleep_and_wake(self) -> bool:
+        """Put the engine to sleep with its weights in the host's memory, and wake it again; False if it has ended."""
         raise NotImplementedError
 
     async def fail_to_load(self, model: dict[str, Any]) -> str:
@@ -258,11 +263,13 @@ class Supervised(OneModel):
         self.ledger.give(Unload("a test says so"))
         await self.ledger.hears("engine_unloaded")
 
-    async def sleep_and_wake(self) -> None:
+    async def sleep_and_wake(self) -> bool:
         self.ledger.give(Sleep())
-        await self.ledger.hears("engine_asleep")
+        if await self.ledger.hears("engine_asleep", "engine_unloaded") == "engine_unloaded":
+            return False
         self.ledger.give(Wake(()))
         await self.ledger.hears("replica_ready")
+        return True
 
     async def fail_to_load(self, model: dict[str, Any]) -> str:
         self.ledger.give(self._order(ModelConfig.model_validate(model)))
