@@ -189,8 +189,21 @@ def _choose_for(pool: Pool, model: Model, now: float, node: Node | None) -> None
     before = pool.looked
     plans = _search(pool, model, now, bound, node, {})
     pool.room_seen = pool.book.version
+    if plans and node is None and (first := _first_in_line(pool, model)) is not None:
+        # It would have looked in a moment: what can be had now is its own.
+        _choose_for(pool, first, now, None)
+        if first.claim is not None:
+            pool.touched[model] = None
+            return
     if not (plans and promises.promise(pool, model, plans, now, bound, now)) and node is None:
         _look_later(pool, model, now, bound, pool.looked - before)
+
+
+def _first_in_line(pool: Pool, model: Model) -> Model | None:
+    """Who stands before a model in the line for a place, and was promised nothing; None if it is the first."""
+    others = [each for each in pool.best_pending(MAX_OFFERS) if each is not model and each.claim is None]
+    first = min(others, key=_line, default=model)
+    return first if _line(first) < _line(model) else None
 
 
 def _replan(pool: Pool, model: Model, claim: Claim, now: float, node: Node | None) -> None:

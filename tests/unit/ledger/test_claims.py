@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.ledger.events import NodesChanged, RequestCancelled
+from cluster.ledger.events import NodesChanged, ReplicaReady, ReplicaStarted, RequestCancelled
 from cluster.ledger.rules import claims
 from cluster.ledger.specs import ModelSpec, NodeSpec
 from tests.unit.ledger.desk import Desk, model
@@ -239,3 +239,36 @@ def test_a_models_older_replica_does_not_replace_its_newer_one() -> None:
     assert desk.release("a1") == []
     assert desk.at(100.0) == []
     assert desk.release("a2") == ["desire A 1"]
+
+
+def busy_with(waiter: int) -> Desk:
+    """C serves a medium request on the only device, and somebody of that class waits for it."""
+    desk = Desk(model("A"), model("B"), model("C", slots=1), gpus=1, bound_s=(900.0, 900.0, 900.0))
+    desk.arrive("c1", "C")
+    desk.tell(ReplicaStarted("C", "C", "n"))
+    desk.at(2.0)
+    desk.tell(ReplicaReady("C"))
+    desk.at(20.0)
+    desk.arrive("c2", "C", waiter)
+    return desk
+
+
+def test_what_may_go_is_the_first_ones_in_line_whoever_notices() -> None:
+    """C's waiter of the highest class leaves: b may have its place from then on, and would have looked in a moment."""
+    desk = busy_with(waiter=1)
+    assert desk.arrive("b", "B", 1) == []
+    desk.now = 20.1
+    assert desk.tell(RequestCancelled("c2")) == []
+    assert desk.arrive("a", "A", 1) == ["quiesce C"]
+    assert desk.release("c1") == ["desire C 0"]
+    assert desk.gone("C") == ["desire B 1"]
+
+
+def test_who_may_not_have_it_is_no_hindrance_to_those_behind_him() -> None:
+    desk = busy_with(waiter=2)
+    assert desk.arrive("b", "B", 2) == []
+    desk.now = 55.0
+    assert desk.arrive("a", "A", 1) == ["quiesce C"]
+    assert desk.tell(RequestCancelled("c2")) == []
+    assert desk.release("c1") == ["desire C 0"]
+    assert desk.gone("C") == ["desire A 1"]
