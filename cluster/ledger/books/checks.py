@@ -50,7 +50,7 @@ def _check_replica(pool: Pool, replica: Replica) -> None:
         assert replica.state.is_going, f"{replica} was told to stop, and serves"
     assert stops.before(pool.book, replica) == stops.find_before(pool.book, replica), f"{replica}: stale notes on stops"
     if replica.state is STOPPING:
-        busy = [each for each in stops.before(pool.book, replica) if each.leases]
+        busy = [each for each in stops.before(pool.book, replica) if each.leases and _may_be_stopped(pool, each)]
         assert not busy, f"{replica} is to stop, and Serve may stop {busy} in its stead"
     slots = sorted([slot for lease in replica.leases for slot in lease.slots] + replica.free)
     assert [each.index for each in replica.leases] == list(range(held)), f"{replica}: its leases are not where they say"
@@ -67,6 +67,16 @@ def _check_replica(pool: Pool, replica: Replica) -> None:
     if replica.uid is not None:
         assert pool.replicas.get(replica.uid) is replica, f"{replica} is not found by its id"
     assert (replica in pool.idle) == (replica.state is READY and not held), f"{replica} is wrongly (not) listed as idle"
+
+
+def _may_be_stopped(pool: Pool, replica: Replica) -> bool:
+    """Serve may choose this one among those that it was asked to stop and has not told yet.
+
+    It may not where so many others go before it for certain: what came unasked elsewhere goes in the place of one.
+    """
+    others = [each for each in replica.model.replicas if each is not replica and not each.told_to_stop]
+    to_stop = sum(1 for each in others if each.state is STOPPING)
+    return sum(1 for each in others if not stops.may_go_before(pool.book, replica, each)) < to_stop
 
 
 def _check_sleeper(pool: Pool, replica: Replica) -> None:

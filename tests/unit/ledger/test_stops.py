@@ -11,6 +11,7 @@ from cluster.ledger.events import (
     ReplicaFailed,
     ReplicaReady,
     ReplicaStarted,
+    UnloadRequested,
 )
 from cluster.ledger.specs import NodeSpec
 from tests.unit.ledger.desk import Desk, model
@@ -189,3 +190,18 @@ def test_both_replicas_of_a_model_leave_for_a_bound_only_if_one_is_kept() -> Non
     desk.boot("A", "new")
     assert desk.arrive("c", "C") == []
     assert desk.at(58.0) == ["quiesce new", "quiesce old", "desire A 0"]
+
+
+def test_one_that_comes_late_goes_in_the_stead_of_another_and_of_no_stream() -> None:
+    """Its start was taken back, and Ray had made it all the same."""
+    nodes = {"n1": NodeSpec("n1", gpus=1, cpus=8.0), "n2": NodeSpec("n2", gpus=2, cpus=8.0)}
+    desk = Desk(model("A", slots=1, max_replicas=3), nodes=nodes)
+    desk.arrive("a1", "A")
+    desk.tell(ReplicaStarted("A", "A#1", "n2", 1.0, booked=(0,)), ReplicaReady("A#1"))
+    desk.tell(LoadRequested("A", 3))
+    desk.tell(ReplicaStarted("A", "A#2", "n2", 2.0, booked=(1,)))
+    assert desk.tell(UnloadRequested("A")) == ["quiesce A#1", "desire A 1"]
+    assert desk.tell(ReplicaStarted("A", "A#3", "n1", 3.0, booked=(0,))) == ["desire A 2"]
+    assert desk.gone("A#3") == ["desire A 1"], "it holds nothing, and the one that was to stop still is"
+    assert desk.gone("A#2") == []
+    assert desk.release("a1") == ["desire A 0"]
