@@ -161,11 +161,13 @@ async def test_what_moves_the_scores_changes_the_answer_or_is_refused(engine: On
     if not entry.writes:
         pytest.skip("it has no scores")
     entry.skip_if_passed_on(field)
-    prompt = "Repeat the word dog many times: dog dog dog dog dog dog"
+    # Long enough to say many words again, none of which is certain: a penalty for having been said counts once.
+    prompt = "Tell a long story about a dog."
     value: Any = {"logit_bias": {"260": 100}}.get(field, 1.9)
     if field in entry.cannot:
         return await assert_refused(engine, ask(prompt, **{field: value}), field)
-    plain, moved = await asyncio.gather(engine.body(ask(prompt)), engine.body(ask(prompt, **{field: value})))
+    asked = ask(prompt, max_tokens=60)
+    plain, moved = await asyncio.gather(engine.body(asked), engine.body({**asked, field: value}))
     assert text_of(plain) != text_of(moved)
 
 
