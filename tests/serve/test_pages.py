@@ -65,7 +65,8 @@ def test_every_curl_is_answered_as_shown(pool: Pool, page: Path):
             with pool.http() as http:
                 http.post("/v1/admin/models/smollm2/unload").raise_for_status()
         ran = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=120)
-        assert ran.returncode == 0, command
+        # 141: `head` had seen enough, and what wrote for it was told so.
+        assert ran.returncode in (0, 141), command
         if shown.startswith("{"):
             assert is_like(json.loads(shown), json.loads(ran.stdout)), f"{command}\n{ran.stdout}"
         elif shown:
