@@ -76,8 +76,10 @@ vendor-ui:
 test-agents: $(VENV)/.installed-dev $(AGENTS)/.installed
 	$(BIN)/pytest tests/agents/turns.py tests/agents/compliance.py --timeout=0 $(ARGS)
 
+# Nodes that share this machine, and (as root) one in a network namespace.
 test-cluster: $(VENV)/.installed-dev
-	$(BIN)/pytest tests/unit tests/stateful tests/sim tests/chaos $(ARGS)
+	$(BIN)/pytest tests/unit tests/stateful tests/sim tests/chaos tests/serve/test_devices.py tests/serve/test_nodes.py $(ARGS)
+	$(BIN)/pytest tests/serve/namespaces.py $(ARGS)
 
 install: $(VENV)/.installed
 

@@ -257,7 +257,17 @@ def _host_memory_mib(memory_mib: int, kv_store: KvStoreConfig | None) -> int:
 
 
 async def _live_nodes() -> list[dict[str, Any]]:
-    return [node for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
+    """The nodes that serve. One that Ray drains is as good as gone: what runs there ends, and nothing new comes."""
+    nodes, draining = await asyncio.gather(asyncio.to_thread(ray.nodes), asyncio.to_thread(_draining_nodes))
+    return [node for node in nodes if node["Alive"] and node["NodeID"] not in draining]
+
+
+def _draining_nodes() -> set[str]:
+    """The ids of the nodes that Ray is told to take out of service; none if it does not tell."""
+    try:
+        return set(ray._private.state.state.get_draining_nodes())
+    except AttributeError:
+        return set()
 
 
 async def gpus_of_all_nodes() -> tuple[list[tuple[str, Gpu]], str | None]:

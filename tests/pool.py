@@ -45,7 +45,7 @@ def local_serve(gpus: int = 1, direct: bool = True) -> Iterator[int]:
     proxy_port = free_port() if direct else port
     # Ray's processes inherit the flags; this one keeps none, or the tests after these would run under them.
     flags = OWN_RAY_FLAGS if REPLICAS_STAY else RAY_FLAGS
-    with _environment(flags | (direct_ingress_flags(port) if direct else {})):
+    with environment(flags | (direct_ingress_flags(port) if direct else {})):
         ray.init(
             address="local",
             num_cpus=4,
@@ -67,7 +67,8 @@ def local_serve(gpus: int = 1, direct: bool = True) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """These variables for what is started meanwhile, and those from before afterwards."""
     before = dict(os.environ)
     os.environ.update(variables)
     try:
@@ -142,25 +143,26 @@ def kill_ingress() -> None:
     ray.kill(ray.get_actor(actors[0], namespace="serve"), no_restart=True)
 
 
-def serve_document(args: dict[str, Any]) -> dict[str, Any]:
-    """A Serve configuration like `serve_config.yaml`, with these `args`."""
+def serve_document(args: dict[str, Any], ingresses: int = 1) -> dict[str, Any]:
+    """A Serve configuration like `serve_config.yaml`, with these `args`, and so many ingresses, one to a node."""
     from cluster import effects
 
+    application: dict[str, Any] = {
+        "name": effects.APP_NAME,
+        "route_prefix": "/",
+        "import_path": "app.build:build",
+        "args": args,
+    }
+    if ingresses > 1:
+        application["deployments"] = [{"name": "ingress", "num_replicas": ingresses}]
     return {
-        "applications": [
-            {
-                "name": effects.APP_NAME,
-                "route_prefix": "/",
-                "import_path": "app.build:build",
-                "args": args,
-            }
-        ],
+        "applications": [application],
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
     }
 
 
 @contextlib.contextmanager
-def running_pool(port: int, args: dict[str, Any]) -> Iterator[Pool]:
+def running_pool(port: int, args: dict[str, Any], ingresses: int = 1) -> Iterator[Pool]:
     """Deploy a pool and wait until its HTTP answers; take it down again."""
     import ray
     from ray import serve
@@ -170,7 +172,8 @@ def running_pool(port: int, args: dict[str, Any]) -> Iterator[Pool]:
     from cluster import effects
 
     client = api.serve_start()
-    client.deploy_apps(ServeDeploySchema.model_validate(serve_document(args)), _blocking=True)
+    # Some ingresses may be for nodes that are still to come.
+    client.deploy_apps(ServeDeploySchema.model_validate(serve_document(args, ingresses)), _blocking=ingresses == 1)
     pool = Pool(f"http://127.0.0.1:{port}")
     deadline = time.monotonic() + 60
     while True:

@@ -10,7 +10,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -18,6 +17,7 @@ import httpx
 import pytest
 
 from tests.pool import Pool, fake, running_pool
+from tests.sockets import listeners, owner
 
 ARGS = {
     "models": {
@@ -40,20 +40,7 @@ def chat(model: str, **fields: Any) -> dict[str, Any]:
 
 def ingress_pid(port: int) -> int | None:
     """The process that listens on the public port, or None while there is none."""
-    for table in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = table.split()
-        if int(fields[1].partition(":")[2], 16) == port and fields[3] == "0A":
-            return next((pid for pid, inode in open_sockets() if inode == fields[9]), None)
-    return None
-
-
-def open_sockets() -> Iterator[tuple[int, str]]:
-    """Every socket of every process that may be looked at: its owner and its inode."""
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):
-            target = os.readlink(link)
-            if target.startswith("socket:["):
-                yield int(link.parts[2]), target[8:-1]
+    return next((owner(inode) for inode in listeners(port)), None)
 
 
 async def test_a_client_that_leaves_frees_its_slot_at_once(pool: Pool):

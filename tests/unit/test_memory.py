@@ -311,6 +311,7 @@ async def test_the_memory_of_a_device_is_its_budget(nvml, monkeypatch):
     """Asked once per node, after the nodes themselves are known; a node without a driver is not limited."""
     nodes = [{"NodeID": "here", "Alive": True, "Resources": {"GPU": 2.0, "CPU": 4.0}, "NodeManagerHostname": "host"}]
     monkeypatch.setattr(effects.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(effects, "_draining_nodes", set)
     monkeypatch.setattr(effects.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "here"))
     machines = effects.Machines()
     assert (await machines.read(0))["here"].device_memory_mib == 0
@@ -335,6 +336,7 @@ async def test_saved_conversations_are_taken_off_a_hosts_memory(kv_store, left, 
         {"NodeID": node, "Alive": True, "Resources": {"memory": mib << 20}} for node, mib in (("n", 8000), ("m", 0))
     ]
     monkeypatch.setattr(effects.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(effects, "_draining_nodes", set)
     found = await effects.Machines().read(0, kv_store)
     assert found["n"].host_memory_mib == left
     assert found["m"].host_memory_mib == 0, "what is not known is not limited"

@@ -24,6 +24,7 @@ ATTRIBUTES = [
     ("ray._private.gcs_pubsub.GcsAioActorSubscriber.poll", "deaths of actors are not heard of"),
     ("ray.core.generated.gcs_pb2.ActorTableData", "deaths of actors are polled for"),
     ("ray._private.state.actors", "a death before an announcement is not noticed, and there is no polling"),
+    ("ray._private.state.GlobalState.get_draining_nodes", "a node that is drained gets engines until it is gone"),
     ("ray._raylet.CoreWorker.resource_ids", "the ledger guesses which devices Ray has booked for each process"),
     ("ray.serve.autoscaling_policy._get_cold_start_scale_up_replicas", "Serve starts replicas by itself at times"),
     (f"{ROUTER}._choose_replica_for_request", "no call reaches its replica through Serve: the pool does not start"),
