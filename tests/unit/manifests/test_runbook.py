@@ -33,6 +33,11 @@ def test_every_command_is_one(line: str):
     check_command(line, is_named_only=True)
 
 
+def test_what_drains_a_node_is_a_command_of_ray():
+    (line,) = re.findall(r"^ray drain-node .+$", TEXT, re.MULTILINE)
+    check_command(line)
+
+
 def test_what_it_says_of_rays_names_is_so():
     for name in (metrics_head.PROMETHEUS_HOST_ENV_VAR, metrics_head.GRAFANA_HOST_ENV_VAR):
         assert f"`{name}`" in TEXT
