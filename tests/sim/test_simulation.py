@@ -141,11 +141,14 @@ def simulate(seed: int) -> World:
         world.at(now * turn / 20, world.announce_holders)
     if rng.random() < 0.5:
         factor = {name: rng.choice((0.8, 1.2, 4.0, 4.0)) for name in spec.models}
-        # What fits on no device is refused where it comes; who waits for it already waits until his deadline.
+        # What fits on no device, or no node, is refused where it comes; who waits for it already waits until his
+        # deadline.
         world.memory_mib = {name: round(each.memory_mib * factor[name]) for name, each in spec.models.items()}
         if any(each.device_memory_mib for each in spec.nodes.values()):
             most = {name: 1100 * max(1, round(each.num_gpus)) for name, each in spec.models.items() if each.num_gpus}
             world.memory_mib |= {name: min(mib, world.memory_mib[name]) for name, mib in most.items()}
+        if node_mib := max(each.memory_mib for each in spec.nodes.values()):
+            world.memory_mib = {name: min(mib, node_mib) for name, mib in world.memory_mib.items()}
     if rng.random() < 0.3:
         name = rng.choice(list(spec.models))
         changed = replace(spec.models[name], slots=rng.randint(1, 4), revision=rng.choice(("", "new")))

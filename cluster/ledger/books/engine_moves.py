@@ -91,6 +91,15 @@ def lay_down(pool: Pool, replica: Replica, host_mib: int, held_mib: int, devices
     pool.book.reseat(replica, Place(replica.place.node, devices, shape))
 
 
+def hold_until_ended(pool: Pool, replica: Replica, devices: tuple[int, ...] | None) -> None:
+    """There is an engine that nobody has asked for: what it has is nobody else's until it has ended."""
+    shape = replica.model.shape
+    if devices is not None and len(devices) == shape.devices:
+        pool.book.node(replica.place.node).widen(max(devices, default=-1) + 1)
+        replica.strayed = True
+        pool.book.reseat(replica, Place(replica.place.node, devices, shape))
+
+
 def demote(pool: Pool, replica: Replica, now: float, reason: str = "") -> None:
     """An engine that sleeps is to end; what it holds stays booked until it has."""
     replica.order_began = replica.order_due = now

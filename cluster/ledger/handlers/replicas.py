@@ -14,7 +14,6 @@ from cluster.ledger.events import (
     ReplicaReady,
     ReplicaStarted,
     ReplicaStopping,
-    UnloadEngine,
 )
 from cluster.ledger.handlers import starts
 from cluster.ledger.handlers.engines import PATIENCE, back_off
@@ -158,11 +157,11 @@ def replica_ready(pool: Pool, event: ReplicaReady, now: float) -> None:
             pool.early_ready[event.replica] = event
         return
     if replica.state is ReplicaState.ASLEEP and not replica.is_placed:
-        # It was ordered by a former life of the ledger, and nobody knows of it: it must not stay where it is.
-        if replica.engine_sleeps:
-            engine_moves.demote(pool, replica, now)
-        else:
-            pool.out.append(UnloadEngine(replica.model.name, event.replica))
+        # A former life of the ledger has ordered it, or it was taken for one that had failed: it must not stay.
+        if not replica.engine_sleeps:
+            devices = pool.book.node(replica.place.node).indexes(event.devices or ())
+            engine_moves.hold_until_ended(pool, replica, devices)
+        engine_moves.demote(pool, replica, now)
     if replica.state is not ReplicaState.LOADING:
         # One that was suspected and answers does not hang; it may be suspected again.
         replica.suspected = False

@@ -124,6 +124,7 @@ def test_the_third_death_is_the_last_and_its_device_is_free() -> None:
         desk.tell(EngineDied("u", "signal 11"))
         desk.at(desk.now + 5.0)
         desk.tell(ReplicaReady("u"))
+    desk.tell(EngineUnloaded("u"))
     assert desk.state("u") == "ASLEEP"
     desk.arrive("b1", "b")
     assert desk.loads[-1].replica == "v"
@@ -365,7 +366,22 @@ def test_no_count_rises_for_an_unasked_process_beside_one_that_stops() -> None:
 def test_an_engine_that_nobody_knows_of_is_ended() -> None:
     desk = two()
     assert desk.tell(ReplicaReady("v")) == ["unload v"]
+    assert desk.state("v") == "UNLOADING"
+    desk.tell(EngineUnloaded("v"))
     assert desk.state("v") == "ASLEEP"
+
+
+def test_what_an_engine_has_that_nobody_knows_of_is_given_to_nobody() -> None:
+    """It was taken for one that had failed: that was told twice, and once too late."""
+    desk = Desk(model("a"), model("b"), gpus=1, max_asleep=None)
+    desk.warm("b", "v")
+    desk.tell(ReplicaFailed("v", "told late"), ReplicaReady("v", devices=("0",)))
+    assert (desk.state("v"), desk.devices("v")) == ("UNLOADING", (0,))
+    assert desk.arrive("a1", "a") == ["desire a 1"]
+    desk.tell(ReplicaStarted("a", "u", "n"))
+    assert not [each for each in desk.loads if each.replica == "u"]
+    desk.tell(EngineUnloaded("v"))
+    assert [each.replica for each in desk.loads if each.replica == "u"]
 
 
 @pytest.mark.parametrize("loading", [False, True])
