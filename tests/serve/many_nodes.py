@@ -15,7 +15,6 @@ import pytest
 
 from cluster import effects
 from cluster.request import Request
-from deployments.pool_handle import PoolHandle
 from tests.nodes import FIRST, Nodes, Stream, drain, several_nodes, until
 from tests.pool import Pool, fake, loaded, running_pool
 from tests.sockets import connections, listeners
@@ -81,17 +80,14 @@ def test_models_stand_on_the_node_and_the_device_that_they_are_bound_to(pool: Po
 
 
 async def test_streams_cross_nodes_over_tcp(pool: Pool, nodes: Nodes):
-    """The engine is on the second node, the head's ingress and the handle's gateway are not: its port is for them."""
+    """The engine is on the second node, the head's ingress is not: its port is for such."""
     ledger = effects.find_ledger()
     grant = await ledger.acquire.remote("test", Request("probe", "far"))
     await ledger.settle.remote([("probe", grant.generation, None)])
     assert (grant.address.node, grant.address.host) == (nodes.second.node_id, SECOND)
-    text, most = "", 0
-    async for chunk in PoolHandle().stream_async("far", "x", max_tokens=20):
-        text += chunk["choices"][0]["delta"].get("content") or ""
-        most = max(most, connections(grant.address.port))
-    assert text == words("far", 20)
-    assert most >= 1
+    stream = await Stream.begin(nodes.head, pool.url, "far", 40)
+    assert connections(grant.address.port) >= 1
+    assert ((await stream.ended()).text, stream.error) == (words("far", 40), None)
 
 
 async def test_there_is_an_ingress_on_every_node(pool: Pool, nodes: Nodes):
