@@ -58,8 +58,6 @@ def promise(pool: Pool, model: Model, plans: list[policy.Plan], now: float, boun
 def _prepare(pool: Pool, model: Model, claim: Claim, now: float) -> None:
     """Have processes started for the engines to come while the victims drain, where no replica waits for them."""
     seats = sleepers.by_node(model)
-    # One of its own that only loads anew, by another configuration, is free as soon as its engine has ended.
-    seats.update(each.place.node for each in claim.victims if each.model is model and not each.leases)
     for place in claim.places:
         if sleepers.sleeper_at(model, place) is not None:
             continue

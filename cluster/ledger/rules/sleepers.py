@@ -41,10 +41,11 @@ def to_be_spare(model: Model) -> Iterator[Replica]:
 def most(pool: Pool, model: Model) -> int:
     """How many processes there may be of a model: as many as load at once, and one for each node to load on.
 
-    What drains since it may not serve any longer is not of these.
+    What drains since it may not serve any longer is not of these while streams run on it: without any it is free for
+    another engine in a moment.
     """
     draining = model.in_state(ReplicaState.DRAINING) if model.counts[ReplicaState.DRAINING] else ()
-    outdated = sum(1 for each in draining if stops.is_outdated(pool.book, each))
+    outdated = sum(1 for each in draining if each.leases and stops.is_outdated(pool.book, each))
     return outdated + max(model.spec.max_replicas, pool.book.present)
 
 
