@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from cluster.config import ModelConfig
 from deployments.engines.protocol import Call
 from deployments.engines.registry import build_engine
-from deployments.supervisor import ENGINE_ENVIRONMENT
+from deployments.nursery import ENVIRONMENT
 from deployments.weights import resolve_weights
 from tests.bench.bench_llama_cpp import Row, measure, over_http, show
 from tests.contract.engines import ENGINES
@@ -83,7 +83,7 @@ class Bare:
         given = {key: value for key, value in settings.items() if key != "python"}
         self._process = subprocess.Popen(
             [python, __file__, "--bare", json.dumps(given)],
-            env={**os.environ, **ENGINE_ENVIRONMENT},
+            env={**os.environ, **ENVIRONMENT},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
