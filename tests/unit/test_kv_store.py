@@ -120,7 +120,7 @@ def test_the_next_best_serves_where_the_best_is_broken(tmp_path: Path):
     store = KvStore(kept(tmp_path))
     save(store, LONG[:300])
     save(store, [*LONG[:250], *range(2000, 2200)])
-    save(store, [*LONG, *range(3000, 3500)])
+    save(store, [*LONG, *range(3000, 3500)], 2000)
     best = max(entries(tmp_path), key=lambda path: path.stat().st_size)
     os.truncate(best, 5000)
     assert found(store, LONG) == ([*LONG[:250], *range(2000, 2200)], 250)
