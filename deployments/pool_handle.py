@@ -7,9 +7,10 @@ the process shares it, and it ends with the process: whatever that held or waite
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import uuid
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from types import TracebackType
 from typing import Any, cast
 
@@ -223,51 +224,42 @@ async def _await(method: str, *args: Any) -> Any:
     return await _answer(getattr(_gateway(), method).remote(*args))
 
 
-def _result(called: Any, timeout_s: float | None = None) -> Any:
-    """The answer to a call; one that is not waited for any longer is cancelled."""
+@contextlib.contextmanager
+def _ended_with(called: Any) -> Iterator[None]:
+    """Ray's errors are what they mean to the caller; a call that is not waited for any longer is cancelled."""
     try:
-        return ray.get(called, timeout=timeout_s)
+        yield
     except RayError as error:
         raise _translated(error) from None
     except BaseException:
         ray.cancel(called)
         raise
+
+
+def _result(called: Any, timeout_s: float | None = None) -> Any:
+    with _ended_with(called):
+        return ray.get(called, timeout=timeout_s)
 
 
 async def _answer(called: Any) -> Any:
-    try:
+    with _ended_with(called):
         return await effects.answer_of(called)
-    except RayError as error:
-        raise _translated(error) from None
-    except BaseException:
-        ray.cancel(called)
-        raise
 
 
 def _iterate(path: str, body: dict[str, Any], lease: str | None = None) -> Generator[ChatChunk, None, None]:
     parts = _parts(path, body, lease)
-    try:
+    with _ended_with(parts):
         for part in parts:
             for event in events_of(ray.get(part)):
                 yield cast(ChatChunk, event)
-    except RayError as error:
-        raise _translated(error) from None
-    except BaseException:
-        ray.cancel(parts)
-        raise
 
 
 async def _iterate_async(path: str, body: dict[str, Any], lease: str | None = None) -> AsyncGenerator[ChatChunk, None]:
     parts = _parts(path, body, lease)
-    try:
+    with _ended_with(parts):
         async for part in parts:
             for event in events_of(await effects.answer_of(part)):
                 yield cast(ChatChunk, event)
-    except RayError as error:
-        raise _translated(error) from None
-    except BaseException:
-        ray.cancel(parts)
-        raise
 
 
 def _parts(path: str, body: dict[str, Any], lease: str | None) -> Any:
